@@ -1,0 +1,247 @@
+"""Softmax attention, and linear attention in its equal forms.
+
+Glossary, for the whole repository:
+    B batch    T time (i: query, j: key)    H heads    D head dim    F features after phi
+    C = H D (n_embd)    V vocabulary    L layers
+    q, k, v (B, H, T, D)         phi_q, phi_k (B, H, T, F)          A attention weights (B, H, T, T)
+    S = sum_j phi(k_j) v_j^T (B, H, F, D)     z = sum_j phi(k_j) (B, H, F)     y output (B, H, T, D)
+
+Linear attention replaces exp(q.k) by phi(q).phi(k) (Eq. 2). What follows is one function, written
+four ways; tests hold them equal, outputs and gradients:
+
+    quadratic      y_i = sum_{j<=i} A_ij v_j,  A_ij = phi(q_i).phi(k_j) / sum_{m<=i} phi(q_i).phi(k_m)
+    recurrent      S_i = S_{i-1} + phi(k_i) v_i^T,  z_i = z_{i-1} + phi(k_i),
+                   y_i = phi(q_i) S_i / phi(q_i).z_i                                           (Eq. 6)
+    chunked        quadratic inside a chunk of tokens, recurrent from chunk to chunk
+    bidirectional  y_i = phi(q_i) S_T / phi(q_i).z_T, for encoders
+
+Quadratic costs T^2 time and memory, the others T. Features, state and denominator are float32 at
+least, whatever the dtype of the inputs and of autocast; y has the dtype of v.
+
+A state of (S, z) is the whole past: passing it on continues the sequence exactly.
+`key_mask` (B, T) is True for real tokens; padding is never attended to, and a row without any real
+key returns zeros.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feature_maps import FEATURE_MAPS, at_least_float32, make_feature_map, without_autocast
+
+CHUNK = 64  # tokens: fastest of 32, 64, 128, 256 on a CPU at D = 32 and 64
+
+
+class State(NamedTuple):
+    S: Tensor  # (B, H, F, D)
+    z: Tensor  # (B, H, F)
+
+
+def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is 0: a row that has no key.
+
+    The only division by a sum of weights in the repository. No epsilon: features are at least 1e-15
+    (feature_maps.py), so a row with a key has a denominator of at least 1e-30.
+    """
+    return numerator / torch.where(denominator > 0, denominator, 1.0)
+
+
+def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """Which key each query may see: bool, broadcastable to (B, H, Tq, Tk). Causal: the last query
+    is the last key's token, so that queries may continue a longer sequence of keys."""
+    Tq, Tk = q.size(-2), k.size(-2)
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if causal:
+        mask = mask.tril(diagonal=Tk - Tq)
+    return mask if key_mask is None else mask & key_mask[:, None, None, :]
+
+
+# ---------------------------------------------------------------- softmax
+
+
+def softmax_weights(q: Tensor, k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None) -> Tensor:
+    """A_ij = exp(q_i.k_j / sqrt(D)) / sum_m exp(q_i.k_m / sqrt(D))  (Eq. 1): (B, H, T, T)."""
+    with without_autocast(q):
+        scores = at_least_float32(q) @ at_least_float32(k).mT / math.sqrt(q.size(-1))
+        mask = visible(q, k, causal, key_mask)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN in empty rows
+        return scores.softmax(-1).masked_fill(~mask, 0.0)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
+) -> Tensor:
+    """y = softmax_weights(q, k) @ v by PyTorch's fused kernel: q, k, v (B, H, T, D) -> (B, H, T, D)."""
+    Tq, Tk = q.size(-2), k.size(-2)
+    if key_mask is None and (not causal or Tq == Tk):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if key_mask is None and Tq == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    mask = visible(q, k, causal, key_mask)
+    empty = ~mask.any(-1, keepdim=True)  # let empty rows see everything, then zero them: no NaN in gradients
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty).masked_fill(empty, 0.0)
+
+
+# ---------------------------------------------------------------- linear
+
+
+def linear_weights(
+    phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
+) -> Tensor:
+    """A_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m): (B, H, T, F) twice -> (B, H, T, T).
+    Rows sum to one."""
+    with without_autocast(phi_q):
+        scores = at_least_float32(phi_q) @ at_least_float32(phi_k).mT
+        scores = scores.masked_fill(~visible(phi_q, phi_k, causal, key_mask), 0.0)
+        return normalise(scores, scores.sum(-1, keepdim=True))
+
+
+def linear_attention_quadratic(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
+) -> Tensor:
+    """The definition, y = A v (Eq. 2), in O(T^2): what every other form must equal."""
+    with without_autocast(v):
+        A = linear_weights(phi_q, phi_k, causal=causal, key_mask=key_mask)
+        return (A @ v.to(A.dtype)).to(v.dtype)
+
+
+def linear_attention_recurrent(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State | None = None
+) -> tuple[Tensor, State]:
+    """Eq. 6, token by token: O(1) time and memory a token. Returns (y, state)."""
+    S, z = state or zero_state(phi_k, v)
+    ys = []
+    with without_autocast(v):
+        for q, k, u in zip(phi_q.to(z.dtype).unbind(2), phi_k.to(z.dtype).unbind(2), v.to(z.dtype).unbind(2)):
+            S = S + k[..., :, None] * u[..., None, :]  # (B, H, F, D)
+            z = z + k  # (B, H, F)
+            ys.append(normalise((q[..., None, :] @ S).squeeze(-2), (q * z).sum(-1, keepdim=True)))  # (B, H, D)
+    return torch.stack(ys, 2).to(v.dtype) if ys else torch.zeros_like(v), State(S, z)
+
+
+def linear_attention_chunked(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State | None = None, *, chunk_size: int = CHUNK
+) -> tuple[Tensor, State]:
+    """Quadratic inside a chunk, recurrent between chunks: O(T) and made of matrix products.
+
+    For the queries Q, keys K (features, n x F) and values V (n x D) of one chunk of n tokens, with the
+    state (S, z) of all tokens before it, Eq. 2's sum over j <= i splits into past and present:
+
+        numerator    N = Q S + tril(Q K^T) V
+        denominator  d = Q z + tril(Q K^T) 1
+        next state   S <- S + K^T V,   z <- z + K^T 1
+
+    The denominator is the numerator of a value that is always 1. So V gets a column of ones, [S z] is
+    one matrix, and both lines become one. Returns (y, state).
+    """
+    return chunked_loop(lambda x, _: x, lambda x, _: x, phi_q, phi_k, v, state, chunk_size=chunk_size)
+
+
+def chunked_loop(
+    phi_query, phi_key, q: Tensor, k: Tensor, v: Tensor, state: State | None = None,
+    *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """linear_attention_chunked of phi_query(q, offset), phi_key(k, offset), the maps applied chunk by
+    chunk: features of a whole sequence never leave the cache for the memory (2x faster at 8K tokens)."""
+    B, H, T, D = v.shape
+    SZ = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)  # (BH, F, D+1)
+    masks = (key_mask if key_mask is not None else v.new_empty(0, T)).split(chunk_size, 1)
+    ys = []
+    # Split once: slicing x[:, :, i:j] in the loop would make the backward pass quadratic.
+    for q_c, k_c, v_c, mask in zip(q.split(chunk_size, 2), k.split(chunk_size, 2), v.split(chunk_size, 2), masks):
+        with without_autocast(v):
+            Q, K = (at_least_float32(x) for x in (phi_query(q_c, offset), phi_key(k_c, offset)))  # (B, H, n, F)
+            if key_mask is not None:
+                K = K.masked_fill(~mask[:, None, :, None], 0.0)  # after phi: phi(0) is not 0
+            Q, K = Q.flatten(0, 1), K.flatten(0, 1)  # (BH, n, F)
+            V1 = F.pad(v_c.to(Q.dtype), (0, 1), value=1.0).flatten(0, 1)  # (BH, n, D+1): [V 1]
+            A = (Q @ K.mT).tril()  # (BH, n, n)
+            if SZ is None:
+                N, SZ = A @ V1, K.mT @ V1
+            else:
+                N, SZ = torch.baddbmm(Q @ SZ, A, V1), torch.baddbmm(SZ, K.mT, V1)
+            ys.append(normalise(N[..., :-1], N[..., -1:]).to(v.dtype))
+        offset += q_c.size(2)
+    SZ = SZ.unflatten(0, (B, H))
+    return torch.cat(ys, 1).unflatten(0, (B, H)), State(SZ[..., :-1], SZ[..., -1])
+
+
+def linear_attention_bidirectional(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, *, key_mask: Tensor | None = None
+) -> Tensor:
+    """Every query sees every key: y_i = phi(q_i) S / phi(q_i).z, with S and z over the whole sequence."""
+    with without_autocast(v):
+        phi_q, phi_k = at_least_float32(phi_q), at_least_float32(phi_k)
+        if key_mask is not None:
+            phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+        S, z = phi_k.mT @ v.to(phi_k.dtype), phi_k.sum(-2)[..., None]
+        return normalise(phi_q @ S, phi_q @ z).to(v.dtype)
+
+
+def zero_state(phi_k: Tensor, v: Tensor) -> State:
+    """The state before the first token, float32 at least: a sum in bfloat16 stops growing at 256 ones."""
+    (B, H, _, n_features), D = phi_k.shape, v.size(-1)
+    S = at_least_float32(phi_k.new_zeros(B, H, n_features, D))
+    return State(S, S[..., 0])
+
+
+# ---------------------------------------------------------------- modules that plug into models
+
+
+class SoftmaxAttention(nn.Module):
+    """attn(q, k, v, key_mask=None) -> y."""
+
+    def __init__(self, causal: bool = True):
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
+        """Attend from new tokens to `cache` (KV cache: grows with every token) and to each other."""
+        if cache:
+            k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
+        cache.update(k=k, v=v)
+        return softmax_attention(q, k, v)
+
+
+class LinearAttention(nn.Module):
+    """attn(q, k, v, key_mask=None) -> y, with the feature map inside."""
+
+    def __init__(self, phi: nn.Module, causal: bool = True, chunk_size: int = CHUNK):
+        super().__init__()
+        self.phi, self.causal, self.chunk_size = phi, causal, chunk_size
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        if not self.causal:
+            return linear_attention_bidirectional(self.phi.query(q), self.phi.key(k), v, key_mask=key_mask)
+        loop = chunked_loop(
+            self.phi.query, self.phi.key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size
+        )
+        return loop[0]
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
+        """Attend from new tokens to `cache` (State: of constant size) and to each other."""
+        state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
+        if T == 1:
+            y, state = linear_attention_recurrent(self.phi.query(q, offset), self.phi.key(k, offset), v, state)
+        else:
+            y, state = chunked_loop(
+                self.phi.query, self.phi.key, q, k, v, state, offset=offset, chunk_size=self.chunk_size
+            )
+        cache.update(state=state, length=offset + T)
+        return y
+
+
+def make_attention(name: str, n_head: int, head_dim: int, **options) -> nn.Module:
+    """The causal attention called `name`: "softmax", or linear attention with that feature map.
+    Options go to `make_feature_map`. Raises ValueError for an unknown name."""
+    if name == "softmax":
+        return SoftmaxAttention()
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"unknown attention {name!r}: choose one of softmax, {', '.join(FEATURE_MAPS)}")
+    return LinearAttention(make_feature_map(name, n_head, head_dim, **options))

@@ -1,0 +1,324 @@
+"""What every command shares, a closed list: reading the command line, seeds, device and dtype,
+saving and loading checkpoints, the run log, and errors as one clear line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """Something the user can repair: one line that says what is wrong and what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """A failure in the middle of a run, after which earlier checkpoints are intact. Exit code 1."""
+
+
+@contextlib.contextmanager
+def as_user_error() -> Iterator[None]:
+    """A ValueError about the user's input becomes a UserError."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; turn every failure that a user can understand into one line on stderr."""
+    try:
+        main()
+        return
+    except UserError as e:
+        message, code = str(e), 2
+    except RunError as e:
+        message, code = str(e), 1
+    except KeyboardInterrupt as e:
+        message, code = str(e) or "interrupted before there was anything to save", 130
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        first = str(e).splitlines()[0] if str(e) else ""
+        message, code = f"out of memory: lower --batch_size or raise --grad_accum ({first})", 1
+    except OSError as e:
+        message, code = f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 1
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- command line
+
+Config = TypeVar("Config")
+
+
+def parse(default: Config, argv: list[str], description: str) -> tuple[Config, set[str]]:
+    """Read flags into a copy of the dataclass instance `default`: (config, names of the flags given).
+
+    --some_flag and --some-flag are the same; a bool takes true or false or stands alone.
+    Bad flags end the program with one line and exit code 2. Fields are explained by their comments.
+    """
+    import tyro  # here: half of its import time is spent on help texts that tests never read
+
+    fields = {f.name: f for f in dataclasses.fields(default)}
+    args, given, rest = [], set(), list(argv)
+    while rest:
+        arg = rest.pop(0)
+        name, _, value = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in fields:
+            args.append(arg)
+            continue
+        given.add(name)
+        if fields[name].type is not bool:
+            args.append(arg)
+            continue
+        if not value and rest and rest[0].lower() in ("true", "false"):
+            value = rest.pop(0)
+        if value.lower() not in ("", "true", "false"):
+            raise UserError(f"--{name} takes true or false, not {value!r}")
+        args.append(f"--no-{name}" if value.lower() == "false" else f"--{name}")
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            config = tyro.cli(type(default), default=default, args=args, description=description, use_underscores=True)
+        return config, given
+    except SystemExit as e:
+        if not e.code:
+            raise
+    for arg in args:  # say the nearest flag ourselves: tyro's suggestion is a box of many lines
+        name = arg.removeprefix("--").partition("=")[0].replace("-", "_")
+        if arg.startswith("--") and name.removeprefix("no_") not in fields and name != "help":
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown flag {arg.partition('=')[0]}: did you mean --{near}? (--help lists all)")
+    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in stderr.getvalue().splitlines()]
+    raise UserError(" ".join(line for line in lines[1:3] if line) + " (--help lists all flags)")
+
+
+# ---------------------------------------------------------------- seeds, device, dtype
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is cuda where there is one, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"device {name!r} is not available here: use --device auto, or cpu") from e
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
+    loss scaler. Weights, feature maps, states and denominators are float32 in any case."""
+    cpu_has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_it = {"cpu": cpu_has_it, "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)}
+    if name == "auto":
+        return torch.bfloat16 if has_it.get(device.type, False) else torch.float32
+    if name == "float32":
+        return torch.float32
+    if name != "bfloat16":
+        raise UserError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    if device.type == "cuda" and not has_it["cuda"]:
+        raise UserError("this GPU has no bfloat16: use --dtype float32")
+    return torch.bfloat16
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of all randomness of one step (dropout; batches): a function of (seed, step, rank) and
+    of nothing else, so that a resumed run draws what the uninterrupted run would have drawn."""
+    return zlib.crc32(f"{seed} {step} {rank}".encode())
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """state_dict without the second names of tied weights (lm_head.weight is transformer.wte.weight)."""
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
+    return {name: model.state_dict()[name] for name in first.values()}
+
+
+def checksum(tensors: dict[str, Tensor], meta: str) -> str:
+    """CRC-32 of every name, dtype, shape and byte: finds any flipped bit."""
+    crc = zlib.crc32(meta.encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary file beside path), fsync, rename: path is old or new at any moment, never half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        write(beside)
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the rename itself
+            os.close(folder)
+    except (OSError, SafetensorError) as e:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {e}; what was there before is intact") from e
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **meta) -> None:
+    """One safetensors file: weights under "model.", optimiser state under "optimizer.<parameter>.", and
+    `meta` (configuration, step, seed ...: anything JSON) in its header with a checksum."""
+    tensors = {f"model.{n}": t for n, t in unique_tensors(model).items()}
+    if optimizer is not None:
+        names = {id(p): n for n, p in model.named_parameters()}
+        for p, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(p)]}.{key}": torch.as_tensor(t) for key, t in state.items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    text = json.dumps(meta)
+    header = {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)}
+    write_atomically(path, lambda beside: save_file(tensors, beside, header))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, meta) of a file from save_checkpoint, or of the best one in a run's folder.
+    Never unpickles. Raises UserError for a missing, damaged or foreign file."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("best.safetensors" if (path / "best.safetensors").exists() else "last.safetensors")
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a .safetensors file of a run, or the run's out_dir")
+    try:
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged ({e}): use another") from e
+    if header.get("format") != "hedgehog-1" or "meta" not in header:
+        raise UserError(f"{path} is a safetensors file, but not a checkpoint of this program")
+    if checksum(tensors, header["meta"]) != header.get("crc32"):
+        raise UserError(f"{path} is damaged (its checksum is wrong): use another checkpoint, or train again")
+    return tensors, json.loads(header["meta"])
+
+
+def restore(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None, path: Any = "it"
+) -> None:
+    """Copy a checkpoint's tensors into the model, and into the optimiser if one is given."""
+    have = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    want = unique_tensors(model)
+    wrong = [f"{n} is missing" for n in want if n not in have] + [f"{n} is unknown" for n in have if n not in want]
+    wrong += [
+        f"{n} has shape {tuple(have[n].shape)}, not {tuple(t.shape)}"
+        for n, t in want.items() if n in have and have[n].shape != t.shape
+    ]  # fmt: skip
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}{more}")
+    with torch.no_grad():
+        for name, tensor in want.items():
+            tensor.copy_(have[name])
+    if optimizer is None:
+        return
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            prefix = f"optimizer.{names[id(p)]}."
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if not state:
+                raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
+            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+
+
+# ---------------------------------------------------------------- the log
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, command, versions and machine: what a number needs beside it to be worth anything."""
+
+    def git(*args: str) -> str:
+        try:
+            here = Path(__file__).parent
+            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": machine(),
+    }  # fmt: skip
+
+
+def machine() -> str:
+    """The processor by name, with the number of threads or GPUs in use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+class Log:
+    """A run as JSON lines. The first has the configuration and provenance, the others a `step`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        entries = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
+                entries.append(json.loads(line))
+        return entries
+
+    def start(self, header: dict, step: int) -> None:
+        """Begin a log, or (step > 0) go on with one: what was logged after `step` will come again."""
+        kept = [e for e in self.read() if e.get("step", 0) <= step] if step else []
+        text = "".join(json.dumps(e) + "\n" for e in [*kept, header])
+        write_atomically(self.path, lambda beside: beside.write_text(text))
+
+    def write(self, **entry) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a question, `if stop.asked:`. A second Ctrl-C ends the program at once."""
+
+    def __init__(self):
+        self.asked = ""
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame) -> None:
+        self.asked = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

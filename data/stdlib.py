@@ -1,0 +1,34 @@
+"""The source of Python's own standard library: about 12 MB of real text that every machine has.
+
+python data/stdlib.py [FOLDER]     FOLDER: another tree of .py files
+"""
+
+import sysconfig
+from pathlib import Path
+
+TOKENIZER = "bytes"
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # some systems have no tests
+
+
+def root(data_dir: str) -> Path:
+    return Path(data_dir or sysconfig.get_path("stdlib"))
+
+
+def files(data_dir: str) -> list[Path]:
+    top = root(data_dir)
+    return sorted(p for p in top.rglob("*.py") if LEFT_OUT.isdisjoint(p.relative_to(top).parts))
+
+
+def splits(data_dir: str) -> dict:
+    from data import split_files
+
+    return split_files(files(data_dir), root(data_dir))
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from data import main
+
+    main("stdlib")

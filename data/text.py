@@ -1,0 +1,39 @@
+"""Any UTF-8 text: a file (its last tenth is validation) or a folder (every 20th file is).
+
+python data/text.py FILE_OR_FOLDER
+"""
+
+from pathlib import Path
+
+TOKENIZER = "bytes"
+
+
+def files(data_dir: str) -> list[Path]:
+    from common import UserError
+
+    if not data_dir:
+        raise UserError("--dataset text needs --data_dir FILE_OR_FOLDER with UTF-8 text")
+    top = Path(data_dir)
+    found = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(top).parts)]
+    if not found:
+        raise UserError(f"no files in {data_dir}: put UTF-8 text there")
+    return found
+
+
+def splits(data_dir: str) -> dict:
+    from data import read_text, split_file, split_files
+
+    found = files(data_dir)
+    if len(found) == 1:
+        return split_file(read_text(found[0]))
+    return split_files(found, Path(data_dir))
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from data import main
+
+    main("text")

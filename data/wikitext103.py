@@ -1,0 +1,62 @@
+"""WikiText-103 (Merity et al., 2017), 103 million words of Wikipedia: the paper's language modelling data.
+
+python data/wikitext103.py [FOLDER]
+
+From the hub (`Salesforce/wikitext`, raw), or from a folder with the original files: wiki.train.raw,
+wiki.valid.raw, perhaps wiki.test.raw; or the same names with .tokens (rare words are <unk> there).
+The hub's rows, joined, are the original raw file to the letter.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TOKENIZER = "gpt2"
+NAMES = {"train": "train", "validation": "valid", "test": "test"}
+
+
+def files(data_dir: str) -> list[Path]:
+    """wiki.{train,valid,test}.raw if training and validation text are there, else .tokens."""
+    from common import UserError
+
+    if not data_dir:
+        return []
+    for ending in ("raw", "tokens"):
+        found = [Path(data_dir) / f"wiki.{name}.{ending}" for name in NAMES.values()]
+        if found[0].is_file() and found[1].is_file():
+            return [p for p in found if p.is_file()]
+    raise UserError(
+        f"{data_dir} does not hold WikiText: put wiki.train.raw and wiki.valid.raw there, or wiki.train.tokens "
+        "and wiki.valid.tokens"
+    )
+
+
+def lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="\n") as f:
+        yield from f
+
+
+def rows(dataset) -> Iterator[str]:
+    for batch in dataset.iter(1000):
+        yield "".join(row or " \n" for row in batch["text"])  # the hub stripped blank lines
+
+
+def splits(data_dir: str, config: str = "wikitext-103-raw-v1") -> dict[str, Iterable[str]]:
+    from data import hub
+
+    if local := files(data_dir):
+        return {split: lines(p) for split, name in NAMES.items() for p in local if p.name.split(".")[1] == name}
+    remedy = (
+        "put the original wiki.train.raw and wiki.valid.raw (or wiki.train.tokens and wiki.valid.tokens) "
+        "into a folder and pass --data_dir FOLDER"
+    )
+    dataset = hub("Salesforce/wikitext", config, remedy=remedy)
+    return {split: rows(dataset[split]) for split in NAMES}
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from data import main
+
+    main("wikitext103")

@@ -1,0 +1,30 @@
+"""WikiText-2: 2 million words; its validation and test texts are WikiText-103's.
+
+python data/wikitext2.py [FOLDER]     FOLDER: as for wikitext103.py
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+TOKENIZER = "gpt2"
+
+
+def files(data_dir: str) -> list[Path]:
+    from data import wikitext103
+
+    return wikitext103.files(data_dir)
+
+
+def splits(data_dir: str) -> dict[str, Iterable[str]]:
+    from data import wikitext103
+
+    return wikitext103.splits(data_dir, "wikitext-2-raw-v1")
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from data import main
+
+    main("wikitext2")

@@ -1,0 +1,269 @@
+"""Feature maps phi: what replaces softmax's exp(q.k) by phi(q).phi(k).
+
+    y_i = phi(q_i) sum_{j<=i} phi(k_j) v_j^T / phi(q_i) sum_{j<=i} phi(k_j)          (Eq. 2)
+
+One small class per map; `FEATURE_MAPS` names them all; `make_feature_map` builds one.
+Shapes: B batch, T time, H heads, D head dim, F features; x is (B, H, T, D), phi(x) is (B, H, T, F).
+
+Why every feature lies between 1e-15 and 1e15 (Taylor's apart, which may be negative):
+a product of two features then stays between 1e-30 and 1e30. So in float32 no sum over features
+and keys overflows, and no row of attention weights is 0/0, also where ReLU features of a query and
+a key are orthogonal or where softmax features underflow. Within these limits nothing is altered.
+
+A new map is a subclass of FeatureMap with `feature_dim` and `features(x, offset)`, plus one entry
+in FEATURE_MAPS; see CONTRIBUTING.md.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FLOOR, CEIL = 1e-15, 1e15
+EXP_MAX = math.log(CEIL)  # 34.5: exp() of anything in [-EXP_MAX, EXP_MAX] keeps the limits above
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Context in which matrix products keep the dtype of their inputs: bfloat16 sums of keys drift."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays; float32 stays; half precisions become float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class FeatureMap(nn.Module):
+    """Base of all maps.
+
+    `phi(x, offset=0)` maps (B, H, T, D) to (B, H, T, F), in float32 (float64 for float64 input).
+    `phi.query(x)` and `phi.key(x)` name the role; they differ only for `Untied` maps.
+    `offset` is the absolute position of the first token of x (only cosFormer looks at it).
+    """
+
+    feature_dim: int  # F
+
+    def __init__(self, n_head: int, head_dim: int):
+        super().__init__()
+        self.n_head, self.head_dim, self.feature_dim = n_head, head_dim, head_dim
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        with without_autocast(x):
+            return self.features(at_least_float32(x).clamp(-CEIL, CEIL), offset)
+
+    def query(self, x: Tensor, offset: int = 0) -> Tensor:
+        return self(x, offset)
+
+    def key(self, x: Tensor, offset: int = 0) -> Tensor:
+        return self(x, offset)
+
+
+class Untied(nn.Module):
+    """One map for queries and another for keys (`tie=False`); as a function it is the query's."""
+
+    def __init__(self, query: FeatureMap, key: FeatureMap):
+        super().__init__()
+        self.query, self.key, self.feature_dim = query, key, query.feature_dim
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        return self.query(x, offset)
+
+
+# ---------------------------------------------------------------- fixed maps
+
+
+class ELU(FeatureMap):
+    """1 + ELU(x) (Katharopoulos et al., 2020), written so that small values keep their digits."""
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        return x.clamp(min=0) + x.clamp(-EXP_MAX, 0).exp()  # x + 1 above zero, e^x below
+
+
+class ReLU(FeatureMap):
+    """max(x, 0)."""
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        return F.relu(x) + FLOOR
+
+
+class Exp(FeatureMap):
+    """exp(t x), element by element (App. B.1): spiky for large t, but not monotonic in q.k."""
+
+    def __init__(self, n_head: int, head_dim: int, t: float = 1.0):
+        super().__init__(n_head, head_dim)
+        self.t = t
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        return (self.t * x).clamp(-EXP_MAX, EXP_MAX).exp()
+
+
+class ExpT2(Exp):
+    """exp(2 x)."""
+
+    def __init__(self, n_head: int, head_dim: int, t: float = 2.0):
+        super().__init__(n_head, head_dim, t)
+
+
+class Performer(FeatureMap):
+    """FAVOR+ (Choromanski et al., 2020): random features whose products estimate exp(q.k / sqrt(D)).
+
+        phi(x) = exp(w_f.x' - |x'|^2 / 2),   x' = x / D^(1/4),   w_f orthogonal, |w_f|^2 ~ chi^2(D)
+
+    Drawn once, kept in checkpoints; `redraw()` draws again, on request only. The usual stabiliser, a
+    maximum over all keys, leaks the future. None is needed: the exponent is |w|^2/2 - |x'-w|^2/2, so
+    max |w|^2/2 bounds it for every x, and subtracting a constant cancels in the attention weights.
+    """
+
+    def __init__(self, n_head: int, head_dim: int, n_features: int | None = None):
+        super().__init__(n_head, head_dim)
+        self.feature_dim = n_features or 2 * head_dim
+        self.register_buffer("w", torch.empty(n_head, head_dim, self.feature_dim))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Draw new directions: orthogonal within each block of D, with the lengths of Gaussian vectors."""
+        H, D = self.n_head, self.head_dim
+        blocks = math.ceil(self.feature_dim / D)
+        gauss = torch.randn(2, H, blocks, D, D, generator=generator)
+        Q, R = torch.linalg.qr(gauss[0])
+        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # LAPACK's signs are not random
+        directions = Q * gauss[1].norm(dim=-2, keepdim=True)  # columns are w_f
+        self.w.copy_(directions.transpose(1, 2).reshape(H, D, blocks * D)[..., : self.feature_dim])
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        x, w = x / self.head_dim**0.25, self.w.to(x.dtype)
+        shift = (w.square().sum(1).max() / 2 - EXP_MAX).clamp(min=0)  # 0 unless D is above about 64
+        return (x @ w - x.square().sum(-1, keepdim=True) / 2 - shift).clamp(-EXP_MAX, EXP_MAX).exp()
+
+
+class CosFormer(FeatureMap):
+    """ReLU features that weigh near tokens more (Qin et al., 2022):
+
+        phi(x_i) = [relu(x_i) cos(pi i / 2M), relu(x_i) sin(pi i / 2M)]
+
+    so phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / 2M). M = `max_len` is fixed: with the
+    length of the current input, as elsewhere, a token decoded later would see other weights.
+    """
+
+    def __init__(self, n_head: int, head_dim: int, max_len: int = 8192):
+        super().__init__(n_head, head_dim)
+        self.feature_dim, self.max_len = 2 * head_dim, max_len
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        T = x.size(-2)
+        if offset + T > self.max_len:
+            raise ValueError(
+                f"cosformer was built for {self.max_len} positions (max_len) and got {offset + T}: "
+                "its weights would turn negative; build it with a larger max_len"
+            )
+        angle = math.pi / 2 / self.max_len * torch.arange(offset, offset + T, device=x.device, dtype=x.dtype)
+        x = F.relu(x)
+        return torch.cat([x * angle.cos()[:, None], x * angle.sin()[:, None]], dim=-1).add_(FLOOR)
+
+
+class Taylor(FeatureMap):
+    """Second-order Taylor series of exp: phi(q).phi(k) = 1 + s + s^2 / 2 >= 1/2 with s = q.k / sqrt(D).
+
+    x (x) x is symmetric, so its upper triangle is enough if the off-diagonal entries count twice:
+    F = 1 + D + D (D + 1) / 2, not 1 + D + D^2. Features may be negative, weights are not.
+    """
+
+    def __init__(self, n_head: int, head_dim: int):
+        super().__init__(n_head, head_dim)
+        rows, cols = torch.triu_indices(head_dim, head_dim)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("cols", cols, persistent=False)
+        self.feature_dim = 1 + head_dim + rows.numel()
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        x = (x / self.head_dim**0.25).clamp(-1e6, 1e6)
+        scale = torch.where(self.rows == self.cols, math.sqrt(0.5), 1.0).to(x.dtype)
+        pairs = x[..., self.rows] * x[..., self.cols] * scale  # sum_{a<=b} of squares = s^2 / 2
+        return torch.cat([torch.ones_like(x[..., :1]), x, pairs], dim=-1)
+
+
+# ---------------------------------------------------------------- learned maps
+
+
+class Learned(FeatureMap):
+    """u = W^T x + b with one W (D, D) and one b (D,) per head, Sec. 3. Starts as W = I, b = 0: at the
+    start phi sees the queries and keys themselves."""
+
+    def __init__(self, n_head: int, head_dim: int):
+        super().__init__(n_head, head_dim)
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(n_head, 1, 1))  # (H, D, D)
+        self.bias = nn.Parameter(torch.zeros(n_head, 1, head_dim))  # (H, 1, D)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype) + self.bias.to(x.dtype)
+
+
+class T2R(Learned):
+    """relu(W^T x + b): Transformer-to-RNN (Kasai et al., 2021)."""
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        return F.relu(self.linear(x)).clamp(max=CEIL) + FLOOR
+
+
+class Hedgehog(Learned):
+    """The paper's map as it is used: softmax over the features (Eq. 4) of u and of -u (Eq. 5).
+
+        phi(x) = [softmax(u), softmax(-u)],   u = W^T x + b,   F = 2 D
+    """
+
+    def __init__(self, n_head: int, head_dim: int):
+        super().__init__(n_head, head_dim)
+        self.feature_dim = 2 * head_dim
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        u = self.linear(x)
+        return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1).add_(FLOOR)
+
+
+class HedgehogExp(Learned):
+    """Eq. 5 with the plain exponential: phi(x) = [exp(u), exp(-u)], u = W^T x + b, F = 2 D.
+
+    Exact for |u| <= 34.5, where u saturates. Subtracting each key's maximum instead would be finite
+    for all u, but would change the attention weights everywhere.
+    """
+
+    def __init__(self, n_head: int, head_dim: int):
+        super().__init__(n_head, head_dim)
+        self.feature_dim = 2 * head_dim
+
+    def features(self, x: Tensor, offset: int) -> Tensor:
+        u = self.linear(x).clamp(-EXP_MAX, EXP_MAX)
+        return torch.cat([u.exp(), (-u).exp()], dim=-1)
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "elu": ELU,
+    "relu": ReLU,
+    "exp_t1": Exp,
+    "exp_t2": ExpT2,
+    "performer": Performer,
+    "cosformer": CosFormer,
+    "taylor": Taylor,
+    "t2r": T2R,
+    "hedgehog": Hedgehog,
+    "hedgehog_exp": HedgehogExp,
+}
+
+
+def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:
+    """Build the map called `name` for n_head heads of head_dim dimensions.
+
+    tie=False gives queries and keys a map each (learned maps only). Other options go to the class:
+    n_features (performer), max_len (cosformer), t (exp_t1, exp_t2).
+    Raises ValueError for an unknown name, and for tie=False on a map without parameters.
+    """
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {name!r}: choose one of {', '.join(FEATURE_MAPS)}")
+    cls = FEATURE_MAPS[name]
+    if tie:
+        return cls(n_head, head_dim, **options)
+    if not issubclass(cls, Learned):
+        raise ValueError(f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters")
+    return Untied(cls(n_head, head_dim, **options), cls(n_head, head_dim, **options))

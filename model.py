@@ -1,0 +1,238 @@
+"""nanoGPT's model with pluggable attention: softmax, or linear attention with any feature map.
+
+Names are GPT-2's (wte wpe h ln_1 c_attn c_proj ln_f lm_head), so its weights fit by name.
+Letters in shape comments: see the glossary in attention.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import make_attention
+from feature_maps import FeatureMap
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # tokens a training sequence holds
+    vocab_size: int = 50257  # GPT-2's
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+    attention: str = "hedgehog"  # "softmax" or the name of a feature map
+    position: str = "rope"  # "rope" or "learned"
+    tie: bool = True  # one feature map for queries and keys; False: one each
+    qk_gain: float = 1.0  # scales the initial query and key projections
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.qk_gain <= 0:
+            raise ValueError(f"qk_gain must be positive, not {self.qk_gain}")
+        if self.position not in ("rope", "learned"):
+            raise ValueError(f"unknown position {self.position!r}: choose rope or learned")
+        if self.position == "rope" and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"rope needs an even head dim, not n_embd / n_head = {self.n_embd // self.n_head}")
+
+    @classmethod
+    def of(cls, values: dict) -> "GPTConfig":
+        """From a larger mapping, such as the configuration in a checkpoint."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def rope_table(start: int, end: int, head_dim: int) -> Tensor:
+    """cos and sin of position x frequency (Su et al., 2021): (2, end - start, D). In float64 inside:
+    float32 is off by 0.06 rad at position 1e6."""
+    freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(start, end, dtype=torch.float64)[:, None] * freq  # (T, D/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (T, D)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the pairs (x_d, x_{d + D/2}) of x (B, H, T, D) by their angles: q.k then depends on i - j."""
+    cos, sin = rope.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        head_dim = config.n_embd // config.n_head
+        options = {} if config.tie else {"tie": False}
+        if config.attention == "cosformer":
+            options["max_len"] = config.block_size
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.attend = make_attention(config.attention, config.n_head, head_dim, **options)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)  # before phi: phi sees what softmax would see
+        y = self.attend(q, k, v) if cache is None else self.attend.extend(q, k, v, cache)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # tanh: as GPT-2
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        if config.position == "learned":
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            table = rope_table(0, config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rope", table, persistent=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf, 2017)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialisation; feature maps keep their own (W = I, b = 0)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.transformer.h:
+            for out in (block.attn.c_proj, block.mlp.c_proj):  # 2 L additions: keep the residual's variance
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            block.attn.c_attn.weight[: 2 * self.config.n_embd] *= self.config.qk_gain
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def param_groups(self, lr: float, weight_decay: float, map_lr_scale: float) -> list[dict]:
+        """For the optimiser: matrices and embeddings decay; biases and LayerNorms do not; feature maps
+        do not, and have a learning rate of their own."""
+        maps = [p for m in self.modules() if isinstance(m, FeatureMap) for p in m.parameters()]
+        rest = [p for p in self.parameters() if not any(p is m for m in maps)]
+        groups = [
+            dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=lr, weight_decay=weight_decay),
+            dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=lr, weight_decay=0.0),
+            dict(name="feature maps", params=maps, lr=lr * map_lr_scale, weight_decay=0.0),
+        ]
+        return [g for g in groups if g["params"]]
+
+    def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0) -> Tensor:
+        """Token ids (B, T) at positions offset .. offset + T -> final hidden states (B, T, C)."""
+        T, end, c = idx.size(1), offset + idx.size(1), self.config
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
+        if c.position == "learned":
+            if end > c.block_size:
+                raise ValueError(
+                    f"{end} tokens do not fit into the {c.block_size} learned positions of this model: "
+                    'shorten the text, or train with position="rope", which has no such limit'
+                )
+            x = x + self.transformer.wpe(torch.arange(offset, end, device=idx.device))
+        elif end <= c.block_size:
+            rope = self.rope[:, offset:end]
+        else:
+            rope = rope_table(offset, end, c.n_embd // c.n_head).to(x.device)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, None if caches is None else caches[i])
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) -> logits (B, T, V) and, with targets (B, T; -100 is ignored), the mean
+        cross-entropy in nats."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def stream(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield max_new_tokens tokens (B, 1) that continue idx (B, T), one by one.
+
+        The prompt is read once, in the chunked form. After it a token costs the same however long the
+        text is (linear attention: a state of constant size), or reads a KV cache (softmax).
+        temperature 0 takes the likeliest token. Dropout follows self.training: call eval() first.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        caches: list[dict] = [{} for _ in self.transformer.h]
+        offset = 0
+        for _ in range(max_new_tokens):
+            x = self.hidden(idx, caches, offset)[:, -1]  # (B, C)
+            offset += idx.size(1)
+            idx = sample_token(self.lm_head(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            yield idx
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        """idx (B, T) with max_new_tokens sampled tokens after it: (B, T + max_new_tokens)."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """logits (B, V) -> one token id each (B, 1): the likeliest at temperature 0, else drawn from the
+    top_k likeliest, or from the fewest that together reach probability top_p."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    probs = logits.softmax(-1)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:
+        before = probs.cumsum(-1) - probs  # the probability of all likelier tokens; 0 for the first
+        probs = probs.masked_fill(before >= top_p, 0)
+    return order.gather(-1, torch.multinomial(probs, 1, generator=generator))

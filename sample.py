@@ -1,0 +1,92 @@
+"""Text out of a checkpoint, printed as it is made.
+
+    python sample.py                                       the newest run in out/
+    python sample.py out/stdlib-hedgehog --prompt "class Queue"
+    python sample.py out/stdlib-hedgehog --prompt_file queue.py --max_new_tokens 5000
+    echo "import os" | python sample.py out/stdlib-hedgehog --prompt -
+
+With linear attention and RoPE the text may be of any length, at constant memory and speed.
+"""
+
+import codecs
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import UserError, load_checkpoint, parse, pick_device, restore, run
+from data import get_tokenizer, read_text
+from model import GPT, GPTConfig
+
+
+@dataclass
+class SampleConfig:
+    checkpoint: str = ""  # a run's folder or a .safetensors file; by default the newest run in out/
+    prompt: str = "\n"  # the text to continue; - reads it from standard input
+    prompt_file: str = ""  # a file with the text to continue
+    max_new_tokens: int = 500  # how many tokens to add
+    temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
+    top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # draw from the fewest tokens that together have this probability
+    seed: int = 1  # the same seed gives the same text
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense."""
+        if self.max_new_tokens < 0 or self.top_k < 0 or not 0 <= self.temperature < float("inf"):
+            raise UserError("max_new_tokens, top_k and temperature must be zero or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.prompt_file and self.prompt != SampleConfig.prompt:
+            raise UserError("give --prompt or --prompt_file, not both")
+
+
+def newest_run() -> Path:
+    runs = sorted(Path("out").glob("*/*.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError("there is no run in out/: train one with python train.py, or name a checkpoint")
+    return runs[-1].parent
+
+
+def read_prompt(config: SampleConfig) -> str:
+    if config.prompt_file:
+        return read_text(Path(config.prompt_file))
+    return sys.stdin.read() if config.prompt == "-" else config.prompt
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--checkpoint")
+    config, _ = parse(SampleConfig(), argv, __doc__)
+    config.check()
+    device, path = pick_device(config.device), config.checkpoint or newest_run()
+    tensors, meta = load_checkpoint(path)
+    model = GPT(GPTConfig.of(meta["config"]))
+    restore(tensors, model, path=path)
+    model.to(device).eval()
+
+    tokenizer, prompt = get_tokenizer(meta["tokenizer"]), read_prompt(config)
+    ids = torch.from_numpy(np.asarray(tokenizer.encode_many([prompt])[0], np.int64))[None]  # (1, T)
+    room = model.config.block_size if model.config.position == "learned" else float("inf")
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one character")
+    if ids.size(1) + config.max_new_tokens > room:
+        raise UserError(
+            f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the {room} learned "
+            "positions of this model: shorten the prompt or lower --max_new_tokens"
+        )
+    out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
+    print(prompt, end="", flush=True)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for token in model.stream(
+        ids.to(device), config.max_new_tokens, config.temperature, config.top_k or None, config.top_p, generator
+    ):
+        print(out.decode(tokenizer.decode_bytes(token[0].tolist())), end="", flush=True)
+    print(out.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,493 @@
+"""Train or finetune a GPT with softmax or linear attention: one loop, `fit`, and one command.
+
+    python train.py                                  a small GPT on Python's standard library, minutes on a CPU
+    python train.py wikitext103                      the paper's recipe (Table 1), one GPU
+    python train.py --attention softmax              or elu, performer, taylor ...: any feature map
+    python train.py --dataset text --data_dir FILE_OR_FOLDER
+    python train.py --eval_only --init_from out/stdlib-hedgehog
+    torchrun --nproc_per_node=2 train.py             several GPUs, or CPU processes
+
+Recipes are in configs/__init__.py; any field can be overridden on the command line.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from common import (
+    Log, RunError, StopSignal, UserError, as_user_error, load_checkpoint, parse, pick_device, pick_dtype,
+    provenance, restore, run, save_checkpoint, step_seed,
+)  # fmt: skip
+from configs import RECIPES
+from model import GPT, GPTConfig
+
+
+@dataclass
+class FitConfig:
+    """How to train anything."""
+
+    max_steps: int = 1800  # optimiser steps
+    batch_size: int = 8  # sequences an optimiser step sees, over all devices
+    grad_accum: int = 1  # pieces in which each device works through its share: less memory, same result
+    lr: float = 4e-3  # peak learning rate
+    map_lr_scale: float = 10.0  # the feature maps' learning rate is this times lr
+    warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    eval_interval: int = 200  # steps between validations; the best one's checkpoint is kept
+    save_interval: int = 200  # steps between checkpoints
+    log_interval: int = 10  # steps between lines of the log
+    seed: int = 1  # of initialisation, batches and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile: minutes to start; no gain on a CPU
+    out_dir: str = ""  # checkpoints, log and curve; by default out/DATASET-ATTENTION
+    resume: bool = False  # go on from the last checkpoint in out_dir, if there is one
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that make no sense."""
+        positive = "batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+        at_least_zero = "max_steps warmup_steps weight_decay grad_clip seed".split()
+        for name in positive + at_least_zero + ["beta1", "beta2"]:
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+                raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}")
+            if name.startswith("beta") and value >= 1:
+                raise ValueError(f"{name} must be below 1, not {value}")
+
+
+class World(NamedTuple):
+    """The processes that train together, one per device (torchrun starts them)."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def join_world(device: str) -> World:
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    world = World(rank, size, pick_device(device))
+    if size > 1 and not dist.is_initialized():
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+    return world
+
+
+def lr_factor(step: int, config: FitConfig) -> float:
+    """The learning rate of a step as a fraction of its peak: linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def broken_group(optimizer: torch.optim.Optimizer) -> str:
+    """Which parameter groups hold numbers that are not finite: the place to look when a loss is NaN."""
+    found = []
+    for group in optimizer.param_groups:
+        for what, tensors in (("weights", group["params"]), ("gradients", [p.grad for p in group["params"]])):
+            if any(t is not None and not t.isfinite().all() for t in tensors):
+                found.append(f"{what} of the {group['name']}")
+    return "not finite: " + (", ".join(found) or "the loss alone")
+
+
+MAY_CHANGE = set("max_steps grad_accum eval_interval save_interval log_interval device out_dir resume compile "
+                 "data_dir eval_tokens sample_tokens prompt init_from eval_only".split())  # fmt: skip
+
+
+def fit(
+    model: nn.Module,
+    groups: list[dict],
+    batch: Callable[[int], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
+    evaluate: Callable[[nn.Module], dict],
+    config: FitConfig,
+    world: World,
+    meta: dict,
+) -> dict:
+    """The training loop: every script of this repository that trains, trains here.
+
+    model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
+    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows: a function of the step
+        alone. Ranks and accumulation steps take their rows of it, so that their number changes nothing.
+    loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
+    meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
+
+    Writes last.safetensors, best.safetensors and log.jsonl into config.out_dir. Returns the last
+    evaluation. Raises RunError when the loss is not finite or a file cannot be written, and
+    KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
+    """
+    if config.batch_size % (world.size * config.grad_accum):
+        raise UserError(
+            f"batch_size ({config.batch_size}) must be divisible by processes x grad_accum "
+            f"({world.size} x {config.grad_accum})"
+        )
+    out, is_main, device = Path(config.out_dir), world.rank == 0, world.device
+    dtype = pick_dtype(config.dtype, device)
+    model.to(device)
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    start, best, log = 0, math.inf, Log(out / "log.jsonl")
+    if config.resume and (out / "last.safetensors").exists():
+        tensors, saved = load_checkpoint(out / "last.safetensors")
+        check_same_run(saved, meta, out)
+        restore(tensors, model, optimizer, out / "last.safetensors")
+        start, best = saved["step"], saved["best"]
+        tqdm.write(f"resuming {out} at step {start}")
+    elif config.resume:
+        tqdm.write(f"nothing to resume in {out}: starting at step 0")
+    elif is_main and (out / "last.safetensors").exists():
+        tqdm.write(f"{out} holds an earlier run: the first checkpoint of this one will replace it")
+    if is_main:
+        log.start({"step": start, **meta, **provenance()}, start)
+    if config.compile:
+        model.compile()
+    ddp = DistributedDataParallel(model) if world.size > 1 else None
+    rows = config.batch_size // world.size
+
+    def save(name: str, step: int) -> None:
+        if not all(p.isfinite().all() for p in params):
+            raise RunError(f"step {step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
+        save_checkpoint(out / name, model, optimizer, step=step, best=best, **meta)
+
+    result: dict = {}
+    stop, seconds = StopSignal(), time.perf_counter()
+    bar = tqdm(
+        total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    model.train()
+    for step in range(start, config.max_steps):
+        for group, peak in zip(optimizer.param_groups, peak_lrs):
+            group["lr"] = peak * lr_factor(step, config)
+        torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
+        mine = [t[world.rank * rows : (world.rank + 1) * rows] for t in batch(step)]
+        pieces = list(zip(*(t.chunk(config.grad_accum) for t in mine)))
+        total = torch.zeros((), device=device)
+        for i, piece in enumerate(pieces):
+            piece = [t.to(device, non_blocking=True) for t in piece]
+            quiet = ddp is not None and i < len(pieces) - 1  # ranks exchange gradients once a step
+            with ddp.no_sync() if quiet else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    piece_loss = loss(ddp or model, *piece) / len(pieces)
+                piece_loss.backward()
+            total += piece_loss.detach()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        asked = torch.tensor(float(bool(stop.asked)), device=device)
+        if ddp is not None:
+            dist.all_reduce(total)
+            total /= world.size
+            dist.all_reduce(asked)
+        if not torch.isfinite(total + norm):
+            raise RunError(
+                f"step {step}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
+                f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
+            )
+        if config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        bar.update()
+        if is_main and (done % config.log_interval == 0 or done == config.max_steps):
+            now = time.perf_counter()
+            entry = {"loss": total.item(), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            entry["tokens_per_s"] = round(batch_tokens(mine) * world.size * config.log_interval / (now - seconds))
+            seconds = now
+            log.write(step=done, **entry)
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s", refresh=False)
+        if is_main and (done % config.eval_interval == 0 or done == config.max_steps):
+            model.eval()
+            result = evaluate(model)
+            model.train()
+            log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
+            bar.write(f"step {done}: validation loss {result['loss']:.4f}")
+            if result["loss"] < best:
+                best = result["loss"]
+                save("best.safetensors", done)
+            seconds = time.perf_counter()
+        stopping = bool(asked.item())
+        if is_main and (done % config.save_interval == 0 or done == config.max_steps or stopping):
+            save("last.safetensors", done)
+        if stopping and done < config.max_steps:
+            bar.close()
+            raise KeyboardInterrupt(
+                f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}: go on with the same "
+                "command and --resume"
+            )
+    bar.close()
+    stop.restore()
+    return result
+
+
+def batch_tokens(rows: list[Tensor]) -> int:
+    return rows[0].numel()
+
+
+def check_same_run(saved: dict, meta: dict, out: Path) -> None:
+    """A resumed run must be the run that was interrupted; what may differ is said aloud."""
+    old, new = saved["config"], meta["config"]
+    changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)}
+    if wrong := [text for name, text in changed.items() if name not in MAY_CHANGE]:
+        raise UserError(
+            f"{out} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or start "
+            "a new run from its weights with --init_from and another --out_dir"
+        )
+    if "max_steps" in changed:
+        tqdm.write(f"changed: {changed['max_steps']} (the learning rate's schedule moves with it)")
+
+
+# ---------------------------------------------------------------- language modelling
+
+
+@dataclass
+class TrainConfig(GPTConfig, FitConfig):
+    """What `python train.py` takes: the model, how to fit it, and the data."""
+
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of each attention
+    n_embd: int = 128  # width of the model
+    block_size: int = 256  # tokens of context in training and evaluation
+    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
+    qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
+    dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
+    data_dir: str = ""  # local file or folder with the original text, instead of the hub
+    tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
+    init_from: str = ""  # start from the weights of this checkpoint or run folder
+    eval_only: bool = False  # evaluate --init_from (or the best checkpoint in out_dir) and stop
+    eval_split: str = "validation"  # with --eval_only: validation, test or train
+    eval_stride: int = 0  # tokens from window to window; 0: block_size, i.e. windows do not overlap
+    eval_tokens: int = 65536  # about so many scored tokens, evenly spaced; 0: all (--eval_only: always all)
+    sample_tokens: int = 400  # length of the sample at the end; 0: none
+    prompt: str = "def "  # how the sample begins
+
+    def check(self) -> None:
+        super().check()
+        for name in ("eval_stride", "eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
+        if self.eval_stride > self.block_size:
+            raise ValueError(f"eval_stride ({self.eval_stride}) must not exceed block_size ({self.block_size})")
+
+
+@torch.no_grad()
+def perplexity(
+    model: GPT, ids: np.ndarray, tokenizer, block_size: int, stride: int, max_tokens: int, dtype: torch.dtype
+) -> dict:
+    """Loss in nats a token, perplexity by token and by white-space separated word, bits per byte.
+
+    Over the fixed windows of data.windows_of; no randomness; 4,096 tokens a forward pass whatever the
+    batch size of the training; sums in float64. Every token is predicted from at most block_size
+    tokens before it, and at least block_size - stride of them (but at the very beginning).
+    """
+    device = next(model.parameters()).device
+    windows = data.windows_of(ids, block_size, stride, max_tokens)
+    nats, per_pass = 0.0, max(1, 4096 // block_size)
+    for i in range(0, len(windows), per_pass):
+        rows = [torch.from_numpy(ids[s : e + 1].astype(np.int64)) for s, e, _ in windows[i : i + per_pass]]
+        x = torch.stack([row[:-1] for row in rows])
+        y = torch.stack([row[1:] for row in rows])
+        for target, (start, _, first) in zip(y, windows[i : i + per_pass]):
+            target[: first - start] = -100  # scored by an earlier window
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits, _ = model(x.to(device))
+        losses = F.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten(), reduction="none")
+        nats += losses.double().sum().item() if device.type != "mps" else losses.cpu().double().sum().item()
+    text = b"".join(tokenizer.decode_bytes(ids[first + 1 : end + 1].tolist()) for _, end, first in windows)
+    tokens, words = sum(end - first for _, end, first in windows), len(text.split())
+    return {
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700)),
+        "word_perplexity": math.exp(min(nats / max(words, 1), 700)),
+        "bits_per_byte": nats / math.log(2) / len(text),
+        "tokens": tokens,
+        "words": words,
+        "bytes": len(text),
+    }
+
+
+def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GPT:
+    """A new GPT, or the one in --init_from. A flag that contradicts the checkpoint is an error."""
+    if not config.init_from:
+        config.vocab_size = tokens.vocab_size
+        with as_user_error():
+            return GPT(GPTConfig.of(asdict(config)))
+    tensors, saved = load_checkpoint(config.init_from)
+    if saved["tokenizer"] != tokens.tokenizer.name:
+        raise UserError(
+            f"{config.init_from} was trained on {saved['tokenizer']} tokens, and {config.dataset} is prepared as "
+            f"{tokens.tokenizer.name}: add --tokenizer {saved['tokenizer']}"
+        )
+    free = {"dropout", "block_size"} if saved["config"]["position"] == "rope" else {"dropout"}
+    for field in fields(GPTConfig):
+        there, here = saved["config"][field.name], getattr(config, field.name)
+        if field.name in given and field.name not in free and here != there:
+            raise UserError(f"--{field.name} {here} contradicts {config.init_from}, which has {there}: leave it out")
+        if field.name not in given or field.name not in free:
+            setattr(config, field.name, there)
+    with as_user_error():
+        model = GPT(GPTConfig.of(asdict(config)))
+    restore(tensors, model, path=config.init_from)
+    return model
+
+
+def read_config(argv: list[str]) -> tuple[TrainConfig, set[str]]:
+    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if recipe and recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or leave it out")
+    with as_user_error():
+        default = TrainConfig(**RECIPES[recipe or "stdlib"])
+        config, given = parse(default, argv, f"{__doc__}\nRecipes: {', '.join(RECIPES)}.")
+        config.check()
+    if config.init_from and not recipe:  # the data that it was trained on, unless told otherwise
+        saved = load_checkpoint(config.init_from)[1]["config"]
+        if "dataset" not in given:
+            config.dataset, config.data_dir = saved["dataset"], config.data_dir or saved["data_dir"]
+    config.out_dir = config.out_dir or f"out/{config.dataset}-{config.attention}"
+    if config.eval_only and not config.init_from:
+        config.init_from = config.out_dir
+    return config, given
+
+
+def main() -> None:
+    config, given = read_config(sys.argv[1:])
+    began = time.perf_counter()
+    world = join_world(config.device)
+    is_main = world.rank == 0
+    say = print if is_main else lambda *_: None
+    if not is_main:
+        dist.barrier()  # rank 0 prepares the data, the others find it prepared
+    tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
+    if is_main and world.size > 1:
+        dist.barrier()
+    torch.manual_seed(config.seed)
+    model = build_model(config, given, tokens)
+    stride = config.eval_stride or config.block_size
+
+    def evaluate(model: nn.Module, split: str = "validation", max_tokens: int = config.eval_tokens) -> dict:
+        ids = tokens.split(split, config.block_size)
+        dtype = torch.float32 if config.eval_only and config.dtype == "auto" else pick_dtype(config.dtype, world.device)
+        return perplexity(model, ids, tokens.tokenizer, config.block_size, stride, max_tokens, dtype)
+
+    if config.eval_only:
+        result = evaluate(model.to(world.device).eval(), config.eval_split, 0)
+        say(
+            f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
+            f"word perplexity {result['word_perplexity']:.4f}, bits per byte {result['bits_per_byte']:.4f}, "
+            f"loss {result['loss']:.4f} nats (context {config.block_size}, stride {stride}, {result['tokens']:,} tokens, "
+            f"{result['words']:,} words, {result['bytes']:,} bytes)"
+        )
+        return
+
+    ids = tokens.split("train", config.block_size)
+    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
+    out = Path(config.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir {out} ({e.strerror}): choose another folder") from e
+    say(
+        f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
+        f"{tokens.tokenizer.name} tokens), {world.size} x {world.device.type}, "
+        f"{str(pick_dtype(config.dtype, world.device)).removeprefix('torch.')}, out_dir {out}"
+    )
+    result = fit(
+        model,
+        model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
+        batch=lambda step: data.batch_of(ids, step, config.batch_size, config.block_size, config.seed),
+        loss=lambda model, x, y: model(x, y)[1],
+        evaluate=evaluate,
+        config=config,
+        world=world,
+        meta={"config": asdict(config), "tokenizer": tokens.tokenizer.name},
+    )
+    if is_main:
+        report(config, model, evaluate, tokens, began)
+
+
+def report(config: TrainConfig, model: GPT, evaluate: Callable, tokens: data.Tokens, began: float) -> None:
+    """The end of a run: a sample from the best checkpoint, the curve, and one line of numbers."""
+    best = Path(config.out_dir) / "best.safetensors"
+    restore(load_checkpoint(best)[0], model, path=best)
+    model.eval()
+    device = next(model.parameters()).device
+    if config.sample_tokens:
+        prompt = torch.from_numpy(np.asarray(tokens.tokenizer.encode_many([config.prompt])[0], np.int64))[None]
+        generator = torch.Generator(device).manual_seed(config.seed)
+        text = model.generate(prompt.to(device), config.sample_tokens, temperature=0.8, generator=generator)
+        print(f"--- sample\n{tokens.tokenizer.decode_bytes(text[0].tolist()).decode(errors='replace')}\n---")
+    log = Log(Path(config.out_dir) / "log.jsonl")
+    plot_curve(log, Path(config.out_dir) / "curve.png")
+    result, minutes = evaluate(model), (time.perf_counter() - began) / 60
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    log.write(step=config.max_steps, minutes=round(minutes, 2), peak_gib=round(peak, 2), final=result)
+    print(
+        f"validation loss {result['loss']:.4f} nats per token, {result['bits_per_byte']:.4f} bits per byte, "
+        f"{minutes:.1f} minutes, peak memory {peak:.1f} GiB, checkpoint {best}"
+    )
+
+
+def plot_curve(log: Log, path: Path) -> None:
+    """Training and validation loss against steps, as a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss curve: pip install matplotlib, then the same command with --resume draws it")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = log.read()
+    config = entries[0]["config"]
+    train = [(e["step"], e["loss"]) for e in entries if "loss" in e]
+    val = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(*zip(*train), color="0.7", label="training batch")
+    axes.plot(*zip(*val), "o-", color="#0b5394", label="validation")
+    axes.set(
+        xlabel="optimiser step", ylabel="loss (nats per token)",
+        title=f"{config['attention']} attention on {config['dataset']}: {val[-1][1]:.3f} after {val[-1][0]} steps",
+    )  # fmt: skip
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.text(0.01, 0.005, entries[0]["command"], fontsize=6, color="0.4")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        run(main)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
