@@ -88,9 +88,7 @@ def softmax_attention(
 # ---------------------------------------------------------------- linear
 
 
-def linear_weights(
-    phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
-) -> Tensor:
+def linear_weights(phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None) -> Tensor:
     """A_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m): (B, H, T, F) twice -> (B, H, T, T).
     Rows sum to one."""
     with without_autocast(phi_q):
@@ -119,7 +117,8 @@ def linear_attention_recurrent(
             S = S + k[..., :, None] * u[..., None, :]  # (B, H, F, D)
             z = z + k  # (B, H, F)
             ys.append(normalise((q[..., None, :] @ S).squeeze(-2), (q * z).sum(-1, keepdim=True)))  # (B, H, D)
-    return torch.stack(ys, 2).to(v.dtype) if ys else torch.zeros_like(v), State(S, z)
+    y = torch.stack(ys, 2) if ys else (phi_q @ S.to(phi_q.dtype))  # T = 0: (B, H, 0, D)
+    return y.to(v.dtype), State(S, z)
 
 
 def linear_attention_chunked(
@@ -219,9 +218,7 @@ class LinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if not self.causal:
             return linear_attention_bidirectional(self.phi.query(q), self.phi.key(k), v, key_mask=key_mask)
-        loop = chunked_loop(
-            self.phi.query, self.phi.key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size
-        )
+        loop = chunked_loop(self.phi.query, self.phi.key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size)
         return loop[0]
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:

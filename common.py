@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -56,9 +57,10 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        first = str(e).splitlines()[0] if str(e) else ""
-        message, code = f"out of memory: lower --batch_size or raise --grad_accum ({first})", 1
+    except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is a RuntimeError; on a CPU it is a plain one
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
+            raise
+        message, code = "out of memory: lower --batch_size or --block_size, or raise --grad_accum", 1
     except OSError as e:
         message, code = f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 1
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -76,8 +78,6 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
     --some_flag and --some-flag are the same; a bool takes true or false or stands alone.
     Bad flags end the program with one line and exit code 2. Fields are explained by their comments.
     """
-    import tyro  # here: half of its import time is spent on help texts that tests never read
-
     fields = {f.name: f for f in dataclasses.fields(default)}
     args, given, rest = [], set(), list(argv)
     while rest:
@@ -91,7 +91,7 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
         if fields[name].type is not bool:
             args.append(arg)
             continue
-        if not value and rest and rest[0].lower() in ("true", "false"):
+        if not value and rest and not rest[0].startswith("-"):
             value = rest.pop(0)
         if value.lower() not in ("", "true", "false"):
             raise UserError(f"--{name} takes true or false, not {value!r}")
@@ -110,14 +110,15 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown flag {arg.partition('=')[0]}: did you mean --{near}? (--help lists all)")
     lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in stderr.getvalue().splitlines()]
-    raise UserError(" ".join(line for line in lines[1:3] if line) + " (--help lists all flags)")
+    what = " ".join(line for line in lines[1:3] if line).removeprefix(f"Error parsing {type(default).__name__}: ")
+    raise UserError(f"{what} (--help lists all flags)")
 
 
 # ---------------------------------------------------------------- seeds, device, dtype
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one, else mps, else cpu."""
+    """ "auto" is cuda where there is one, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -129,7 +130,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
+    """ "auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
     loss scaler. Weights, feature maps, states and denominators are float32 in any case."""
     cpu_has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     has_it = {"cpu": cpu_has_it, "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)}

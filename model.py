@@ -20,13 +20,14 @@ from feature_maps import FeatureMap
 class GPTConfig:
     block_size: int = 1024  # tokens a training sequence holds
     vocab_size: int = 50257  # GPT-2's
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # heads of each attention
+    n_embd: int = 768  # width: C = H D
+    dropout: float = 0.0  # of embeddings and of what attention and MLP add
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     attention: str = "hedgehog"  # "softmax" or the name of a feature map
     position: str = "rope"  # "rope" or "learned"
+    rope_base: float = 10000.0  # slowest rotation of rope: 2 pi times so many tokens
     tie: bool = True  # one feature map for queries and keys; False: one each
     qk_gain: float = 1.0  # scales the initial query and key projections
 
@@ -38,8 +39,9 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.qk_gain <= 0:
-            raise ValueError(f"qk_gain must be positive, not {self.qk_gain}")
+        for name in ("qk_gain", "rope_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.position not in ("rope", "learned"):
             raise ValueError(f"unknown position {self.position!r}: choose rope or learned")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:
@@ -51,10 +53,10 @@ class GPTConfig:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
-def rope_table(start: int, end: int, head_dim: int) -> Tensor:
+def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Tensor:
     """cos and sin of position x frequency (Su et al., 2021): (2, end - start, D). In float64 inside:
     float32 is off by 0.06 rad at position 1e6."""
-    freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, end, dtype=torch.float64)[:, None] * freq  # (T, D/2)
     angle = torch.cat([angle, angle], dim=-1)  # (T, D)
     return torch.stack([angle.cos(), angle.sin()]).float()
@@ -131,7 +133,7 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            table = rope_table(0, config.block_size, config.n_embd // config.n_head)
+            table = rope_table(0, config.block_size, config.n_embd // config.n_head, config.rope_base)
             self.register_buffer("rope", table, persistent=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf, 2017)
@@ -180,7 +182,7 @@ class GPT(nn.Module):
         elif end <= c.block_size:
             rope = self.rope[:, offset:end]
         else:
-            rope = rope_table(offset, end, c.n_embd // c.n_head).to(x.device)
+            rope = rope_table(offset, end, c.n_embd // c.n_head, c.rope_base).to(x.device)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, None if caches is None else caches[i])
@@ -207,6 +209,8 @@ class GPT(nn.Module):
         """
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token")
+        if idx.max() >= self.config.vocab_size or idx.min() < 0:
+            raise ValueError(f"token id {idx.max().item()} is outside the vocabulary of {self.config.vocab_size}")
         caches: list[dict] = [{} for _ in self.transformer.h]
         offset = 0
         for _ in range(max_new_tokens):

@@ -7,73 +7,48 @@
     python train.py --eval_only --init_from out/stdlib-hedgehog
     torchrun --nproc_per_node=2 train.py             several GPUs, or CPU processes
 
-Recipes are in configs/__init__.py; any field can be overridden on the command line.
+Recipes and fields are in configs/__init__.py; any field can be overridden on the command line.
 """
 
 import contextlib
 import datetime
-import json
 import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from common import (
-    Log, RunError, StopSignal, UserError, as_user_error, load_checkpoint, parse, pick_device, pick_dtype,
-    provenance, restore, run, save_checkpoint, step_seed,
+    Log,
+    RunError,
+    StopSignal,
+    UserError,
+    as_user_error,
+    load_checkpoint,
+    parse,
+    pick_device,
+    pick_dtype,
+    provenance,
+    restore,
+    run,
+    save_checkpoint,
+    step_seed,
 )  # fmt: skip
-from configs import RECIPES
+from configs import RECIPES, FitConfig, TrainConfig
+from evaluate import perplexity, plot_curve
 from model import GPT, GPTConfig
-
-
-@dataclass
-class FitConfig:
-    """How to train anything."""
-
-    max_steps: int = 1800  # optimiser steps
-    batch_size: int = 8  # sequences an optimiser step sees, over all devices
-    grad_accum: int = 1  # pieces in which each device works through its share: less memory, same result
-    lr: float = 4e-3  # peak learning rate
-    map_lr_scale: float = 10.0  # the feature maps' learning rate is this times lr
-    warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
-    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
-    beta1: float = 0.9  # AdamW's memory of the gradient
-    beta2: float = 0.95  # AdamW's memory of its square
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    eval_interval: int = 200  # steps between validations; the best one's checkpoint is kept
-    save_interval: int = 200  # steps between checkpoints
-    log_interval: int = 10  # steps between lines of the log
-    seed: int = 1  # of initialisation, batches and dropout
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
-    compile: bool = False  # torch.compile: minutes to start; no gain on a CPU
-    out_dir: str = ""  # checkpoints, log and curve; by default out/DATASET-ATTENTION
-    resume: bool = False  # go on from the last checkpoint in out_dir, if there is one
-
-    def check(self) -> None:
-        """Raise ValueError for numbers that make no sense."""
-        positive = "batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
-        at_least_zero = "max_steps warmup_steps weight_decay grad_clip seed".split()
-        for name in positive + at_least_zero + ["beta1", "beta2"]:
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-                raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}")
-            if name.startswith("beta") and value >= 1:
-                raise ValueError(f"{name} must be below 1, not {value}")
 
 
 class World(NamedTuple):
@@ -266,72 +241,6 @@ def check_same_run(saved: dict, meta: dict, out: Path) -> None:
 # ---------------------------------------------------------------- language modelling
 
 
-@dataclass
-class TrainConfig(GPTConfig, FitConfig):
-    """What `python train.py` takes: the model, how to fit it, and the data."""
-
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # heads of each attention
-    n_embd: int = 128  # width of the model
-    block_size: int = 256  # tokens of context in training and evaluation
-    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
-    qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
-    dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
-    data_dir: str = ""  # local file or folder with the original text, instead of the hub
-    tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
-    init_from: str = ""  # start from the weights of this checkpoint or run folder
-    eval_only: bool = False  # evaluate --init_from (or the best checkpoint in out_dir) and stop
-    eval_split: str = "validation"  # with --eval_only: validation, test or train
-    eval_stride: int = 0  # tokens from window to window; 0: block_size, i.e. windows do not overlap
-    eval_tokens: int = 65536  # about so many scored tokens, evenly spaced; 0: all (--eval_only: always all)
-    sample_tokens: int = 400  # length of the sample at the end; 0: none
-    prompt: str = "def "  # how the sample begins
-
-    def check(self) -> None:
-        super().check()
-        for name in ("eval_stride", "eval_tokens", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
-        if self.eval_stride > self.block_size:
-            raise ValueError(f"eval_stride ({self.eval_stride}) must not exceed block_size ({self.block_size})")
-
-
-@torch.no_grad()
-def perplexity(
-    model: GPT, ids: np.ndarray, tokenizer, block_size: int, stride: int, max_tokens: int, dtype: torch.dtype
-) -> dict:
-    """Loss in nats a token, perplexity by token and by white-space separated word, bits per byte.
-
-    Over the fixed windows of data.windows_of; no randomness; 4,096 tokens a forward pass whatever the
-    batch size of the training; sums in float64. Every token is predicted from at most block_size
-    tokens before it, and at least block_size - stride of them (but at the very beginning).
-    """
-    device = next(model.parameters()).device
-    windows = data.windows_of(ids, block_size, stride, max_tokens)
-    nats, per_pass = 0.0, max(1, 4096 // block_size)
-    for i in range(0, len(windows), per_pass):
-        rows = [torch.from_numpy(ids[s : e + 1].astype(np.int64)) for s, e, _ in windows[i : i + per_pass]]
-        x = torch.stack([row[:-1] for row in rows])
-        y = torch.stack([row[1:] for row in rows])
-        for target, (start, _, first) in zip(y, windows[i : i + per_pass]):
-            target[: first - start] = -100  # scored by an earlier window
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits, _ = model(x.to(device))
-        losses = F.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten(), reduction="none")
-        nats += losses.double().sum().item() if device.type != "mps" else losses.cpu().double().sum().item()
-    text = b"".join(tokenizer.decode_bytes(ids[first + 1 : end + 1].tolist()) for _, end, first in windows)
-    tokens, words = sum(end - first for _, end, first in windows), len(text.split())
-    return {
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700)),
-        "word_perplexity": math.exp(min(nats / max(words, 1), 700)),
-        "bits_per_byte": nats / math.log(2) / len(text),
-        "tokens": tokens,
-        "words": words,
-        "bytes": len(text),
-    }
-
-
 def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GPT:
     """A new GPT, or the one in --init_from. A flag that contradicts the checkpoint is an error."""
     if not config.init_from:
@@ -386,6 +295,8 @@ def main() -> None:
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
     if is_main and world.size > 1:
         dist.barrier()
+    ids = tokens.split(config.eval_split if config.eval_only else "train", config.block_size)
+    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
     torch.manual_seed(config.seed)
     model = build_model(config, given, tokens)
     stride = config.eval_stride or config.block_size
@@ -405,8 +316,6 @@ def main() -> None:
         )
         return
 
-    ids = tokens.split("train", config.block_size)
-    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
     out = Path(config.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -455,34 +364,6 @@ def report(config: TrainConfig, model: GPT, evaluate: Callable, tokens: data.Tok
         f"validation loss {result['loss']:.4f} nats per token, {result['bits_per_byte']:.4f} bits per byte, "
         f"{minutes:.1f} minutes, peak memory {peak:.1f} GiB, checkpoint {best}"
     )
-
-
-def plot_curve(log: Log, path: Path) -> None:
-    """Training and validation loss against steps, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no loss curve: pip install matplotlib, then the same command with --resume draws it")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    entries = log.read()
-    config = entries[0]["config"]
-    train = [(e["step"], e["loss"]) for e in entries if "loss" in e]
-    val = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(*zip(*train), color="0.7", label="training batch")
-    axes.plot(*zip(*val), "o-", color="#0b5394", label="validation")
-    axes.set(
-        xlabel="optimiser step", ylabel="loss (nats per token)",
-        title=f"{config['attention']} attention on {config['dataset']}: {val[-1][1]:.3f} after {val[-1][0]} steps",
-    )  # fmt: skip
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.text(0.01, 0.005, entries[0]["command"], fontsize=6, color="0.4")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,85 @@
-"""Named recipes: what each changes of the defaults in train.py's TrainConfig and model.py's GPTConfig.
+"""What can be set, and the named recipes that set it.
 
 python train.py RECIPE [--any_field VALUE]
 """
 
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from model import GPTConfig
+
+
+@dataclass
+class FitConfig:
+    """How to train anything."""
+
+    max_steps: int = 1800  # optimiser steps
+    batch_size: int = 8  # sequences an optimiser step sees, over all devices
+    grad_accum: int = 1  # pieces in which each device works through its share: less memory, same result
+    lr: float = 4e-3  # peak learning rate
+    map_lr_scale: float = 10.0  # the feature maps' learning rate is this times lr
+    warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    eval_interval: int = 200  # steps between validations; the best one's checkpoint is kept
+    save_interval: int = 200  # steps between checkpoints
+    log_interval: int = 10  # steps between lines of the log
+    seed: int = 1  # of initialisation, batches and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile: minutes to start; no gain on a CPU
+    out_dir: str = ""  # checkpoints, log and curve; by default out/DATASET-ATTENTION
+    resume: bool = False  # go on from the last checkpoint in out_dir, if there is one
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that make no sense."""
+        positive = "batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+        at_least_zero = "max_steps warmup_steps weight_decay grad_clip seed".split()
+        for name in positive + at_least_zero + ["beta1", "beta2"]:
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+                raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}")
+            if name.startswith("beta") and value >= 1:
+                raise ValueError(f"{name} must be below 1, not {value}")
+
+
+@dataclass
+class TrainConfig(GPTConfig, FitConfig):
+    """What `python train.py` takes: the model, how to fit it, and the data."""
+
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # heads of each attention
+    n_embd: int = 128  # width: C = H D
+    block_size: int = 256  # tokens of context in training and evaluation
+    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
+    qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
+    dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
+    data_dir: str = ""  # local file or folder with the original text, instead of the hub
+    tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
+    init_from: str = ""  # start from the weights of this checkpoint or run folder
+    eval_only: bool = False  # evaluate --init_from (or the best checkpoint in out_dir) and stop
+    vocab_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256  # the tokenizer's
+    eval_split: str = "validation"  # with --eval_only: validation, test or train
+    eval_stride: int = 0  # tokens from window to window; 0: block_size, i.e. windows do not overlap
+    eval_tokens: int = 65536  # about so many scored tokens, evenly spaced; 0: all (--eval_only: always all)
+    sample_tokens: int = 400  # length of the sample at the end; 0: none
+    prompt: str = "def "  # how the sample begins
+
+    def check(self) -> None:
+        super().check()
+        for name in ("eval_stride", "eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
+        if self.eval_stride > self.block_size:
+            raise ValueError(f"eval_stride ({self.eval_stride}) must not exceed block_size ({self.block_size})")
+
+
+# What each recipe changes of the defaults above.
 RECIPES: dict[str, dict] = {
     # The first command: a small GPT on the source of Python's standard library, minutes on a laptop.
     "stdlib": dict(),

@@ -91,6 +91,8 @@ def read_text(path: Path) -> str:
 
 def split_file(text: str) -> dict[str, list[str]]:
     """The first 90% of a text for training, the rest for validation."""
+    if not text.strip():
+        raise UserError("the text is empty: give a file with more")
     cut = int(0.9 * len(text))
     return {"train": [text[:cut]], "validation": [text[cut:]]}
 
@@ -192,7 +194,10 @@ def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str,
     try:
         beside.mkdir(parents=True)
         for split, pieces in splits.items():
-            with open(beside / f"{split}.bin", "wb") as f, tqdm(desc=f"{name} {split}", unit="char", unit_scale=True) as bar:
+            with (
+                open(beside / f"{split}.bin", "wb") as f,
+                tqdm(desc=f"{name} {split}", unit="char", unit_scale=True) as bar,
+            ):
                 for blocks in batched(pieces, BLOCK):
                     for ids in tokenizer.encode_many(blocks):
                         f.write(np.asarray(ids, dtype).tobytes())
@@ -232,7 +237,7 @@ def batched(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
     yield [*blocks, rest] if rest else blocks
 
 
-# ---------------------------------------------------------------- batches and windows
+# ---------------------------------------------------------------- batches
 
 
 def batch_of(ids: np.ndarray, step: int, batch_size: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -241,19 +246,3 @@ def batch_of(ids: np.ndarray, step: int, batch_size: int, block_size: int, seed:
     starts = np.random.default_rng(step_seed(seed, step)).integers(0, len(ids) - block_size, batch_size)
     windows = torch.from_numpy(np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
-
-
-def windows_of(
-    ids: np.ndarray, block_size: int, stride: int, max_tokens: int = 0
-) -> list[tuple[int, int, int]]:
-    """Fixed evaluation windows [(start, end, first scored)]: x = ids[start:end] predicts ids[start+1:end+1],
-    of which those from `first scored` on count. Every token but the very first counts once.
-    max_tokens > 0: an evenly spaced part of the windows, with about that many scored tokens."""
-    windows, scored = [], 0
-    while scored < len(ids) - 1:
-        first, scored = scored, min(scored + (stride if windows else block_size), len(ids) - 1)
-        windows.append((max(0, scored - block_size), scored, first))
-    if max_tokens and max_tokens < len(ids) - 1:
-        n = max(1, max_tokens // stride)
-        windows = [windows[i * (len(windows) - 1) // n] for i in range(n)]
-    return windows

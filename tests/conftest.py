@@ -1,0 +1,75 @@
+"""Shared by all tests: a small text, and the commands run in this process or in another."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+TINY = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 6 --eval_interval 3 "
+    "--save_interval 3 --log_interval 1 --eval_tokens 200 --sample_tokens 5 --dtype float32 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_elsewhere(tmp_path_factory):
+    """Prepared data goes to a temporary folder, in this process and in those that tests start."""
+    import data
+
+    folder = tmp_path_factory.mktemp("prepared")
+    os.environ["HEDGEHOG_DATA"] = str(folder)
+    data.PREPARED = folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text("".join(f"{i} squared is {i * i}; la vie est très belle.\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(script, *flags) -> (exit code, stdout, stderr), in this process: no seconds of imports."""
+
+    def call(script: str, *flags) -> tuple[int, str, str]:
+        import importlib
+
+        import common
+
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        code = 0
+        try:
+            common.run(importlib.import_module(script).main)
+        except SystemExit as e:
+            code = e.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def train(command, text):
+    """train(*flags): a tiny run of train.py on the small text; returns (exit code, stdout, stderr)."""
+    return lambda *flags: command("train", "--dataset", "text", "--data_dir", text, *TINY, *flags)
+
+
+def start(*argv, **kwargs) -> subprocess.Popen:
+    """Start a command in a process of its own, one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, **{**pipes, **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Tests that set the number of threads leave it as it was."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,226 @@
+"""Checkpoints survive everything but are loaded only when whole; flags and errors are clear lines."""
+
+import json
+import os
+import pickle
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import common
+from common import Log, RunError, UserError, load_checkpoint, parse, restore, save_checkpoint, step_seed, unique_tensors
+from model import GPT, GPTConfig
+
+
+def small(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), **kwargs}))
+
+
+def trained(seed=0):
+    model = small(seed)
+    optimizer = torch.optim.AdamW(model.param_groups(1e-2, 0.1, 10.0))
+    model(torch.randint(11, (2, 8)), torch.randint(11, (2, 8)))[1].backward()
+    optimizer.step()
+    return model, optimizer
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_returns_weights_optimiser_and_meta_bitwise(tmp_path):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path / "c.safetensors", model, optimizer, step=7, config={"lr": 0.1}, best=float("inf"))
+    tensors, meta = load_checkpoint(tmp_path / "c.safetensors")
+    assert meta["step"] == 7 and meta["config"] == {"lr": 0.1} and meta["best"] == float("inf")
+    other = small(1)
+    other_optimizer = torch.optim.AdamW(other.param_groups(1e-2, 0.1, 10.0))
+    restore(tensors, other, other_optimizer)
+    for (n, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items()):
+        assert torch.equal(a, b), n
+    for p, q in zip(model.parameters(), other.parameters()):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, other_optimizer.state[q][key]), key
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert sum(t.numel() for n, t in tensors.items() if n.startswith("model.")) == model.num_params()
+
+
+def test_a_compiled_model_has_the_same_names():
+    model = small()
+    names = set(unique_tensors(model))
+    model.compile()
+    assert set(unique_tensors(model)) == names
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
+    path, bad = tmp_path / "c.safetensors", tmp_path / "bad.safetensors"
+    save_checkpoint(path, *trained(), step=100, config={}, best=1.0)
+    whole = path.read_bytes()
+    places = random.Random(0).sample(range(len(whole)), 300) + list(range(0, 1200, 7))  # the header's too
+    for place in places:
+        broken = bytearray(whole)
+        broken[place] ^= 1 << (place % 8)
+        bad.write_bytes(broken)
+        try:
+            tensors, meta = load_checkpoint(bad)
+        except UserError:
+            continue
+        # a space of the padding after the header may become another byte that JSON skips: harmless
+        good, good_meta = load_checkpoint(path)
+        assert meta == good_meta and all(torch.equal(tensors[n], good[n]) for n in good), place
+    for length in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        bad.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="not a checkpoint of this program, or is damaged"):
+            load_checkpoint(bad)
+
+
+def test_foreign_and_malicious_files_are_refused_and_nothing_is_executed(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": Malicious()}, tmp_path / "evil.safetensors")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious()))
+    save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "liar.safetensors", {"format": "hedgehog-1", "meta": "{}", "crc32": "0"})
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in (
+        "evil.safetensors",
+        "evil.pt",
+        "foreign.safetensors",
+        "liar.safetensors",
+        "text.safetensors",
+        "missing",
+    ):
+        with pytest.raises(UserError, match="checkpoint"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    save_checkpoint(tmp_path / "c.safetensors", small(), step=0)
+    tensors, _ = load_checkpoint(tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=r"wte.weight has shape \(11, 8\), not \(12, 8\)"):
+        restore(tensors, small(vocab_size=12))
+    with pytest.raises(UserError, match="h.1.ln_1.weight is missing.*and 11 more"):
+        restore(tensors, small(n_layer=2))
+    with pytest.raises(UserError, match="attend.phi.weight is unknown"):
+        restore(tensors, small(attention="elu"))
+    model = small()
+    with pytest.raises(UserError, match="no optimiser state"):
+        restore(tensors, model, torch.optim.AdamW(model.param_groups(1e-2, 0.1, 1.0)))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, small(0), step=1)
+    before = path.read_bytes()
+
+    def full_disk(tensors, path, header):
+        path.write_bytes(b"half of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "save_file", full_disk)
+    with pytest.raises(RunError, match="No space left on device.*intact"):
+        save_checkpoint(path, small(1), step=2)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass
+class Flags:
+    n_layer: int = 4  # how many
+    resume: bool = False  # go on
+    name: str = "x"  # what
+
+
+def test_flags_in_every_spelling():
+    read = lambda *argv: parse(Flags(), list(argv), "")[0]  # noqa: E731
+    assert read("--n_layer", "3").n_layer == read("--n-layer", "3").n_layer == read("--n_layer=3").n_layer == 3
+    for argv in (["--resume"], ["--resume", "true"], ["--resume=true"], ["--resume", "True"]):
+        assert read(*argv).resume is True
+    for argv in ([], ["--resume", "false"], ["--resume=False"], ["--no_resume"], ["--no-resume"]):
+        assert read(*argv).resume is False
+    assert read("--resume", "--name", "y") == Flags(resume=True, name="y")
+    assert read("--name", "-1").name == "-1"
+    assert parse(Flags(), ["--n-layer", "4"], "")[1] == {"n_layer"}
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--n_layr", "3"], "unknown flag --n_layr: did you mean --n_layer?"),
+        (["--resum"], "unknown flag --resum: did you mean --resume?"),
+        (["--n_layer", "x"], "--n_layer: invalid literal"),
+        (["--n_layer"], "Missing value for argument '--n_layer'"),
+        (["--resume", "maybe"], "--resume takes true or false, not 'maybe'"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_says_what_to_do(argv, line):
+    with pytest.raises(UserError) as e:
+        parse(Flags(), argv, "")
+    assert line in str(e.value) and "\n" not in str(e.value) and "help" in str(e.value) + "help"
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("do\nthis"), 2, "error: do this"), (RunError("broke"), 1, "error: broke"),
+        (torch.OutOfMemoryError("x"), 1, "error: out of memory"), (KeyboardInterrupt("saved"), 130, "saved"),
+        (OSError(28, "No space left on device", "log"), 1, "error: No space left on device: log"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
+    ],
+)  # fmt: skip
+def test_errors_leave_with_one_line_and_their_exit_code(error, code, line, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        common.run(main)
+    err = capsys.readouterr().err
+    assert e.value.code == code and line in err and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        common.run(main)
+
+
+# ---------------------------------------------------------------- seeds and the log
+
+
+def test_the_seed_of_a_step_differs_by_seed_step_and_rank_and_is_always_the_same():
+    seeds = {step_seed(s, t, r) for s in range(5) for t in range(50) for r in range(4)}
+    assert len(seeds) == 1000 and step_seed(1, 2, 3) == step_seed(1, 2, 3) == 4159356255
+
+
+def test_a_log_goes_on_after_the_step_that_was_saved_and_skips_half_a_line(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.start({"step": 0, "config": {}}, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1.0)
+    with open(log.path, "a") as f:
+        f.write('{"step": 4, "lo')  # killed here
+    log.start({"step": 2, "config": {}}, 2)
+    log.write(step=3, loss=2.0)
+    assert [(e["step"], e.get("loss")) for e in log.read()] == [(0, None), (1, 1.0), (2, 1.0), (2, None), (3, 2.0)]
+    assert all(json.loads(line) for line in log.path.read_text().splitlines())
+
+
+def test_dtype_auto_is_never_float16_and_follows_the_hardware():
+    cpu = torch.device("cpu")
+    assert common.pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert common.pick_dtype("float32", cpu) is torch.float32
+    with pytest.raises(UserError, match="not 'float16'"):
+        common.pick_dtype("float16", cpu)
+    with pytest.raises(UserError, match="'cuda:99' is not available"):
+        common.pick_device("cuda:99")

@@ -1,0 +1,209 @@
+"""Data sets: deterministic, split without overlap, the same tokens however the text is cut."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+import data
+from common import UserError
+from data import batch_of, batched, prepare, read_text, split_files
+from evaluate import windows_of
+
+
+def quiet(*_):
+    pass
+
+
+def write_files(folder, **texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in texts.items():
+        (folder / f"{name}.txt").write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_the_standard_library_is_split_by_file_without_overlap():
+    from data import stdlib
+
+    files = stdlib.files("")
+    assert len(files) > 300 and files == sorted(files) == stdlib.files("")
+    assert not any("site-packages" in str(f) or "/test/" in f.as_posix() for f in files)
+    split = {name: list(texts) for name, texts in stdlib.splits("").items()}
+    assert not set(split["train"]) & set(split["validation"])
+    share = sum(map(len, split["validation"])) / sum(map(len, split["train"]))
+    assert 0.02 < share < 0.1
+
+
+def test_a_folder_is_split_by_name_and_a_text_that_occurs_twice_is_used_once(tmp_path):
+    folder = write_files(tmp_path / "many", **{f"f{i}": f"text {i} " * 5 for i in range(100)}, empty=" \n")
+    write_files(folder / "copy", **{f"g{i}": f"text {i} " * 5 for i in range(100)})
+    first = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt")), folder).items()}
+    again = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt"), reverse=True), folder).items()}
+    assert first == again
+    assert len(first["train"]) + len(first["validation"]) == 100 == len(set(first["train"] + first["validation"]))
+    assert 0 < len(first["validation"]) < 20
+
+
+def test_two_files_are_enough_for_both_splits(tmp_path):
+    folder = write_files(tmp_path / "two", a="one " * 50, b="two " * 50)
+    tokens = prepare("text", str(folder), say=quiet)
+    assert {s: len(ids) for s, ids in tokens.splits.items()} == {"train": 200, "validation": 200}
+
+
+def test_one_file_gives_its_last_tenth_to_validation(text):
+    tokens = prepare("text", str(text), say=quiet)
+    whole = text.read_bytes()
+    assert bytes(tokens.splits["train"]) + bytes(tokens.splits["validation"]) == whole
+    assert abs(len(tokens.splits["validation"]) / len(whole) - 0.1) < 0.01
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def test_preparing_happens_once_and_again_when_the_text_changes(tmp_path):
+    folder, said = write_files(tmp_path / "t", a="one " * 50, b="two " * 50), []
+    for _ in range(2):
+        prepare("text", str(folder), say=said.append)
+    assert len(said) == 1
+    write_files(folder, a="three " * 60)
+    assert b"three" in bytes(np.concatenate(list(prepare("text", str(folder), say=said.append).splits.values())))
+    assert len(said) == 2
+
+
+def test_a_damaged_prepared_file_is_noticed(tmp_path):
+    folder = write_files(tmp_path / "d", a="one " * 50, b="two " * 50)
+    prepare("text", str(folder), say=quiet)
+    newest = max(data.PREPARED.iterdir(), key=lambda p: p.stat().st_mtime)
+    (newest / "train.bin").write_bytes(b"one")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        prepare("text", str(folder), say=quiet)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\x89PNG\0\0", "not UTF-8 text"),
+        (b"\xff\xfe\x80abc", "not UTF-8 text"),
+    ],
+)
+def test_files_that_are_not_text_are_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "input.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        prepare("text", str(path), say=quiet)
+
+
+@pytest.mark.parametrize(
+    "name, folder, complaint",
+    [
+        ("texts", "", "unknown data set 'texts'"), ("text", "", "needs --data_dir"),
+        ("text", "nowhere", "nowhere does not exist"), ("wikitext2", ".", "put wiki.train.raw"),
+        ("shakespeare", ".", "put tiny Shakespeare's input.txt"),
+    ],
+)  # fmt: skip
+def test_missing_data_is_one_clear_line(name, folder, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        prepare(name, folder, tokenizer="bytes", say=quiet)
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "wikitext103", "shakespeare"])
+def test_without_a_network_the_hub_error_says_which_files_go_where(name):
+    with pytest.raises(UserError, match=r"cannot get .* from the Hugging Face hub .*--data_dir FOLDER"):
+        prepare(name, tokenizer="bytes", say=quiet)
+
+
+def test_wikitext_reads_the_original_files_and_the_hubs_rows_alike(tmp_path):
+    """The hub strips blank lines of their space; joined again, both are the original file."""
+    from data import wikitext103
+
+    original = " \n = Title = \n \n A line about the lobster , with <unk> . \n \n"
+    for name in ("wiki.train.raw", "wiki.valid.raw", "wiki.valid.tokens"):
+        (tmp_path / name).write_text(original)
+    split = wikitext103.splits(str(tmp_path))
+    assert set(split) == {"train", "validation"} and "".join(split["train"]) == original
+
+    class Hub:
+        def iter(self, n):
+            lines = original.splitlines(keepends=True)
+            yield {"text": [line if line.strip() else "" for line in lines]}
+
+    assert "".join(wikitext103.rows(Hub())) == original
+
+
+def test_text_is_cut_only_where_the_bpe_cuts_too():
+    """Blocks joined are the text, and none begins inside a word or inside white space."""
+    text = "".join(f"word{i}  \n\n \t x{i} " for i in range(300)) + "y" * 500 + " end"
+    for size in (1, 7, 50, 333, 10_000):
+        pieces = [text[i : i + 90] for i in range(0, len(text), 90)]
+        blocks = [b for group in batched(pieces, size) for b in group]
+        assert "".join(blocks) == text
+        assert all(b[0].isspace() and not a[-1].isspace() for a, b in zip(blocks, blocks[1:]))
+    assert len([b for group in batched(["ab " * 4000], 100) for b in group]) > 50
+
+
+def test_blocks_of_text_have_the_tokens_of_the_whole_text(monkeypatch):
+    """With the pattern of GPT-2's tokenizer itself, here as a plain regular expression."""
+    regex = pytest.importorskip("regex", reason="comes with tiktoken")
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    text = "".join(f" = Title {i} = \n \n It's  {i}.5 \t km ;\n\n  they'll  go \n" for i in range(200))
+    whole = regex.findall(pattern, text)
+    for size in (5, 64, 1000):
+        assert [t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)] == whole
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert read_text(tmp_path / "bom.txt") == "abc"
+
+
+# ---------------------------------------------------------------- batches and windows
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    ids = np.arange(1000, dtype=np.uint16)
+    x, y = batch_of(ids, 5, 8, 20, seed=3)
+    assert x.shape == y.shape == (8, 20) and (y == x + 1).all()
+    assert (batch_of(ids, 5, 8, 20, seed=3)[0] == x).all()
+    assert (batch_of(ids, 6, 8, 20, seed=3)[0] != x).any() and (batch_of(ids, 5, 8, 20, seed=4)[0] != x).any()
+    x, y = batch_of(np.arange(21), 0, 3, 20, seed=0)  # just one window fits
+    assert (x[:, 0] == 0).all() and (y[:, -1] == 20).all()
+    ends = {batch_of(np.arange(22), s, 1, 20, seed=0)[1][0, -1].item() for s in range(40)}
+    assert ends == {20, 21}  # the last token is drawn too
+
+
+@pytest.mark.parametrize(
+    "n, block, stride", [(100, 10, 10), (103, 10, 10), (103, 10, 3), (8, 10, 10), (11, 10, 1), (2, 1, 1)]
+)
+def test_windows_score_every_token_but_the_first_exactly_once_with_context(n, block, stride):
+    scored = []
+    for start, end, first in windows_of(np.arange(n), block, stride):
+        assert end - start <= block and start <= first < end <= n - 1
+        if first > 0:
+            assert end - start == block and first - start >= block - stride
+        scored += range(first + 1, end + 1)
+    assert scored == list(range(1, n))
+
+
+def test_a_limited_evaluation_takes_evenly_spaced_windows_always_the_same():
+    some = windows_of(np.arange(10_001), 10, 10, max_tokens=500)
+    assert len(some) == 50 and some == windows_of(np.arange(10_001), 10, 10, max_tokens=500)
+    starts = [s for s, _, _ in some]
+    assert starts == sorted(starts) and starts[0] == 0 and starts[-1] > 9_500
+
+
+def test_prepared_tokens_are_identical_in_every_run(text):
+    digests = set()
+    for _ in range(2):
+        tokens = prepare("text", str(text), say=quiet)
+        digests.add(hashlib.sha256(bytes(tokens.splits["train"])).hexdigest())
+    assert len(digests) == 1
+    with pytest.raises(UserError, match="no split 'test'"):
+        tokens.split("test", 8)
+    with pytest.raises(UserError, match="too few for --block_size"):
+        tokens.split("validation", 10**6)
