@@ -3,6 +3,7 @@ saving and loading checkpoints, the run log, and errors as one clear line."""
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import io
 import json
@@ -15,9 +16,10 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,7 +55,8 @@ def run(main: Callable[[], None]) -> None:
     except RunError as e:
         message, code = str(e), 1
     except KeyboardInterrupt as e:
-        message, code = str(e) or "interrupted before there was anything to save", 130
+        print(str(e) or "interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -129,6 +132,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+class World(NamedTuple):
+    """The processes that train together, one per device (torchrun starts them)."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def join_world(device: str) -> World:
+    """This process's place in it, from torchrun's environment variables; alone without them."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    world = World(rank, size, pick_device(device))
+    if size > 1 and not dist.is_initialized():
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+    return world
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
     loss scaler. Weights, feature maps, states and denominators are float32 in any case."""
@@ -143,6 +168,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not has_it["cuda"]:
         raise UserError("this GPU has no bfloat16: use --dtype float32")
     return torch.bfloat16
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory in use so far, in GiB: the GPU's tensors, or the whole process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -176,7 +213,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
-        with open(beside, "rb") as f:
+        with open(beside, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
         if os.name == "posix":
@@ -265,9 +302,10 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
+    commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": (commit or "unknown") + ("+changes" if changes else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": machine(),

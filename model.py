@@ -169,7 +169,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0) -> Tensor:
         """Token ids (B, T) at positions offset .. offset + T -> final hidden states (B, T, C)."""
-        T, end, c = idx.size(1), offset + idx.size(1), self.config
+        end, c = offset + idx.size(1), self.config
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
         if c.position == "learned":

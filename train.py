@@ -11,16 +11,14 @@ Recipes and fields are in configs/__init__.py; any field can be overridden on th
 """
 
 import contextlib
-import datetime
+import json
 import math
-import os
-import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,41 +33,23 @@ from common import (
     RunError,
     StopSignal,
     UserError,
+    World,
     as_user_error,
+    join_world,
     load_checkpoint,
     parse,
-    pick_device,
+    peak_gib,
     pick_dtype,
     provenance,
     restore,
     run,
     save_checkpoint,
     step_seed,
-)  # fmt: skip
+    write_atomically,
+)
 from configs import RECIPES, FitConfig, TrainConfig
 from evaluate import perplexity, plot_curve
 from model import GPT, GPTConfig
-
-
-class World(NamedTuple):
-    """The processes that train together, one per device (torchrun starts them)."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-
-def join_world(device: str) -> World:
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    world = World(rank, size, pick_device(device))
-    if size > 1 and not dist.is_initialized():
-        if world.device.type == "cuda":
-            torch.cuda.set_device(world.device)
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
-    return world
 
 
 def lr_factor(step: int, config: FitConfig) -> float:
@@ -90,8 +70,9 @@ def broken_group(optimizer: torch.optim.Optimizer) -> str:
     return "not finite: " + (", ".join(found) or "the loss alone")
 
 
-MAY_CHANGE = set("max_steps grad_accum eval_interval save_interval log_interval device out_dir resume compile "
-                 "data_dir eval_tokens sample_tokens prompt init_from eval_only".split())  # fmt: skip
+# What a resumed run may set otherwise than the run that was interrupted.
+MAY_CHANGE = """max_steps grad_accum eval_interval save_interval log_interval device out_dir resume compile
+    data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
 
 
 def fit(
@@ -122,6 +103,8 @@ def fit(
             f"({world.size} x {config.grad_accum})"
         )
     out, is_main, device = Path(config.out_dir), world.rank == 0, world.device
+    say = tqdm.write if is_main else lambda _: None
+    make_writable(out)
     dtype = pick_dtype(config.dtype, device)
     model.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
@@ -130,14 +113,14 @@ def fit(
     start, best, log = 0, math.inf, Log(out / "log.jsonl")
     if config.resume and (out / "last.safetensors").exists():
         tensors, saved = load_checkpoint(out / "last.safetensors")
-        check_same_run(saved, meta, out)
+        check_same_run(saved, meta, out, say)
         restore(tensors, model, optimizer, out / "last.safetensors")
         start, best = saved["step"], saved["best"]
-        tqdm.write(f"resuming {out} at step {start}")
+        say(f"resuming {out} at step {start}")
     elif config.resume:
-        tqdm.write(f"nothing to resume in {out}: starting at step 0")
-    elif is_main and (out / "last.safetensors").exists():
-        tqdm.write(f"{out} holds an earlier run: the first checkpoint of this one will replace it")
+        say(f"nothing to resume in {out}: starting at step 0")
+    elif (out / "last.safetensors").exists():
+        say(f"{out} holds an earlier run: the first checkpoint of this one will replace it")
     if is_main:
         log.start({"step": start, **meta, **provenance()}, start)
     if config.compile:
@@ -151,7 +134,7 @@ def fit(
         save_checkpoint(out / name, model, optimizer, step=step, best=best, **meta)
 
     result: dict = {}
-    stop, seconds = StopSignal(), time.perf_counter()
+    stop, clock, clocked = StopSignal(), time.perf_counter(), start
     bar = tqdm(
         total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10,
@@ -192,11 +175,11 @@ def fit(
         bar.update()
         if is_main and (done % config.log_interval == 0 or done == config.max_steps):
             now = time.perf_counter()
-            entry = {"loss": total.item(), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            entry["tokens_per_s"] = round(batch_tokens(mine) * world.size * config.log_interval / (now - seconds))
-            seconds = now
-            log.write(step=done, **entry)
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s", refresh=False)
+            speed = (done - clocked) * config.batch_size * pieces[0][0][0].numel() / (now - clock)
+            clock, clocked = now, done
+            lr = optimizer.param_groups[0]["lr"]
+            log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
+            bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
         if is_main and (done % config.eval_interval == 0 or done == config.max_steps):
             model.eval()
             result = evaluate(model)
@@ -206,26 +189,29 @@ def fit(
             if result["loss"] < best:
                 best = result["loss"]
                 save("best.safetensors", done)
-            seconds = time.perf_counter()
+            clock, clocked = time.perf_counter(), done
         stopping = bool(asked.item())
         if is_main and (done % config.save_interval == 0 or done == config.max_steps or stopping):
             save("last.safetensors", done)
         if stopping and done < config.max_steps:
             bar.close()
-            raise KeyboardInterrupt(
-                f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}: go on with the same "
-                "command and --resume"
-            )
+            why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
+            raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if is_main else "")
     bar.close()
     stop.restore()
     return result
 
 
-def batch_tokens(rows: list[Tensor]) -> int:
-    return rows[0].numel()
+def make_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir {out} ({e.strerror}): choose another folder") from e
 
 
-def check_same_run(saved: dict, meta: dict, out: Path) -> None:
+def check_same_run(saved: dict, meta: dict, out: Path, say: Callable) -> None:
     """A resumed run must be the run that was interrupted; what may differ is said aloud."""
     old, new = saved["config"], meta["config"]
     changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)}
@@ -235,7 +221,7 @@ def check_same_run(saved: dict, meta: dict, out: Path) -> None:
             "a new run from its weights with --init_from and another --out_dir"
         )
     if "max_steps" in changed:
-        tqdm.write(f"changed: {changed['max_steps']} (the learning rate's schedule moves with it)")
+        say(f"changed: {changed['max_steps']} (the learning rate's schedule moves with it)")
 
 
 # ---------------------------------------------------------------- language modelling
@@ -311,24 +297,17 @@ def main() -> None:
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
             f"word perplexity {result['word_perplexity']:.4f}, bits per byte {result['bits_per_byte']:.4f}, "
-            f"loss {result['loss']:.4f} nats (context {config.block_size}, stride {stride}, {result['tokens']:,} tokens, "
-            f"{result['words']:,} words, {result['bytes']:,} bytes)"
+            f"loss {result['loss']:.4f} nats (context {config.block_size}, stride {stride}, "
+            f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes)"
         )
         return
 
-    out = Path(config.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as e:
-        raise UserError(f"cannot write to --out_dir {out} ({e.strerror}): choose another folder") from e
     say(
         f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
         f"{tokens.tokenizer.name} tokens), {world.size} x {world.device.type}, "
-        f"{str(pick_dtype(config.dtype, world.device)).removeprefix('torch.')}, out_dir {out}"
+        f"{str(pick_dtype(config.dtype, world.device)).removeprefix('torch.')}, out_dir {config.out_dir}"
     )
-    result = fit(
+    fit(
         model,
         model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
         batch=lambda step: data.batch_of(ids, step, config.batch_size, config.block_size, config.seed),
@@ -343,7 +322,7 @@ def main() -> None:
 
 
 def report(config: TrainConfig, model: GPT, evaluate: Callable, tokens: data.Tokens, began: float) -> None:
-    """The end of a run: a sample from the best checkpoint, the curve, and one line of numbers."""
+    """The end of a run: a sample from the best checkpoint, the curve, result.json, and one line of numbers."""
     best = Path(config.out_dir) / "best.safetensors"
     restore(load_checkpoint(best)[0], model, path=best)
     model.eval()
@@ -355,14 +334,22 @@ def report(config: TrainConfig, model: GPT, evaluate: Callable, tokens: data.Tok
         print(f"--- sample\n{tokens.tokenizer.decode_bytes(text[0].tolist()).decode(errors='replace')}\n---")
     log = Log(Path(config.out_dir) / "log.jsonl")
     plot_curve(log, Path(config.out_dir) / "curve.png")
-    result, minutes = evaluate(model), (time.perf_counter() - began) / 60
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-    log.write(step=config.max_steps, minutes=round(minutes, 2), peak_gib=round(peak, 2), final=result)
+    final, minutes = evaluate(model), round((time.perf_counter() - began) / 60, 2)
+    header, *entries = log.read()
+    result = {
+        **header,
+        "parameters": model.num_params(),
+        "minutes": minutes,
+        "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e]),
+        "peak_gib": peak_gib(device),
+        "final": final,
+        "curve": [(e["step"], round(e["val_loss"], 4)) for e in entries if "val_loss" in e],
+    }
+    text = json.dumps(result, indent=1)
+    write_atomically(Path(config.out_dir) / "result.json", lambda beside: beside.write_text(text))
     print(
-        f"validation loss {result['loss']:.4f} nats per token, {result['bits_per_byte']:.4f} bits per byte, "
-        f"{minutes:.1f} minutes, peak memory {peak:.1f} GiB, checkpoint {best}"
+        f"validation loss {final['loss']:.4f} nats per token, {final['bits_per_byte']:.4f} bits per byte, "
+        f"{minutes:.1f} minutes, peak memory {result['peak_gib']:.1f} GiB, checkpoint {best}"
     )
 
 

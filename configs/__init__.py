@@ -16,7 +16,7 @@ from model import GPTConfig
 class FitConfig:
     """How to train anything."""
 
-    max_steps: int = 1800  # optimiser steps
+    max_steps: int = 2200  # optimiser steps
     batch_size: int = 8  # sequences an optimiser step sees, over all devices
     grad_accum: int = 1  # pieces in which each device works through its share: less memory, same result
     lr: float = 4e-3  # peak learning rate
@@ -38,8 +38,8 @@ class FitConfig:
 
     def check(self) -> None:
         """Raise ValueError for numbers that make no sense."""
-        positive = "batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
-        at_least_zero = "max_steps warmup_steps weight_decay grad_clip seed".split()
+        positive = "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+        at_least_zero = "warmup_steps weight_decay grad_clip seed".split()
         for name in positive + at_least_zero + ["beta1", "beta2"]:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
@@ -52,11 +52,11 @@ class FitConfig:
 class TrainConfig(GPTConfig, FitConfig):
     """What `python train.py` takes: the model, how to fit it, and the data."""
 
-    n_layer: int = 4  # number of blocks
-    n_head: int = 4  # heads of each attention
+    n_layer: int = 3  # number of blocks
+    n_head: int = 2  # heads of each attention
     n_embd: int = 128  # width: C = H D
     block_size: int = 256  # tokens of context in training and evaluation
-    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
+    rope_base: float = 100.0  # of rope: small, since 256 bytes are near each other (GPTConfig: 10000)
     qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
     dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
     data_dir: str = ""  # local file or folder with the original text, instead of the hub
@@ -86,13 +86,13 @@ RECIPES: dict[str, dict] = {
     # nanoGPT's first run, bytes instead of characters.
     "shakespeare": dict(
         dataset="shakespeare",
-        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, rope_base=10000.0,
         batch_size=64, lr=1e-3, warmup_steps=100, max_steps=5000, eval_interval=250, save_interval=250,
     ),
     # The paper's model and optimiser on 2 million words: a rehearsal of the next one.
     "wikitext2": dict(
         dataset="wikitext2",
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.3, bias=True, qk_gain=1.0,
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.3, rope_base=10000.0, qk_gain=1.0,
         batch_size=32, grad_accum=4, lr=6e-4, map_lr_scale=1.0, weight_decay=0.01,
         warmup_steps=100, max_steps=1000, eval_interval=100, save_interval=100, eval_tokens=0, prompt=" = ",
     ),
@@ -101,7 +101,7 @@ RECIPES: dict[str, dict] = {
     # step, 25 epochs of 118M tokens, dropout 0.2.
     "wikitext103": dict(
         dataset="wikitext103",
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.2, bias=True, qk_gain=1.0,
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.2, rope_base=10000.0, qk_gain=1.0,
         batch_size=128, grad_accum=16, lr=6e-4, map_lr_scale=1.0, weight_decay=0.01,
         warmup_steps=1000, max_steps=22500, eval_interval=500, save_interval=500, eval_tokens=0, prompt=" = ",
     ),
