@@ -148,24 +148,24 @@ def chunked_loop(
     B, H, T, D = v.shape
     SZ = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)  # (BH, F, D+1)
     masks = (key_mask if key_mask is not None else v.new_empty(0, T)).split(chunk_size, 1)
+    V1 = F.pad(at_least_float32(v), (0, 1), value=1.0)  # (B, H, T, D+1): [V 1]
     ys = []
     # Split once: slicing x[:, :, i:j] in the loop would make the backward pass quadratic.
-    for q_c, k_c, v_c, mask in zip(q.split(chunk_size, 2), k.split(chunk_size, 2), v.split(chunk_size, 2), masks):
+    for q_c, k_c, V1_c, mask in zip(q.split(chunk_size, 2), k.split(chunk_size, 2), V1.split(chunk_size, 2), masks):
         with without_autocast(v):
             Q, K = (at_least_float32(x) for x in (phi_query(q_c, offset), phi_key(k_c, offset)))  # (B, H, n, F)
             if key_mask is not None:
                 K = K.masked_fill(~mask[:, None, :, None], 0.0)  # after phi: phi(0) is not 0
-            Q, K = Q.flatten(0, 1), K.flatten(0, 1)  # (BH, n, F)
-            V1 = F.pad(v_c.to(Q.dtype), (0, 1), value=1.0).flatten(0, 1)  # (BH, n, D+1): [V 1]
+            Q, K, U = Q.flatten(0, 1), K.flatten(0, 1), V1_c.to(Q.dtype).flatten(0, 1)  # (BH, n, F or D+1)
             A = (Q @ K.mT).tril()  # (BH, n, n)
             if SZ is None:
-                N, SZ = A @ V1, K.mT @ V1
+                N, SZ = A @ U, K.mT @ U
             else:
-                N, SZ = torch.baddbmm(Q @ SZ, A, V1), torch.baddbmm(SZ, K.mT, V1)
-            ys.append(normalise(N[..., :-1], N[..., -1:]).to(v.dtype))
+                N, SZ = torch.baddbmm(Q @ SZ, A, U), torch.baddbmm(SZ, K.mT, U)
+            ys.append(normalise(N[..., :-1], N[..., -1:]))
         offset += q_c.size(2)
     SZ = SZ.unflatten(0, (B, H))
-    return torch.cat(ys, 1).unflatten(0, (B, H)), State(SZ[..., :-1], SZ[..., -1])
+    return torch.cat(ys, 1).unflatten(0, (B, H)).to(v.dtype), State(SZ[..., :-1], SZ[..., -1])
 
 
 def linear_attention_bidirectional(

@@ -50,7 +50,7 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         with without_autocast(x):
-            return self.features(at_least_float32(x).clamp(-CEIL, CEIL), offset)
+            return self.features(F.hardtanh(at_least_float32(x), -CEIL, CEIL), offset)  # clamp, cheaper backward
 
     def query(self, x: Tensor, offset: int = 0) -> Tensor:
         return self(x, offset)

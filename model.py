@@ -30,6 +30,7 @@ class GPTConfig:
     rope_base: float = 10000.0  # slowest rotation of rope: 2 pi times so many tokens
     tie: bool = True  # one feature map for queries and keys; False: one each
     qk_gain: float = 1.0  # scales the initial query and key projections
+    embd_std: float = 0.02  # standard deviation of the initial embeddings; of all other matrices it is 0.02
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -39,7 +40,7 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        for name in ("qk_gain", "rope_base"):
+        for name in ("qk_gain", "embd_std", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.position not in ("rope", "learned"):
@@ -63,8 +64,9 @@ def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Te
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (x_d, x_{d + D/2}) of x (B, H, T, D) by their angles: q.k then depends on i - j."""
-    cos, sin = rope.to(x.dtype)
+    """Rotate the pairs (x_d, x_{d + D/2}) of x (..., T, D) by their angles: q.k then depends on i - j.
+    In float32 at least, also where x is bfloat16."""
+    cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
@@ -85,9 +87,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)  # before phi: phi sees what softmax would see
+        qk, (v,) = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, T, D), (B, H, T, D)
+        q, k = qk if rope is None else apply_rope(qk, rope)  # before phi: phi sees what softmax would see
         y = self.attend(q, k, v) if cache is None else self.attend.extend(q, k, v, cache)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.c_proj(y))
@@ -143,10 +144,13 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's initialisation; feature maps keep their own (W = I, b = 0)."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):  # after the Linears: wte is lm_head too
+                nn.init.normal_(module.weight, std=self.config.embd_std)
         for block in self.transformer.h:
             for out in (block.attn.c_proj, block.mlp.c_proj):  # 2 L additions: keep the residual's variance
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))

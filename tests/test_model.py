@@ -134,7 +134,10 @@ def test_initialisation_is_gpt2s_with_the_gain_on_queries_and_keys():
     qk, v = block.attn.c_attn.weight[:256], block.attn.c_attn.weight[256:]
     for weight, std in ((qk, 0.01), (v, 0.02), (block.attn.c_proj.weight, 0.01), (model.lm_head.weight, 0.02)):
         assert abs(weight.std().item() / std - 1) < 0.03
-    assert abs(model(torch.randint(500, (2, 8)), torch.randint(500, (2, 8)))[1].item() - math.log(500)) < 0.1
+    wide = GPT(GPTConfig(block_size=8, vocab_size=500, n_layer=1, n_head=2, n_embd=128, embd_std=0.1))
+    assert abs(wide.transformer.wte.weight.std().item() / 0.1 - 1) < 0.03
+    idx, targets = torch.randint(500, (2, 64, 8))
+    assert abs(model(idx, targets)[1].item() - math.log(500)) < 0.1  # knows nothing yet
 
 
 def test_tie_false_gives_queries_and_keys_a_map_each():
