@@ -44,7 +44,8 @@ def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 where the denominator is 0: a row that has no key.
 
     The only division by a sum of weights in the repository. No epsilon: features are at least 1e-15
-    (feature_maps.py), so a row with a key has a denominator of at least 1e-30.
+    (feature_maps.py), so a row with a key has a denominator of at least 1e-30. (Taylor's features have
+    signs, but its weights are at least 1/2, up to rounding.)
     """
     return numerator / torch.where(denominator > 0, denominator, 1.0)
 

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import zlib
@@ -47,6 +46,9 @@ def as_user_error() -> Iterator[None]:
 
 def run(main: Callable[[], None]) -> None:
     """Call main; turn every failure that a user can understand into one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         main()
         return
@@ -59,11 +61,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141)  # as a program that SIGPIPE ends
     except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is a RuntimeError; on a CPU it is a plain one
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
             raise
-        message, code = "out of memory: lower --batch_size or --block_size, or raise --grad_accum", 1
+        message, code = "out of memory: lower --batch_size, --block_size or the model's size, or raise --grad_accum", 1
     except OSError as e:
         message, code = f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 1
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
@@ -87,6 +89,8 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
         arg = rest.pop(0)
         name, _, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
+        if arg.startswith("--") and name.startswith("no_") and name.removeprefix("no_") in fields:
+            given.add(name.removeprefix("no_"))
         if not arg.startswith("--") or name not in fields:
             args.append(arg)
             continue
@@ -100,6 +104,8 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
             raise UserError(f"--{name} takes true or false, not {value!r}")
         args.append(f"--no-{name}" if value.lower() == "false" else f"--{name}")
     stderr = io.StringIO()
+    if not {"--help", "-h"} & set(args):
+        os.environ["COLUMNS"] = "1000"  # an error is to be one line; help fits the terminal
     try:
         with contextlib.redirect_stderr(stderr):
             config = tyro.cli(type(default), default=default, args=args, description=description, use_underscores=True)
@@ -112,8 +118,8 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
         if arg.startswith("--") and name.removeprefix("no_") not in fields and name != "help":
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown flag {arg.partition('=')[0]}: did you mean --{near}? (--help lists all)")
-    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip() for line in stderr.getvalue().splitlines()]
-    what = " ".join(line for line in lines[1:3] if line).removeprefix(f"Error parsing {type(default).__name__}: ")
+    lines = [re.sub(r"[^\x20-\x7e]", "", line).strip("-+| ") for line in stderr.getvalue().splitlines()]
+    what = next((line for line in lines[1:] if line), "").removeprefix(f"Error parsing {type(default).__name__}: ")
     raise UserError(f"{what} (--help lists all flags)")
 
 
@@ -286,7 +292,8 @@ def restore(
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             if not state:
                 raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
-            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+            on_host = {"step"} - ({"step"} if group.get("fused") else set())  # as torch keeps it
+            optimizer.state[p] = {k: t if k in on_host else t.to(p.device) for k, t in state.items()}
 
 
 # ---------------------------------------------------------------- the log
@@ -345,19 +352,3 @@ class Log:
     def write(self, **entry) -> None:
         with open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM as a question, `if stop.asked:`. A second Ctrl-C ends the program at once."""
-
-    def __init__(self):
-        self.asked = ""
-        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame) -> None:
-        self.asked = signal.Signals(number).name
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -6,9 +6,10 @@ One small class per map; `FEATURE_MAPS` names them all; `make_feature_map` build
 Shapes: B batch, T time, H heads, D head dim, F features; x is (B, H, T, D), phi(x) is (B, H, T, F).
 
 Why every feature lies between 1e-15 and 1e15 (Taylor's apart, which may be negative):
-a product of two features then stays between 1e-30 and 1e30. So in float32 no sum over features
-and keys overflows, and no row of attention weights is 0/0, also where ReLU features of a query and
-a key are orthogonal or where softmax features underflow. Within these limits nothing is altered.
+a product of two features then stays between 1e-30 and 1e30. So in float32 no row of attention
+weights is 0/0, also where ReLU features of a query and a key are orthogonal or where softmax
+features underflow; and sums stay finite as long as T F |v| < 3e8 even if all features are 1e15.
+Within these limits nothing is altered.
 
 A new map is a subclass of FeatureMap with `feature_dim` and `features(x, offset)`, plus one entry
 in FEATURE_MAPS; see CONTRIBUTING.md.
@@ -168,7 +169,8 @@ class Taylor(FeatureMap):
     """Second-order Taylor series of exp: phi(q).phi(k) = 1 + s + s^2 / 2 >= 1/2 with s = q.k / sqrt(D).
 
     x (x) x is symmetric, so its upper triangle is enough if the off-diagonal entries count twice:
-    F = 1 + D + D (D + 1) / 2, not 1 + D + D^2. Features may be negative, weights are not.
+    F = 1 + D + D (D + 1) / 2, not 1 + D + D^2. Features may be negative, weights are not; but in float32
+    a small s^2 is the sum of large terms that cancel: off by about 6e-8 (|q| |k|)^2 / D.
     """
 
     def __init__(self, n_head: int, head_dim: int):

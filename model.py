@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import make_attention
-from feature_maps import FeatureMap
+from feature_maps import FEATURE_MAPS, FeatureMap
 
 
 @dataclass
@@ -30,6 +30,7 @@ class GPTConfig:
     rope_base: float = 10000.0  # slowest rotation of rope: 2 pi times so many tokens
     tie: bool = True  # one feature map for queries and keys; False: one each
     qk_gain: float = 1.0  # scales the initial query and key projections
+    qk_bias: float = 0.0  # initial query and key biases; with rope, equal ones make attention begin nearby
     embd_std: float = 0.02  # standard deviation of the initial embeddings; of all other matrices it is 0.02
 
     def __post_init__(self):
@@ -43,15 +44,29 @@ class GPTConfig:
         for name in ("qk_gain", "embd_std", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.qk_bias and not self.bias:
+            raise ValueError("qk_bias needs bias=True")
+        if self.attention != "softmax" and self.attention not in FEATURE_MAPS:
+            names = ", ".join(["softmax", *FEATURE_MAPS])
+            raise ValueError(f"unknown attention {self.attention!r}: choose one of {names}")
         if self.position not in ("rope", "learned"):
             raise ValueError(f"unknown position {self.position!r}: choose rope or learned")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:
             raise ValueError(f"rope needs an even head dim, not n_embd / n_head = {self.n_embd // self.n_head}")
 
+    @property
+    def max_length(self) -> float:
+        """Tokens that the model can see at all: block_size, or any number with RoPE and linear attention."""
+        bounded = self.position == "learned" or self.attention == "cosformer"
+        return self.block_size if bounded else math.inf
+
     @classmethod
     def of(cls, values: dict) -> "GPTConfig":
         """From a larger mapping, such as the configuration in a checkpoint."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        try:
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"this is not the configuration of a GPT ({type(e).__name__}: {e})") from e
 
 
 def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -155,6 +170,8 @@ class GPT(nn.Module):
             for out in (block.attn.c_proj, block.mlp.c_proj):  # 2 L additions: keep the residual's variance
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
             block.attn.c_attn.weight[: 2 * self.config.n_embd] *= self.config.qk_gain
+            if self.config.qk_bias:  # rope turns equal vectors by their distance: q.k is largest at distance 0
+                block.attn.c_attn.bias[: 2 * self.config.n_embd] = self.config.qk_bias
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -214,7 +231,10 @@ class GPT(nn.Module):
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token")
         if idx.max() >= self.config.vocab_size or idx.min() < 0:
-            raise ValueError(f"token id {idx.max().item()} is outside the vocabulary of {self.config.vocab_size}")
+            wrong = idx.min() if idx.min() < 0 else idx.max()
+            raise ValueError(f"token id {wrong.item()} is outside the vocabulary of {self.config.vocab_size}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None, not {top_k}")
         caches: list[dict] = [{} for _ in self.transformer.h]
         offset = 0
         for _ in range(max_new_tokens):
@@ -236,7 +256,8 @@ def sample_token(
     top_k likeliest, or from the fewest that together reach probability top_p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, order = (logits / temperature).sort(-1, descending=True)
+    logits, order = logits.sort(-1, descending=True)
+    logits = (logits - logits[:, :1]) / temperature  # finite for any temperature
     probs = logits.softmax(-1)
     if top_k is not None:
         probs[:, top_k:] = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, load_checkpoint, parse, pick_device, restore, run
+from common import UserError, as_user_error, load_checkpoint, parse, pick_device, restore, run
 from data import get_tokenizer, read_text
 from model import GPT, GPTConfig
 
@@ -37,6 +37,8 @@ class SampleConfig:
         """Raise UserError for numbers that make no sense."""
         if self.max_new_tokens < 0 or self.top_k < 0 or not 0 <= self.temperature < float("inf"):
             raise UserError("max_new_tokens, top_k and temperature must be zero or more")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be at least 0 and below 2^63, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.prompt_file and self.prompt != SampleConfig.prompt:
@@ -53,7 +55,11 @@ def newest_run() -> Path:
 def read_prompt(config: SampleConfig) -> str:
     if config.prompt_file:
         return read_text(Path(config.prompt_file))
-    return sys.stdin.read() if config.prompt == "-" else config.prompt
+    if config.prompt != "-":
+        return config.prompt.encode(errors="ignore").decode()
+    if sys.stdin is None:
+        raise UserError("there is no standard input to read the prompt from: use --prompt or --prompt_file")
+    return sys.stdin.read()
 
 
 def main() -> None:
@@ -64,19 +70,19 @@ def main() -> None:
     config.check()
     device, path = pick_device(config.device), config.checkpoint or newest_run()
     tensors, meta = load_checkpoint(path)
-    model = GPT(GPTConfig.of(meta["config"]))
+    with as_user_error():
+        model = GPT(GPTConfig.of(meta.get("config", {})))
     restore(tensors, model, path=path)
     model.to(device).eval()
 
-    tokenizer, prompt = get_tokenizer(meta["tokenizer"]), read_prompt(config)
+    tokenizer, prompt = get_tokenizer(meta.get("tokenizer", "")), read_prompt(config)
     ids = torch.from_numpy(np.asarray(tokenizer.encode_many([prompt])[0], np.int64))[None]  # (1, T)
-    room = model.config.block_size if model.config.position == "learned" else float("inf")
     if not prompt:
         raise UserError("the prompt is empty: give at least one character")
-    if ids.size(1) + config.max_new_tokens > room:
+    if ids.size(1) + config.max_new_tokens > model.config.max_length:
         raise UserError(
-            f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the {room} learned "
-            "positions of this model: shorten the prompt or lower --max_new_tokens"
+            f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the "
+            f"{model.config.max_length} positions of this model: shorten the prompt or lower --max_new_tokens"
         )
     out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
     print(prompt, end="", flush=True)

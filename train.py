@@ -11,16 +11,15 @@ Recipes and fields are in configs/__init__.py; any field can be overridden on th
 """
 
 import contextlib
-import json
 import math
-import statistics
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,24 +30,20 @@ import data
 from common import (
     Log,
     RunError,
-    StopSignal,
     UserError,
     World,
     as_user_error,
     join_world,
     load_checkpoint,
-    parse,
-    peak_gib,
     pick_dtype,
     provenance,
     restore,
     run,
     save_checkpoint,
     step_seed,
-    write_atomically,
 )
-from configs import RECIPES, FitConfig, TrainConfig
-from evaluate import perplexity, plot_curve
+from configs import FitConfig, TrainConfig, read_config
+from evaluate import perplexity, report
 from model import GPT, GPTConfig
 
 
@@ -70,6 +65,28 @@ def broken_group(optimizer: torch.optim.Optimizer) -> str:
     return "not finite: " + (", ".join(found) or "the loss alone")
 
 
+class StopSignal:
+    """Ctrl-C and SIGTERM as a question: `with stop: ... if stop.asked: ...`. The second ends the program."""
+
+    asked = ""
+
+    def __enter__(self) -> "StopSignal":
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame) -> None:
+        self.asked = signal.Signals(number).name
+        print(f"\n{self.asked}: finishing this step, then saving (again: stop at once)", file=sys.stderr)
+        self.restore()
+
+    def __exit__(self, *error) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
 # What a resumed run may set otherwise than the run that was interrupted.
 MAY_CHANGE = """max_steps grad_accum eval_interval save_interval log_interval device out_dir resume compile
     data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
@@ -89,7 +106,8 @@ def fit(
 
     model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
     batch(step): the whole batch of a step on the CPU, tensors of batch_size rows: a function of the step
-        alone. Ranks and accumulation steps take their rows of it, so that their number changes nothing.
+        alone. Ranks and accumulation steps take their rows of it, so that their number changes nothing
+        (but which units drop out, where there is dropout).
     loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
     meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
 
@@ -97,10 +115,11 @@ def fit(
     evaluation. Raises RunError when the loss is not finite or a file cannot be written, and
     KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
     """
-    if config.batch_size % (world.size * config.grad_accum):
+    n_pieces = max(1, config.grad_accum // world.size)  # on each device
+    if config.batch_size % (world.size * n_pieces) or (config.grad_accum > 1 and config.grad_accum % world.size):
         raise UserError(
-            f"batch_size ({config.batch_size}) must be divisible by processes x grad_accum "
-            f"({world.size} x {config.grad_accum})"
+            f"batch_size ({config.batch_size}) must be divisible by grad_accum ({config.grad_accum}) and by the "
+            f"number of processes ({world.size}), and grad_accum by the latter"
         )
     out, is_main, device = Path(config.out_dir), world.rank == 0, world.device
     say = tqdm.write if is_main else lambda _: None
@@ -110,19 +129,19 @@ def fit(
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    start, best, log = 0, math.inf, Log(out / "log.jsonl")
+    start, best, seconds, log = 0, math.inf, 0.0, Log(out / "log.jsonl")
     if config.resume and (out / "last.safetensors").exists():
         tensors, saved = load_checkpoint(out / "last.safetensors")
         check_same_run(saved, meta, out, say)
         restore(tensors, model, optimizer, out / "last.safetensors")
-        start, best = saved["step"], saved["best"]
+        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
         say(f"resuming {out} at step {start}")
     elif config.resume:
         say(f"nothing to resume in {out}: starting at step 0")
-    elif (out / "last.safetensors").exists():
-        say(f"{out} holds an earlier run: the first checkpoint of this one will replace it")
     if is_main:
-        log.start({"step": start, **meta, **provenance()}, start)
+        if not start:
+            set_aside(out, say)
+        log.start({"step": start, "seconds_before": seconds, **meta, **provenance()}, start)
     if config.compile:
         model.compile()
     ddp = DistributedDataParallel(model) if world.size > 1 else None
@@ -131,75 +150,88 @@ def fit(
     def save(name: str, step: int) -> None:
         if not all(p.isfinite().all() for p in params):
             raise RunError(f"step {step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
-        save_checkpoint(out / name, model, optimizer, step=step, best=best, **meta)
+        spent = seconds + time.perf_counter() - began
+        save_checkpoint(out / name, model, optimizer, step=step, best=best, seconds=spent, **meta)
 
     result: dict = {}
-    stop, clock, clocked = StopSignal(), time.perf_counter(), start
+    stop, began = StopSignal(), time.perf_counter()
+    clock, clocked = began, start
     bar = tqdm(
         total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10,
     )  # fmt: skip
     model.train()
-    for step in range(start, config.max_steps):
-        for group, peak in zip(optimizer.param_groups, peak_lrs):
-            group["lr"] = peak * lr_factor(step, config)
-        torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
-        mine = [t[world.rank * rows : (world.rank + 1) * rows] for t in batch(step)]
-        pieces = list(zip(*(t.chunk(config.grad_accum) for t in mine)))
-        total = torch.zeros((), device=device)
-        for i, piece in enumerate(pieces):
-            piece = [t.to(device, non_blocking=True) for t in piece]
-            quiet = ddp is not None and i < len(pieces) - 1  # ranks exchange gradients once a step
-            with ddp.no_sync() if quiet else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    piece_loss = loss(ddp or model, *piece) / len(pieces)
-                piece_loss.backward()
-            total += piece_loss.detach()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        asked = torch.tensor(float(bool(stop.asked)), device=device)
-        if ddp is not None:
-            dist.all_reduce(total)
-            total /= world.size
-            dist.all_reduce(asked)
-        if not torch.isfinite(total + norm):
-            raise RunError(
-                f"step {step}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
-                f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
-            )
-        if config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    with stop:
+        for step in range(start, config.max_steps):
+            for group, peak in zip(optimizer.param_groups, peak_lrs):
+                group["lr"] = peak * lr_factor(step, config)
+            torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
+            mine = [t[world.rank * rows : (world.rank + 1) * rows] for t in batch(step)]
+            pieces = list(zip(*(t.chunk(n_pieces) for t in mine)))
+            total = torch.zeros((), device=device)
+            for i, piece in enumerate(pieces):
+                piece = [t.to(device, non_blocking=True) for t in piece]
+                quiet = ddp is not None and i < len(pieces) - 1  # ranks exchange gradients once a step
+                with ddp.no_sync() if quiet else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                        piece_loss = loss(ddp or model, *piece) / len(pieces)
+                    piece_loss.backward()
+                total += piece_loss.detach()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            asked = torch.tensor(float(bool(stop.asked)), device=device)
+            if ddp is not None:
+                dist.all_reduce(total)
+                total /= world.size
+                dist.all_reduce(asked)
+            if not torch.isfinite(total + norm):
+                raise RunError(
+                    f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
+                    f"{broken_group(optimizer)}. Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
+                )
+            if config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        bar.update()
-        if is_main and (done % config.log_interval == 0 or done == config.max_steps):
-            now = time.perf_counter()
-            speed = (done - clocked) * config.batch_size * pieces[0][0][0].numel() / (now - clock)
-            clock, clocked = now, done
-            lr = optimizer.param_groups[0]["lr"]
-            log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
-            bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-        if is_main and (done % config.eval_interval == 0 or done == config.max_steps):
-            model.eval()
-            result = evaluate(model)
-            model.train()
-            log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
-            bar.write(f"step {done}: validation loss {result['loss']:.4f}")
-            if result["loss"] < best:
-                best = result["loss"]
-                save("best.safetensors", done)
-            clock, clocked = time.perf_counter(), done
-        stopping = bool(asked.item())
-        if is_main and (done % config.save_interval == 0 or done == config.max_steps or stopping):
-            save("last.safetensors", done)
-        if stopping and done < config.max_steps:
-            bar.close()
-            why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
-            raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if is_main else "")
+            done = step + 1
+            bar.update()
+            if is_main and (done % config.log_interval == 0 or done == config.max_steps):
+                now = time.perf_counter()
+                speed = (done - clocked) * config.batch_size * pieces[0][0][0].numel() / (now - clock)
+                clock, clocked = now, done
+                lr = optimizer.param_groups[0]["lr"]
+                log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
+                bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+            if is_main and (done % config.eval_interval == 0 or done == config.max_steps):
+                model.eval()
+                result = evaluate(model)
+                model.train()
+                log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
+                bar.write(f"step {done}: validation loss {result['loss']:.4f}")
+                if result["loss"] < best:
+                    best = result["loss"]
+                    save("best.safetensors", done)
+                clock, clocked = time.perf_counter(), done
+            stopping = bool(asked.item())
+            if is_main and (done % config.save_interval == 0 or done == config.max_steps or stopping):
+                save("last.safetensors", done)
+            if stopping and done < config.max_steps:
+                bar.close()
+                why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
+                raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if is_main else "")
     bar.close()
-    stop.restore()
     return result
+
+
+def set_aside(out: Path, say: Callable) -> None:
+    """A new run in a folder that holds one: the old files go to out/previous, and nothing is mixed."""
+    names = ("last.safetensors", "best.safetensors", "log.jsonl", "curve.png", "result.json")
+    if old := [out / name for name in names if (out / name).exists()]:
+        shutil.rmtree(out / "previous", ignore_errors=True)
+        (out / "previous").mkdir()
+        for path in old:
+            path.rename(out / "previous" / path.name)
+        say(f"{out} held an earlier run: moved it to {out / 'previous'}")
 
 
 def make_writable(out: Path) -> None:
@@ -239,7 +271,9 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
             f"{config.init_from} was trained on {saved['tokenizer']} tokens, and {config.dataset} is prepared as "
             f"{tokens.tokenizer.name}: add --tokenizer {saved['tokenizer']}"
         )
-    free = {"dropout", "block_size"} if saved["config"]["position"] == "rope" else {"dropout"}
+    with as_user_error():
+        unbounded = GPTConfig.of(saved["config"]).max_length == math.inf  # the block size shapes no weights
+    free = {"dropout", "block_size"} if unbounded else {"dropout"}
     for field in fields(GPTConfig):
         there, here = saved["config"][field.name], getattr(config, field.name)
         if field.name in given and field.name not in free and here != there:
@@ -252,45 +286,32 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
     return model
 
 
-def read_config(argv: list[str]) -> tuple[TrainConfig, set[str]]:
-    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    if recipe and recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or leave it out")
-    with as_user_error():
-        default = TrainConfig(**RECIPES[recipe or "stdlib"])
-        config, given = parse(default, argv, f"{__doc__}\nRecipes: {', '.join(RECIPES)}.")
-        config.check()
-    if config.init_from and not recipe:  # the data that it was trained on, unless told otherwise
-        saved = load_checkpoint(config.init_from)[1]["config"]
-        if "dataset" not in given:
-            config.dataset, config.data_dir = saved["dataset"], config.data_dir or saved["data_dir"]
-    config.out_dir = config.out_dir or f"out/{config.dataset}-{config.attention}"
-    if config.eval_only and not config.init_from:
-        config.init_from = config.out_dir
-    return config, given
-
-
 def main() -> None:
-    config, given = read_config(sys.argv[1:])
+    config, given = read_config(sys.argv[1:], __doc__)
     began = time.perf_counter()
     world = join_world(config.device)
-    is_main = world.rank == 0
+    is_main, dtype = world.rank == 0, pick_dtype(config.dtype, world.device)
+    if not config.eval_only:
+        make_writable(Path(config.out_dir))
     say = print if is_main else lambda *_: None
     if not is_main:
         dist.barrier()  # rank 0 prepares the data, the others find it prepared
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
     if is_main and world.size > 1:
         dist.barrier()
-    ids = tokens.split(config.eval_split if config.eval_only else "train", config.block_size)
-    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
     torch.manual_seed(config.seed)
     model = build_model(config, given, tokens)
     stride = config.eval_stride or config.block_size
+    if stride > config.block_size:
+        raise UserError(f"eval_stride ({stride}) must not exceed block_size ({config.block_size})")
+    ids = tokens.split(config.eval_split if config.eval_only else "train", config.block_size)
+    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
 
     def evaluate(model: nn.Module, split: str = "validation", max_tokens: int = config.eval_tokens) -> dict:
         ids = tokens.split(split, config.block_size)
-        dtype = torch.float32 if config.eval_only and config.dtype == "auto" else pick_dtype(config.dtype, world.device)
-        return perplexity(model, ids, tokens.tokenizer, config.block_size, stride, max_tokens, dtype)
+        exact = config.eval_only and config.dtype == "auto"  # numbers to compare between machines
+        used = torch.float32 if exact else dtype
+        return perplexity(model, ids, tokens.tokenizer, config.block_size, stride, max_tokens, used)
 
     if config.eval_only:
         result = evaluate(model.to(world.device).eval(), config.eval_split, 0)
@@ -305,7 +326,7 @@ def main() -> None:
     say(
         f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
         f"{tokens.tokenizer.name} tokens), {world.size} x {world.device.type}, "
-        f"{str(pick_dtype(config.dtype, world.device)).removeprefix('torch.')}, out_dir {config.out_dir}"
+        f"{str(dtype).removeprefix('torch.')}, out_dir {config.out_dir}"
     )
     fit(
         model,
@@ -318,39 +339,7 @@ def main() -> None:
         meta={"config": asdict(config), "tokenizer": tokens.tokenizer.name},
     )
     if is_main:
-        report(config, model, evaluate, tokens, began)
-
-
-def report(config: TrainConfig, model: GPT, evaluate: Callable, tokens: data.Tokens, began: float) -> None:
-    """The end of a run: a sample from the best checkpoint, the curve, result.json, and one line of numbers."""
-    best = Path(config.out_dir) / "best.safetensors"
-    restore(load_checkpoint(best)[0], model, path=best)
-    model.eval()
-    device = next(model.parameters()).device
-    if config.sample_tokens:
-        prompt = torch.from_numpy(np.asarray(tokens.tokenizer.encode_many([config.prompt])[0], np.int64))[None]
-        generator = torch.Generator(device).manual_seed(config.seed)
-        text = model.generate(prompt.to(device), config.sample_tokens, temperature=0.8, generator=generator)
-        print(f"--- sample\n{tokens.tokenizer.decode_bytes(text[0].tolist()).decode(errors='replace')}\n---")
-    log = Log(Path(config.out_dir) / "log.jsonl")
-    plot_curve(log, Path(config.out_dir) / "curve.png")
-    final, minutes = evaluate(model), round((time.perf_counter() - began) / 60, 2)
-    header, *entries = log.read()
-    result = {
-        **header,
-        "parameters": model.num_params(),
-        "minutes": minutes,
-        "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e]),
-        "peak_gib": peak_gib(device),
-        "final": final,
-        "curve": [(e["step"], round(e["val_loss"], 4)) for e in entries if "val_loss" in e],
-    }
-    text = json.dumps(result, indent=1)
-    write_atomically(Path(config.out_dir) / "result.json", lambda beside: beside.write_text(text))
-    print(
-        f"validation loss {final['loss']:.4f} nats per token, {final['bits_per_byte']:.4f} bits per byte, "
-        f"{minutes:.1f} minutes, peak memory {result['peak_gib']:.1f} GiB, checkpoint {best}"
-    )
+        report(config, model, evaluate, tokens.tokenizer, began)
 
 
 if __name__ == "__main__":

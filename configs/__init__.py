@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from common import UserError, as_user_error, load_checkpoint, parse
 from model import GPTConfig
 
 
@@ -18,7 +19,7 @@ class FitConfig:
 
     max_steps: int = 2200  # optimiser steps
     batch_size: int = 8  # sequences an optimiser step sees, over all devices
-    grad_accum: int = 1  # pieces in which each device works through its share: less memory, same result
+    grad_accum: int = 1  # pieces of the batch, divided among the devices: less memory, same result
     lr: float = 4e-3  # peak learning rate
     map_lr_scale: float = 10.0  # the feature maps' learning rate is this times lr
     warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
@@ -40,6 +41,8 @@ class FitConfig:
         """Raise ValueError for numbers that make no sense."""
         positive = "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
         at_least_zero = "warmup_steps weight_decay grad_clip seed".split()
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, not {self.seed}")
         for name in positive + at_least_zero + ["beta1", "beta2"]:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
@@ -58,6 +61,7 @@ class TrainConfig(GPTConfig, FitConfig):
     block_size: int = 256  # tokens of context in training and evaluation
     rope_base: float = 100.0  # of rope: small, since 256 bytes are near each other (GPTConfig: 10000)
     qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
+    qk_bias: float = 1.0  # initial query and key biases; with rope, equal ones make attention begin nearby
     dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
     data_dir: str = ""  # local file or folder with the original text, instead of the hub
     tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
@@ -75,8 +79,8 @@ class TrainConfig(GPTConfig, FitConfig):
         for name in ("eval_stride", "eval_tokens", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
-        if self.eval_stride > self.block_size:
-            raise ValueError(f"eval_stride ({self.eval_stride}) must not exceed block_size ({self.block_size})")
+        if not self.prompt or self.prompt.encode(errors="ignore").decode() != self.prompt:
+            raise ValueError("prompt must be at least one character, and UTF-8")
 
 
 # What each recipe changes of the defaults above.
@@ -86,13 +90,13 @@ RECIPES: dict[str, dict] = {
     # nanoGPT's first run, bytes instead of characters.
     "shakespeare": dict(
         dataset="shakespeare",
-        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, rope_base=10000.0,
-        batch_size=64, lr=1e-3, warmup_steps=100, max_steps=5000, eval_interval=250, save_interval=250,
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+        rope_base=10000.0, qk_bias=0.0, batch_size=64, lr=1e-3, warmup_steps=100, max_steps=5000, eval_interval=250, save_interval=250,
     ),
     # The paper's model and optimiser on 2 million words: a rehearsal of the next one.
     "wikitext2": dict(
         dataset="wikitext2",
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.3, rope_base=10000.0, qk_gain=1.0,
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.3, rope_base=10000.0, qk_gain=1.0, qk_bias=0.0,
         batch_size=32, grad_accum=4, lr=6e-4, map_lr_scale=1.0, weight_decay=0.01,
         warmup_steps=100, max_steps=1000, eval_interval=100, save_interval=100, eval_tokens=0, prompt=" = ",
     ),
@@ -101,8 +105,27 @@ RECIPES: dict[str, dict] = {
     # step, 25 epochs of 118M tokens, dropout 0.2.
     "wikitext103": dict(
         dataset="wikitext103",
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.2, rope_base=10000.0, qk_gain=1.0,
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.2, rope_base=10000.0, qk_gain=1.0, qk_bias=0.0,
         batch_size=128, grad_accum=16, lr=6e-4, map_lr_scale=1.0, weight_decay=0.01,
         warmup_steps=1000, max_steps=22500, eval_interval=500, save_interval=500, eval_tokens=0, prompt=" = ",
     ),
 }  # fmt: skip
+
+
+def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str]]:
+    """[RECIPE] --flags -> (configuration, names of the flags given). Raises UserError."""
+    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if recipe and recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or leave it out")
+    with as_user_error():
+        default = TrainConfig(**RECIPES[recipe or "stdlib"])
+        config, given = parse(default, argv, f"{description}\nRecipes: {', '.join(RECIPES)}.")
+        config.check()
+    if config.eval_only and not config.init_from:
+        config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
+    if config.init_from and not recipe:  # the data that it was trained on, unless told otherwise
+        saved = load_checkpoint(config.init_from)[1]["config"]
+        if "dataset" not in given:
+            config.dataset, config.data_dir = saved["dataset"], config.data_dir or saved["data_dir"]
+    config.out_dir = config.out_dir or f"out/{config.dataset}-{config.attention}"
+    return config, given

@@ -15,6 +15,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import RunError, UserError, run, step_seed
+from common import UserError, parse, run, step_seed
 
 DATASETS = ("stdlib", "shakespeare", "wikitext2", "wikitext103", "text")
 PREPARED = Path(os.environ.get("HEDGEHOG_DATA", Path(__file__).parent / "prepared"))
@@ -78,15 +79,21 @@ def get_tokenizer(name: str) -> ByteTokenizer | GPT2Tokenizer:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file's text, or a UserError that says what it is instead."""
+    return "".join(read_lines(path)).removeprefix("\ufeff")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, with their ends as they are."""
     try:
-        raw = path.read_bytes()
-        if b"\0" not in raw:
-            return raw.decode("utf-8-sig")
-    except FileNotFoundError as e:
-        raise UserError(f"no file {path}") from e
-    except UnicodeDecodeError:
-        pass
-    raise UserError(f"{path} is not UTF-8 text: convert it, or leave it out")
+        with open(path, encoding="utf-8", newline="") as f:
+            for line in f:
+                if "\0" in line:
+                    raise ValueError("a NUL byte")
+                yield line
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give a file with UTF-8 text") from e
+    except ValueError as e:  # UnicodeDecodeError is one
+        raise UserError(f"{path} is not UTF-8 text: convert it, or leave it out") from e
 
 
 def split_file(text: str) -> dict[str, list[str]]:
@@ -119,7 +126,7 @@ def hub(path: str, *args: str, remedy: str, **kwargs) -> Iterable[dict]:
     """Rows of a data set of the Hugging Face hub, or a UserError that says what to do without it."""
     import datasets
 
-    print(f"getting {' '.join([path, *args])} from the Hugging Face hub", file=sys.stderr)
+    print(f"getting {' '.join([path, *args])} from the Hugging Face hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
         return datasets.load_dataset(path, *args, **kwargs)
@@ -135,15 +142,16 @@ class Tokens:
     """A prepared data set: memory-mapped token ids by split, and their tokenizer."""
 
     def __init__(self, folder: Path):
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.tokenizer = get_tokenizer(self.meta["tokenizer"])
-        self.vocab_size = self.tokenizer.vocab_size
-        self.splits = {
-            split: np.memmap(folder / f"{split}.bin", self.meta["dtype"], "r") for split in self.meta["tokens"]
-        }
-        for split, ids in self.splits.items():
-            if len(ids) != self.meta["tokens"][split] or ids.max() >= self.vocab_size:
-                raise UserError(f"{folder} is damaged: delete it, and it will be prepared again")
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.splits = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["tokens"]}
+            self.tokenizer = get_tokenizer(meta["tokenizer"])
+            self.vocab_size = self.tokenizer.vocab_size
+            for name, ids in self.splits.items():
+                if len(ids) != meta["tokens"][name] or ids.max() >= self.vocab_size:
+                    raise ValueError(f"{name}.bin is not what was written")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder} is damaged ({e}): delete it, and it will be prepared again") from e
 
     def split(self, name: str, block_size: int) -> np.ndarray:
         """Token ids of a split that has room for at least one window of block_size + 1."""
@@ -176,9 +184,23 @@ def prepare(name: str, data_dir: str = "", tokenizer: str = "auto", say: Callabl
     return Tokens(folder)
 
 
+@dataclass
+class PrepareConfig:
+    data_dir: str = ""  # local file or folder with the original text, instead of the hub
+    tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
+
+
 def main(name: str) -> None:
     """`python data/NAME.py [FOLDER]`: prepare the data set now."""
-    run(lambda: prepare(name, *sys.argv[1:2]))
+
+    def command() -> None:
+        argv = sys.argv[1:]
+        if argv and not argv[0].startswith("-"):
+            argv.insert(0, "--data_dir")
+        config, _ = parse(PrepareConfig(), argv, f"Prepare {name}: python data/{name}.py [FOLDER]")
+        prepare(name, config.data_dir, config.tokenizer)
+
+    run(command)
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -208,9 +230,10 @@ def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str,
         meta = {"name": name, "tokenizer": tokenizer.name, "dtype": np.dtype(dtype).name, "tokens": counts}
         (beside / "meta.json").write_text(json.dumps(meta))
         if not (folder / "meta.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of a damaged one
             os.rename(beside, folder)
     except OSError as e:
-        raise RunError(f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere") from e
+        raise UserError(f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere") from e
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     say(f"prepared {name}: " + ", ".join(f"{n:,} {split} tokens" for split, n in counts.items()))

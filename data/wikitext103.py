@@ -30,21 +30,16 @@ def files(data_dir: str) -> list[Path]:
     )
 
 
-def lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as f:
-        yield from f
-
-
 def rows(dataset) -> Iterator[str]:
     for batch in dataset.iter(1000):
         yield "".join(row or " \n" for row in batch["text"])  # the hub stripped blank lines
 
 
 def splits(data_dir: str, config: str = "wikitext-103-raw-v1") -> dict[str, Iterable[str]]:
-    from data import hub
+    from data import hub, read_lines
 
     if local := files(data_dir):
-        return {split: lines(p) for split, name in NAMES.items() for p in local if p.name.split(".")[1] == name}
+        return {split: read_lines(p) for split, name in NAMES.items() for p in local if p.name.split(".")[1] == name}
     remedy = (
         "put the original wiki.train.raw and wiki.valid.raw (or wiki.train.tokens and wiki.valid.tokens) "
         "into a folder and pass --data_dir FOLDER"

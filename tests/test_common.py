@@ -149,6 +149,7 @@ def test_flags_in_every_spelling():
     assert read("--resume", "--name", "y") == Flags(resume=True, name="y")
     assert read("--name", "-1").name == "-1"
     assert parse(Flags(), ["--n-layer", "4"], "")[1] == {"n_layer"}
+    assert parse(Flags(), ["--no-resume"], "")[1] == parse(Flags(), ["--resume", "false"], "")[1] == {"resume"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_flags_in_every_spelling():
 def test_a_wrong_flag_is_one_line_that_says_what_to_do(argv, line):
     with pytest.raises(UserError) as e:
         parse(Flags(), argv, "")
-    assert line in str(e.value) and "\n" not in str(e.value) and "help" in str(e.value) + "help"
+    assert line in str(e.value) and "\n" not in str(e.value) and "--" in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,14 @@ def test_a_damaged_prepared_file_is_noticed(tmp_path):
     folder = write_files(tmp_path / "d", a="one " * 50, b="two " * 50)
     prepare("text", str(folder), say=quiet)
     newest = max(data.PREPARED.iterdir(), key=lambda p: p.stat().st_mtime)
-    (newest / "train.bin").write_bytes(b"one")
-    with pytest.raises(UserError, match="is damaged: delete it"):
-        prepare("text", str(folder), say=quiet)
+    for name, content in (("train.bin", b"one"), ("train.bin", b""), ("meta.json", b"{}"), ("meta.json", b"{")):
+        before = (newest / name).read_bytes()
+        (newest / name).write_bytes(content)
+        with pytest.raises(UserError, match="is damaged .*: delete it"):
+            prepare("text", str(folder), say=quiet)
+        (newest / name).write_bytes(before)
+    (newest / "meta.json").unlink()  # half a folder is prepared again
+    assert len(prepare("text", str(folder), say=quiet).splits["train"]) == 200
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,14 @@ def test_wikitext_reads_the_original_files_and_the_hubs_rows_alike(tmp_path):
             yield {"text": [line if line.strip() else "" for line in lines]}
 
     assert "".join(wikitext103.rows(Hub())) == original
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\x01", b"text \0 text"])
+def test_a_binary_wikitext_file_is_refused(tmp_path, content):
+    for name in ("wiki.train.raw", "wiki.valid.raw"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"wiki.train.raw is not UTF-8 text"):
+        prepare("wikitext2", str(tmp_path), tokenizer="bytes", say=quiet)
 
 
 def test_text_is_cut_only_where_the_bpe_cuts_too():

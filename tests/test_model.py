@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attention import linear_weights, softmax_weights
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig, apply_rope, rope_table, sample_token
 
@@ -140,6 +141,20 @@ def test_initialisation_is_gpt2s_with_the_gain_on_queries_and_keys():
     assert abs(model(idx, targets)[1].item() - math.log(500)) < 0.1  # knows nothing yet
 
 
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_equal_biases_of_queries_and_keys_make_attention_begin_nearby(attention):
+    """With RoPE: at initialisation the weight of the nearest tokens is above that of far ones."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 50, 1, 1, 32, attention=attention, rope_base=100.0, qk_bias=1.0))
+    attn, seen = model.transformer.h[0].attn, {}
+    attn.attend.register_forward_pre_hook(lambda module, args: seen.update(q=args[0], k=args[1]))
+    model(torch.randint(50, (1, 64)))
+    q, k = seen["q"], seen["k"]
+    A = softmax_weights(q, k) if attention == "softmax" else linear_weights(attn.attend.phi(q), attn.attend.phi(k))
+    near, far = A[0, 0, -1, -4:].mean(), A[0, 0, -1, :32].mean()
+    assert near > 1.5 * far
+
+
 def test_tie_false_gives_queries_and_keys_a_map_each():
     assert tiny(tie=False).num_params() - tiny().num_params() == 2 * 2 * (8 * 8 + 8)
 
@@ -181,6 +196,7 @@ def test_training_steps_lower_the_loss_with_every_attention():
     [
         dict(n_embd=30, n_head=4), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(qk_gain=0.0),
         dict(position="sinus"), dict(n_embd=18, n_head=6), dict(block_size=0), dict(rope_base=0.0),
+        dict(attention="hedgehock"), dict(bias=False, qk_bias=1.0),
     ],
 )  # fmt: skip
 def test_impossible_configurations_are_refused(wrong):

@@ -81,6 +81,26 @@ def test_bfloat16_autocast_trains(train, tmp_path):
     assert all(t.dtype == torch.float32 for t in last(tmp_path).values())
 
 
+@pytest.mark.parametrize("flags", [["--position", "learned"], ["--attention", "cosformer"]])
+def test_the_sample_at_the_end_fits_models_with_a_longest_length(flags, train, command, tmp_path):
+    code, stdout, stderr = train("--out_dir", tmp_path, "--sample_tokens", 400, *flags)
+    assert code == 0 and "--- sample" in stdout and (tmp_path / "result.json").exists(), stderr
+    code, _, stderr = command("sample", tmp_path, "--max_new_tokens", 100)
+    assert (code, stderr.count("\n")) == (2, 1) and "do not fit into the 32 positions" in stderr
+
+
+def test_a_new_run_in_an_old_folder_sets_the_old_one_aside_and_mixes_nothing(train, tmp_path):
+    train("--out_dir", tmp_path)
+    code, stdout, _ = train("--out_dir", tmp_path, "--attention", "softmax")
+    assert code == 0 and "moved it to" in stdout
+    attention = {
+        folder: load_checkpoint(folder)[1]["config"]["attention"] for folder in (tmp_path, tmp_path / "previous")
+    }
+    assert list(attention.values()) == ["softmax", "hedgehog"]
+    (tmp_path / "log.jsonl").unlink()
+    assert train("--out_dir", tmp_path, "--attention", "softmax", "--resume")[0] == 0  # a finished run, no log
+
+
 # ---------------------------------------------------------------- dividing the batch
 
 
@@ -96,10 +116,10 @@ def test_accumulating_gradients_changes_nothing_but_rounding(train, tmp_path):
 
 
 def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(train, text, tmp_path):
-    train("--out_dir", tmp_path / "one", "--grad_accum", 2)
+    train("--out_dir", tmp_path / "one", "--grad_accum", 4)
     process = start(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-        "--dataset", "text", "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--grad_accum", 2,
+        "--dataset", "text", "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--grad_accum", 4,
     )  # fmt: skip
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -109,7 +129,7 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(tra
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
     evaluations = [[e for e in Log(tmp_path / n / "log.jsonl").read() if "val_loss" in e] for n in ("one", "two")]
     np.testing.assert_allclose(*([e["val_loss"] for e in es] for es in evaluations), rtol=1e-5)
-    code, stdout, _ = train("--out_dir", tmp_path / "two", "--grad_accum", 2, "--resume", "--max_steps", 8)
+    code, stdout, _ = train("--out_dir", tmp_path / "two", "--grad_accum", 4, "--resume", "--max_steps", 8)
     assert code == 0 and "resuming" in stdout  # a checkpoint of two processes loads in one
 
 
@@ -264,7 +284,7 @@ def test_a_nan_stops_the_run_naming_step_and_group_and_keeps_the_checkpoint(
     code, _, stderr = train("--out_dir", tmp_path)
     line = stderr.strip().splitlines()[-1]
     assert (
-        code == 1 and "step 4: loss nan" in line and f"weights of the {group}" in line and "lower --lr" in line.lower()
+        code == 1 and "step 5: loss nan" in line and f"weights of the {group}" in line and "lower --lr" in line.lower()
     )
     assert "Traceback" not in stderr
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["step"] == 3
@@ -287,13 +307,14 @@ def test_a_disk_that_is_full_ends_the_run_with_a_line_and_the_old_checkpoint(tex
         "    write(path, w)\n"
         "common.write_atomically = tight\ncommon.run(train.main)"
     )
-    (tmp_path / "last.safetensors").write_bytes(b"an earlier run")
+    (tmp_path / "last.safetensors").write_bytes(b"an earlier run")  # will be set aside
     argv = ["--dataset", "text", "--data_dir", text, *TINY, "--out_dir", tmp_path]
     process = start("-c", limited, *argv)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in stderr
     assert "cannot write" in stderr and "is intact" in stderr
-    assert (tmp_path / "last.safetensors").read_bytes() == b"an earlier run" and not list(tmp_path.glob(".*.tmp"))
+    assert (tmp_path / "previous" / "last.safetensors").read_bytes() == b"an earlier run"
+    assert not (tmp_path / "last.safetensors").exists() and not list(tmp_path.glob(".*.tmp"))
 
 
 # ---------------------------------------------------------------- finetuning and evaluation
@@ -321,6 +342,8 @@ def test_finetuning_starts_from_the_weights_and_refuses_flags_that_contradict_th
         torch.testing.assert_close(fine[name], base[name], rtol=0, atol=1e-6)
     code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--attention", "elu")
     assert code == 2 and "--attention elu contradicts" in stderr
+    code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--no_tie")
+    assert code == 2 and "--tie False contradicts" in stderr
     code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--tokenizer", "gpt2x")
     assert code == 2 and "unknown tokenizer" in stderr
     code, stdout, _ = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "long", "--block_size", 48)
@@ -340,8 +363,20 @@ def test_eval_only_prints_the_same_number_twice_whatever_the_training_flags(trai
     strided = train("--out_dir", tmp_path, "--eval_only", "true", "--eval_stride", 8)[1]
     assert "stride 8" in strided and strided != line
     assert train("--out_dir", tmp_path, "--eval_only", "--eval_split", "train")[0] == 0
+    code, _, stderr = train("--out_dir", tmp_path, "--eval_only", "--eval_stride", 33)
+    assert code == 2 and "eval_stride (33) must not exceed block_size (32)" in stderr
     code, _, stderr = train("--out_dir", tmp_path / "nothing", "--eval_only")
     assert code == 2 and "no checkpoint at" in stderr
+
+
+def test_eval_only_uses_the_data_and_the_block_size_of_the_checkpoint(train, command, tmp_path):
+    """No flags but the run: 32 tokens of context and the small text, not the defaults' 256 and stdlib."""
+    train("--out_dir", tmp_path)
+    for flag in ("--out_dir", "--init_from"):
+        code, stdout, stderr = command("train", "--eval_only", flag, tmp_path, "--device", "cpu")
+        assert code == 0 and "on text validation" in stdout and "context 32" in stdout, stderr
+    code, _, stderr = command("train", "--eval_only", "--init_from", tmp_path, "--eval_stride", 128)
+    assert code == 2 and "must not exceed block_size (32)" in stderr
 
 
 def test_perplexity_is_the_plain_loop_over_tokens():
@@ -404,10 +439,12 @@ def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
         ("--tokenizer foo", "unknown tokenizer"), ("--dtype float16", "dtype must be auto, float32 or bfloat16"),
         ("--device cuda:7", "device 'cuda:7' is not available"), ("--device gpu", "device 'gpu' is not available"),
         ("--out_dir /proc/x/y", "cannot write to --out_dir"), ("--init_from /nowhere", "no checkpoint at /nowhere"),
-        ("--batch_size 6 --grad_accum 4", "must be divisible by processes x grad_accum"),
+        ("--batch_size 6 --grad_accum 4", "must be divisible by grad_accum (4)"),
         ("--tie false --attention elu", "tie=False needs a learned map"), ("--position up", "choose rope or learned"),
         ("--eval_stride 33", "eval_stride (33) must not exceed block_size"), ("--n_embed 3", "did you mean --n_embd"),
-        ("--vocab_size 7", "--vocab_size"), ("--compile perhaps", "--compile takes true or false"),
+        ("--vocab_size 7", "--vocab_size"), ("--prompt=", "prompt must be"),
+        ("--seed 100000000000000000000", "seed must be below 2^63"),
+        ("--compile perhaps", "--compile takes true or false"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, flags, line):
@@ -436,9 +473,9 @@ def test_help_has_a_sentence_for_every_field(script):
 
 
 def test_importing_train_starts_nothing(tmp_path):
-    process = start("-c", "import train, sample; print(len(train.RECIPES))")
+    process = start("-c", "import train, sample; print(train.fit.__name__)")
     stdout, stderr = process.communicate(timeout=60)
-    assert stdout.strip() == "4" and not stderr
+    assert stdout.strip() == "fit" and not stderr
 
 
 def test_sampling_streams_the_same_text_for_the_same_seed_from_every_kind_of_prompt(
@@ -461,7 +498,7 @@ def test_sampling_streams_the_same_text_for_the_same_seed_from_every_kind_of_pro
     for flags, line in (
         (["--top_p", 0], "top_p must be above 0"), (["--prompt", ""], "prompt is empty"),
         (["--temperature", -1], "zero or more"),
-        (["--prompt_file", tmp_path / "no"], "no file"), (["--promt", "x"], "did you mean --prompt"),
+        (["--prompt_file", tmp_path / "no"], "cannot read"), (["--promt", "x"], "did you mean --prompt"),
     ):  # fmt: skip
         code, _, stderr = sample(*flags)
         assert (code, stderr.count("\n")) == (2, 1) and line in stderr
@@ -470,4 +507,4 @@ def test_sampling_streams_the_same_text_for_the_same_seed_from_every_kind_of_pro
 def test_a_prompt_too_long_for_learned_positions_is_one_line(train, command, tmp_path):
     train("--out_dir", tmp_path / "run", "--position", "learned")
     code, _, stderr = command("sample", tmp_path / "run", "--prompt", "x" * 40)
-    assert (code, stderr.count("\n")) == (2, 1) and "do not fit into the 32 learned positions" in stderr
+    assert (code, stderr.count("\n")) == (2, 1) and "do not fit into the 32 positions" in stderr

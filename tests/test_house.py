@@ -1,0 +1,40 @@
+"""House rules that a reader may rely on: what is defined where, and which way imports go."""
+
+import re
+
+from conftest import ROOT
+
+FILES = {
+    p.relative_to(ROOT).as_posix(): p.read_text()
+    for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py")]
+}
+ROOMS = ["feature_maps", "attention", "model", "configs", "common", "data", "evaluate", "train"]
+
+
+def users_of(pattern: str) -> set[str]:
+    return {name for name, text in FILES.items() if re.search(pattern, text, re.MULTILINE)}
+
+
+def test_one_place_for_each_idea():
+    assert users_of(r"\.backward\(") == {"train.py"}
+    assert users_of(r"save_file\(|safe_open\(|torch\.(load|save)\(") == {"common.py"}
+    assert users_of(r"^class \w+\((FeatureMap|Learned)\)") == {"feature_maps.py"}
+    assert users_of(r"\bnormalise\(") == {"attention.py"}
+    assert users_of(r"scaled_dot_product_attention\(") == {"attention.py"}
+
+
+def test_imports_go_one_way():
+    allowed = {
+        "feature_maps": set(), "attention": {"feature_maps"}, "model": {"attention", "feature_maps"},
+        "common": set(), "data": {"common"}, "evaluate": {"common", "model"},
+        "configs": {"common", "model"},
+    }  # fmt: skip
+    for room, may in allowed.items():
+        text = FILES.get(f"{room}.py") or FILES[f"{room}/__init__.py"]
+        imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) & set(ROOMS)
+        assert imported <= may, room
+
+
+def test_no_room_holds_two_ideas():
+    long = {name: text.count("\n") for name, text in FILES.items() if text.count("\n") > 355}
+    assert not long
