@@ -91,7 +91,8 @@ RECIPES: dict[str, dict] = {
     "shakespeare": dict(
         dataset="shakespeare",
         n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
-        rope_base=10000.0, qk_bias=0.0, batch_size=64, lr=1e-3, warmup_steps=100, max_steps=5000, eval_interval=250, save_interval=250,
+        rope_base=10000.0, qk_bias=0.0,
+        batch_size=64, lr=1e-3, warmup_steps=100, max_steps=5000, eval_interval=250, save_interval=250,
     ),
     # The paper's model and optimiser on 2 million words: a rehearsal of the next one.
     "wikitext2": dict(
