@@ -325,7 +325,7 @@ def main() -> None:
 
     say(
         f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
-        f"{tokens.tokenizer.name} tokens), {world.size} x {world.device.type}, "
+        f"tokens, {tokens.tokenizer.name}), {world.size} x {world.device.type}, "
         f"{str(dtype).removeprefix('torch.')}, out_dir {config.out_dir}"
     )
     fit(
