@@ -17,12 +17,12 @@ from model import GPTConfig
 class FitConfig:
     """How to train anything."""
 
-    max_steps: int = 2200  # optimiser steps
+    max_steps: int = 2400  # optimiser steps
     batch_size: int = 8  # sequences an optimiser step sees, over all devices
     grad_accum: int = 1  # pieces of the batch, divided among the devices: less memory, same result
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 2e-3  # peak learning rate
     map_lr_scale: float = 10.0  # the feature maps' learning rate is this times lr
-    warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to zero at max_steps
     weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # AdamW's memory of its square
@@ -55,7 +55,7 @@ class FitConfig:
 class TrainConfig(GPTConfig, FitConfig):
     """What `python train.py` takes: the model, how to fit it, and the data."""
 
-    n_layer: int = 3  # number of blocks
+    n_layer: int = 2  # number of blocks
     n_head: int = 2  # heads of each attention
     n_embd: int = 128  # width: C = H D
     block_size: int = 256  # tokens of context in training and evaluation

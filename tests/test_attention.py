@@ -221,6 +221,7 @@ def test_rows_without_a_real_key_are_zero_with_finite_gradients(name, causal):
         else linear_weights(attn.phi(q), attn.phi(k), key_mask=mask)
     )
     assert (weights[1] == 0).all() and (weights[0, :, :2] == 0).all()
+    assert all(g.isfinite().all() for g in gradients(weights, (q, k)))
 
 
 # ---------------------------------------------------------------- numbers
