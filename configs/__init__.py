@@ -71,7 +71,7 @@ class TrainConfig(GPTConfig, FitConfig):
     eval_split: str = "validation"  # with --eval_only: validation, test or train
     eval_stride: int = 0  # tokens from window to window; 0: block_size, i.e. windows do not overlap
     eval_tokens: int = 65536  # about so many scored tokens, evenly spaced; 0: all (--eval_only: always all)
-    sample_tokens: int = 400  # length of the sample at the end; 0: none
+    sample_tokens: int = 240  # length of the sample at the end, within the training length; 0: none
     prompt: str = "def "  # how the sample begins
 
     def check(self) -> None:
