@@ -24,6 +24,7 @@ key returns zeros.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ def linear_attention_chunked(
 
 
 def chunked_loop(
-    phi_query, phi_key, q: Tensor, k: Tensor, v: Tensor, state: State | None = None,
+    phi_query: Callable, phi_key: Callable, q: Tensor, k: Tensor, v: Tensor, state: State | None = None,
     *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """linear_attention_chunked of phi_query(q, offset), phi_key(k, offset), the maps applied chunk by
@@ -210,27 +211,34 @@ class SoftmaxAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """attn(q, k, v, key_mask=None) -> y, with the feature map inside."""
+    """attn(q, k, v, key_mask=None) -> y, with the feature map inside.
+
+    phi: a map from make_feature_map, or any module phi(x, offset): (B, H, T, D) -> (B, H, T, F) >= 0.
+    """
 
     def __init__(self, phi: nn.Module, causal: bool = True, chunk_size: int = CHUNK):
         super().__init__()
         self.phi, self.causal, self.chunk_size = phi, causal, chunk_size
 
+    def roles(self) -> tuple[Callable, Callable]:
+        """The maps of queries and of keys: the same, but for untied ones."""
+        return getattr(self.phi, "query", self.phi), getattr(self.phi, "key", self.phi)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        phi_query, phi_key = self.roles()
         if not self.causal:
-            return linear_attention_bidirectional(self.phi.query(q), self.phi.key(k), v, key_mask=key_mask)
-        loop = chunked_loop(self.phi.query, self.phi.key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size)
-        return loop[0]
+            return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
+        y, _ = chunked_loop(phi_query, phi_key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size)
+        return y
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
         """Attend from new tokens to `cache` (State: of constant size) and to each other."""
+        phi_query, phi_key = self.roles()
         state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
         if T == 1:
-            y, state = linear_attention_recurrent(self.phi.query(q, offset), self.phi.key(k, offset), v, state)
+            y, state = linear_attention_recurrent(phi_query(q, offset), phi_key(k, offset), v, state)
         else:
-            y, state = chunked_loop(
-                self.phi.query, self.phi.key, q, k, v, state, offset=offset, chunk_size=self.chunk_size
-            )
+            y, state = chunked_loop(phi_query, phi_key, q, k, v, state, offset=offset, chunk_size=self.chunk_size)
         cache.update(state=state, length=offset + T)
         return y
 

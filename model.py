@@ -30,7 +30,7 @@ class GPTConfig:
     rope_base: float = 10000.0  # slowest rotation of rope: 2 pi times so many tokens
     tie: bool = True  # one feature map for queries and keys; False: one each
     qk_gain: float = 1.0  # scales the initial query and key projections
-    qk_bias: float = 0.0  # initial query and key biases; with rope, equal ones make attention begin nearby
+    qk_bias: float = 0.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
     embd_std: float = 0.02  # standard deviation of the initial embeddings; of all other matrices it is 0.02
 
     def __post_init__(self):
@@ -44,8 +44,6 @@ class GPTConfig:
         for name in ("qk_gain", "embd_std", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.qk_bias and not self.bias:
-            raise ValueError("qk_bias needs bias=True")
         if self.attention != "softmax" and self.attention not in FEATURE_MAPS:
             names = ", ".join(["softmax", *FEATURE_MAPS])
             raise ValueError(f"unknown attention {self.attention!r}: choose one of {names}")
@@ -170,7 +168,7 @@ class GPT(nn.Module):
             for out in (block.attn.c_proj, block.mlp.c_proj):  # 2 L additions: keep the residual's variance
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
             block.attn.c_attn.weight[: 2 * self.config.n_embd] *= self.config.qk_gain
-            if self.config.qk_bias:  # rope turns equal vectors by their distance: q.k is largest at distance 0
+            if self.config.bias:  # rope turns equal vectors by their distance: q.k is largest at distance 0
                 block.attn.c_attn.bias[: 2 * self.config.n_embd] = self.config.qk_bias
 
     def num_params(self) -> int:

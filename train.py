@@ -245,7 +245,7 @@ def make_writable(out: Path) -> None:
 
 def check_same_run(saved: dict, meta: dict, out: Path, say: Callable) -> None:
     """A resumed run must be the run that was interrupted; what may differ is said aloud."""
-    old, new = saved["config"], meta["config"]
+    old, new = saved.get("config", {}), meta["config"]
     changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)}
     if wrong := [text for name, text in changed.items() if name not in MAY_CHANGE]:
         raise UserError(
@@ -268,8 +268,8 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
     tensors, saved = load_checkpoint(config.init_from)
     if saved["tokenizer"] != tokens.tokenizer.name:
         raise UserError(
-            f"{config.init_from} was trained on {saved['tokenizer']} tokens, and {config.dataset} is prepared as "
-            f"{tokens.tokenizer.name}: add --tokenizer {saved['tokenizer']}"
+            f"--tokenizer {tokens.tokenizer.name} contradicts {config.init_from}, which was trained on "
+            f"{saved['tokenizer']} tokens: leave it out"
         )
     with as_user_error():
         unbounded = GPTConfig.of(saved["config"]).max_length == math.inf  # the block size shapes no weights
@@ -293,6 +293,8 @@ def main() -> None:
     is_main, dtype = world.rank == 0, pick_dtype(config.dtype, world.device)
     if not config.eval_only:
         make_writable(Path(config.out_dir))
+    elif config.dtype == "auto":
+        dtype = torch.float32  # numbers to compare between machines
     say = print if is_main else lambda *_: None
     if not is_main:
         dist.barrier()  # rank 0 prepares the data, the others find it prepared
@@ -304,17 +306,14 @@ def main() -> None:
     stride = config.eval_stride or config.block_size
     if stride > config.block_size:
         raise UserError(f"eval_stride ({stride}) must not exceed block_size ({config.block_size})")
-    ids = tokens.split(config.eval_split if config.eval_only else "train", config.block_size)
-    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
 
-    def evaluate(model: nn.Module, split: str = "validation", max_tokens: int = config.eval_tokens) -> dict:
-        ids = tokens.split(split, config.block_size)
-        exact = config.eval_only and config.dtype == "auto"  # numbers to compare between machines
-        used = torch.float32 if exact else dtype
-        return perplexity(model, ids, tokens.tokenizer, config.block_size, stride, max_tokens, used)
+    def evaluate(model: nn.Module) -> dict:
+        ids = tokens.split(config.eval_split if config.eval_only else "validation", config.block_size)
+        limit = 0 if config.eval_only else config.eval_tokens
+        return perplexity(model, ids, tokens.tokenizer, config.block_size, stride, limit, dtype)
 
     if config.eval_only:
-        result = evaluate(model.to(world.device).eval(), config.eval_split, 0)
+        result = evaluate(model.to(world.device).eval())
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
             f"word perplexity {result['word_perplexity']:.4f}, bits per byte {result['bits_per_byte']:.4f}, "
@@ -323,6 +322,8 @@ def main() -> None:
         )
         return
 
+    ids = tokens.split("train", config.block_size)
+    tokens.split("validation", config.block_size)  # complain now, not after the first 200 steps
     say(
         f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
         f"tokens, {tokens.tokenizer.name}), {world.size} x {world.device.type}, "

@@ -61,7 +61,7 @@ class TrainConfig(GPTConfig, FitConfig):
     block_size: int = 256  # tokens of context in training and evaluation
     rope_base: float = 100.0  # of rope: small, since 256 bytes are near each other (GPTConfig: 10000)
     qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
-    qk_bias: float = 1.0  # initial query and key biases; with rope, equal ones make attention begin nearby
+    qk_bias: float = 1.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
     dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
     data_dir: str = ""  # local file or folder with the original text, instead of the hub
     tokenizer: str = "auto"  # bytes, gpt2, or auto: the data set's own
@@ -124,9 +124,14 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
         config.check()
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
-    if config.init_from and not recipe:  # the data that it was trained on, unless told otherwise
-        saved = load_checkpoint(config.init_from)[1]["config"]
-        if "dataset" not in given:
-            config.dataset, config.data_dir = saved["dataset"], config.data_dir or saved["data_dir"]
+    if config.init_from:  # the tokens and the data that it was trained on, unless told otherwise
+        saved = load_checkpoint(config.init_from)[1]
+        with as_user_error():
+            GPTConfig.of(saved.get("config", {}))
+        if "tokenizer" not in given:
+            config.tokenizer = saved["tokenizer"]
+        if "dataset" not in given and not recipe:
+            before = saved["config"]
+            config.dataset, config.data_dir = before["dataset"], config.data_dir or before["data_dir"]
     config.out_dir = config.out_dir or f"out/{config.dataset}-{config.attention}"
     return config, given

@@ -343,6 +343,22 @@ def test_chunked_memory_and_time_are_linear_in_the_length():
     assert sizes[0] == sizes[1] <= 3 * 16
 
 
+def test_any_module_is_a_feature_map():
+    class Square(torch.nn.Module):
+        def forward(self, x, offset=0):
+            return x.square() + 1e-6
+
+    attn, (q, k, v) = LinearAttention(Square()), torch.randn(3, 1, 2, 70, 4, dtype=torch.float64)
+    torch.testing.assert_close(attn(q, k, v), linear_attention_quadratic(attn.phi(q), attn.phi(k), v))
+    cache: dict = {}
+    torch.testing.assert_close(
+        torch.cat(
+            [attn.extend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], cache) for t in range(70)], 2
+        ),
+        attn(q, k, v),
+    )
+
+
 def test_softmax_attention_is_pytorchs():
     q, k, v = torch.randn(3, 2, 2, 9, 8)
     assert torch.equal(SoftmaxAttention()(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))

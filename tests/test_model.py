@@ -196,7 +196,7 @@ def test_training_steps_lower_the_loss_with_every_attention():
     [
         dict(n_embd=30, n_head=4), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(qk_gain=0.0),
         dict(position="sinus"), dict(n_embd=18, n_head=6), dict(block_size=0), dict(rope_base=0.0),
-        dict(attention="hedgehock"), dict(bias=False, qk_bias=1.0),
+        dict(attention="hedgehock"),
     ],
 )  # fmt: skip
 def test_impossible_configurations_are_refused(wrong):

@@ -57,3 +57,20 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README.replace("\\_", "_")):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_guides_new_feature_map_is_a_feature_map():
+    """CONTRIBUTING's ten lines, as printed: positive features, rows that sum to one, usable by name."""
+    import torch
+
+    import feature_maps
+    from attention import linear_weights, make_attention
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    try:
+        exec(compile(code, "CONTRIBUTING.md", "exec"), dict(vars(feature_maps)))
+        attn, x = make_attention("square", 2, 4), torch.randn(1, 2, 7, 4)
+        torch.testing.assert_close(linear_weights(attn.phi(x), attn.phi(x)).sum(-1), torch.ones(1, 2, 7))
+        assert attn(x, x, x).shape == x.shape
+    finally:
+        feature_maps.FEATURE_MAPS.pop("square", None)
