@@ -1,5 +1,4 @@
-"""What every command shares, a closed list: reading the command line, seeds, device and dtype,
-saving and loading checkpoints, the run log, and errors as one clear line."""
+"""What every command shares: command line, seeds, devices, checkpoints, the log, errors as one line."""
 
 import contextlib
 import dataclasses
@@ -133,7 +132,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} is not available here: use --device auto, or cpu") from e
     return device
 
@@ -292,8 +291,8 @@ def restore(
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             if not state:
                 raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
-            on_host = {"step"} - ({"step"} if group.get("fused") else set())  # as torch keeps it
-            optimizer.state[p] = {k: t if k in on_host else t.to(p.device) for k, t in state.items()}
+            moved = {k: t.to(p.device) for k, t in state.items() if k != "step" or group.get("fused")}
+            optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
 
 
 # ---------------------------------------------------------------- the log
@@ -304,8 +303,8 @@ def provenance() -> dict[str, Any]:
 
     def git(*args: str) -> str:
         try:
-            here = Path(__file__).parent
-            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+            command = ["git", "-C", str(Path(__file__).parent), *args]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
@@ -324,7 +323,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):  # no such file; no such line (ARM)
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -336,9 +335,8 @@ class Log:
         self.path = path
 
     def read(self) -> list[dict]:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
         entries = []
-        for line in lines:
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
                 entries.append(json.loads(line))
         return entries

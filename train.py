@@ -156,10 +156,8 @@ def fit(
     result: dict = {}
     stop, began = StopSignal(), time.perf_counter()
     clock, clocked = began, start
-    bar = tqdm(
-        total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
+    bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
+    bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
     model.train()
     with stop:
         for step in range(start, config.max_steps):
@@ -291,10 +289,10 @@ def main() -> None:
     began = time.perf_counter()
     world = join_world(config.device)
     is_main, dtype = world.rank == 0, pick_dtype(config.dtype, world.device)
+    if config.eval_only and config.dtype == "auto":
+        dtype = torch.float32  # numbers to compare between machines
     if not config.eval_only:
         make_writable(Path(config.out_dir))
-    elif config.dtype == "auto":
-        dtype = torch.float32  # numbers to compare between machines
     say = print if is_main else lambda *_: None
     if not is_main:
         dist.barrier()  # rank 0 prepares the data, the others find it prepared
