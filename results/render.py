@@ -35,6 +35,10 @@ def table() -> str:
             f"| {mean(group, 'bits_per_byte'):.3f} | {statistics.mean(r['minutes'] for r in group):.1f} "
             f"| {statistics.median(r['tokens_per_s'] for r in group):,.0f} | {group[0]['parameters']:,} |"
         )
+    if runs.keys() >= {("stdlib", name) for name in ("softmax", "hedgehog", "elu")}:
+        softmax, hedgehog, elu = (mean(runs["stdlib", name], "loss") for name in ("softmax", "hedgehog", "elu"))
+        closed = f"Hedgehog closes {(elu - hedgehog) / (elu - softmax):.0%} of the gap between 1+ELU and softmax."
+        lines += ["", closed]
     machines = sorted({r["machine"] for group in runs.values() for r in group})
     commits = sorted({r["commit"] for group in runs.values() for r in group})
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}. Commit: {', '.join(commits)}."])
