@@ -95,6 +95,7 @@ def plot_curve(log: Log, path: Path) -> None:
     )  # fmt: skip
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the command below
     figure.text(0.01, 0.005, entries[0]["command"], fontsize=6, color="0.4")
     figure.savefig(path, dpi=150)
     plt.close(figure)
