@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -103,10 +104,9 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
             raise UserError(f"--{name} takes true or false, not {value!r}")
         args.append(f"--no-{name}" if value.lower() == "false" else f"--{name}")
     stderr = io.StringIO()
-    if not {"--help", "-h"} & set(args):
-        os.environ["COLUMNS"] = "1000"  # an error is to be one line; help fits the terminal
+    wide = {} if {"--help", "-h"} & set(args) else {"COLUMNS": "1000"}  # an error is one line; help fits the terminal
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), patch.dict(os.environ, wide):
             config = tyro.cli(type(default), default=default, args=args, description=description, use_underscores=True)
         return config, given
     except SystemExit as e:
