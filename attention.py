@@ -69,8 +69,8 @@ def softmax_weights(q: Tensor, k: Tensor, *, causal: bool = True, key_mask: Tens
     with without_autocast(q):
         scores = at_least_float32(q) @ at_least_float32(k).mT / math.sqrt(q.size(-1))
         mask = visible(q, k, causal, key_mask)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN in empty rows
-        return scores.softmax(-1).masked_fill(~mask, 0.0)
+        scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(-1).masked_fill(~mask, 0.0)  # NaN in empty rows before
 
 
 def softmax_attention(
