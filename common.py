@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import difflib
 import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,12 +50,9 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
-        main()
-        return
-    except UserError as e:
-        message, code = str(e), 2
-    except RunError as e:
-        message, code = str(e), 1
+        return main()
+    except (UserError, RunError) as e:
+        message, code = str(e), 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt as e:
         print(str(e) or "interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -104,9 +101,8 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
             raise UserError(f"--{name} takes true or false, not {value!r}")
         args.append(f"--no-{name}" if value.lower() == "false" else f"--{name}")
     stderr = io.StringIO()
-    wide = {} if {"--help", "-h"} & set(args) else {"COLUMNS": "1000"}  # an error is one line; help fits the terminal
     try:
-        with contextlib.redirect_stderr(stderr), patch.dict(os.environ, wide):
+        with contextlib.redirect_stderr(stderr):
             config = tyro.cli(type(default), default=default, args=args, description=description, use_underscores=True)
         return config, given
     except SystemExit as e:
@@ -118,7 +114,8 @@ def parse(default: Config, argv: list[str], description: str) -> tuple[Config, s
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown flag {arg.partition('=')[0]}: did you mean --{near}? (--help lists all)")
     lines = [re.sub(r"[^\x20-\x7e]", "", line).strip("-+| ") for line in stderr.getvalue().splitlines()]
-    what = next((line for line in lines[1:] if line), "").removeprefix(f"Error parsing {type(default).__name__}: ")
+    body = itertools.dropwhile(lambda line: not line, lines[1:])  # tyro's box, from its title to the first rule
+    what = " ".join(itertools.takewhile(bool, body)).removeprefix(f"Error parsing {type(default).__name__}: ")
     raise UserError(f"{what} (--help lists all flags)")
 
 

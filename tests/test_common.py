@@ -152,6 +152,7 @@ def test_flags_in_every_spelling():
     assert parse(Flags(), ["--no-resume"], "")[1] == parse(Flags(), ["--resume", "false"], "")[1] == {"resume"}
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
 @pytest.mark.parametrize(
     "argv, line",
     [
@@ -163,7 +164,8 @@ def test_flags_in_every_spelling():
         (["stray"], "stray"),
     ],
 )
-def test_a_wrong_flag_is_one_line_that_says_what_to_do(argv, line):
+def test_a_wrong_flag_is_one_line_that_says_what_to_do(argv, line, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)  # of the terminal: the line is the same
     with pytest.raises(UserError) as e:
         parse(Flags(), argv, "")
     assert line in str(e.value) and "\n" not in str(e.value) and "--" in str(e.value)
