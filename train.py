@@ -123,7 +123,8 @@ def fit(
         )
     out, is_main, device = Path(config.out_dir), world.rank == 0, world.device
     say = tqdm.write if is_main else lambda _: None
-    make_writable(out)
+    if is_main:  # one process alone writes
+        make_writable(out)
     dtype = pick_dtype(config.dtype, device)
     model.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
@@ -291,7 +292,7 @@ def main() -> None:
     is_main, dtype = world.rank == 0, pick_dtype(config.dtype, world.device)
     if config.eval_only and config.dtype == "auto":
         dtype = torch.float32  # numbers to compare between machines
-    if not config.eval_only:
+    if is_main and not config.eval_only:
         make_writable(Path(config.out_dir))
     say = print if is_main else lambda *_: None
     if not is_main:
