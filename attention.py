@@ -24,16 +24,18 @@ key returns zeros.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
-from feature_maps import FEATURE_MAPS, at_least_float32, make_feature_map, without_autocast
+from feature_maps import FEATURE_MAPS, Untied, at_least_float32, make_feature_map, without_autocast
 
 CHUNK = 64  # tokens: fastest of 32, 64, 128, 256 on a CPU at D = 32 and 64
+GROUP = 4  # chunks: backward is given one state for so many
 
 
 class State(NamedTuple):
@@ -135,39 +137,117 @@ def linear_attention_chunked(
         denominator  d = Q z + tril(Q K^T) 1
         next state   S <- S + K^T V,   z <- z + K^T 1
 
-    The denominator is the numerator of a value that is always 1. So V gets a column of ones, [S z] is
-    one matrix, and both lines become one. Returns (y, state).
+    The denominator is the numerator of a value that is always 1. So with U = [V 1], a column of ones beside
+    the values, and R = [S z], both lines become one: [N d] = Q R + tril(Q K^T) U. Returns (y, state).
     """
-    return chunked_loop(lambda x, _: x, lambda x, _: x, phi_q, phi_k, v, state, chunk_size=chunk_size)
+    return chunked_with_maps(None, None, phi_q, phi_k, v, state, chunk_size=chunk_size)
 
 
-def chunked_loop(
-    phi_query: Callable, phi_key: Callable, q: Tensor, k: Tensor, v: Tensor, state: State | None = None,
-    *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
+def chunked_with_maps(
+    phi_query: nn.Module | None, phi_key: nn.Module | None, q: Tensor, k: Tensor, v: Tensor,
+    state: State | None = None, *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """linear_attention_chunked of phi_query(q, offset), phi_key(k, offset), the maps applied chunk by
-    chunk: features of a whole sequence never leave the cache for the memory (2x faster at 8K tokens)."""
-    B, H, T, D = v.shape
-    SZ = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)  # (BH, F, D+1)
-    masks = (key_mask if key_mask is not None else v.new_empty(0, T)).split(chunk_size, 1)
-    V1 = F.pad(at_least_float32(v), (0, 1), value=1.0)  # (B, H, T, D+1): [V 1]
-    ys = []
-    # Split once: slicing x[:, :, i:j] in the loop would make the backward pass quadratic.
-    for q_c, k_c, V1_c, mask in zip(q.split(chunk_size, 2), k.split(chunk_size, 2), V1.split(chunk_size, 2), masks):
+    """linear_attention_chunked of phi_query(q, offset) and phi_key(k, offset), the maps (None: q and k are
+    features) applied chunk by chunk: the features of a whole sequence never leave the cache for the memory
+    (2x faster at 8K tokens). For second derivatives use the quadratic form."""
+    R = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)
+    of_query = [] if phi_query is None else list(phi_query.parameters())
+    of_key = [] if phi_key is None or phi_key is phi_query else list(phi_key.parameters())
+    options = phi_query, phi_key, len(of_query), key_mask, offset, chunk_size
+    y, R = Chunked.apply(options, q, k, v, R, *of_query, *of_key)
+    R = R.unflatten(0, v.shape[:2])
+    return y.to(v.dtype), State(R[..., :-1], R[..., -1])
+
+
+class Chunked(torch.autograd.Function):
+    """The chunks in order; and the gradient, from the last chunk to the first. With G = [dN dd] the gradient
+    of [N d], and dR that of the state after the chunk:
+
+        dA = tril(G U^T)    dQ = dA K + G R^T    dK = dA^T Q + U dR^T    dU = A^T G + K dR    dR <- dR + Q^T G
+
+    It needs little more memory than y and the gradients take: of all features and states only the state
+    before every GROUP chunks is kept, and backward makes the others again.
+    """
+
+    @staticmethod
+    def forward(ctx, options, q, k, v, R, *parameters):
+        phi_query, phi_key, _, key_mask, offset, chunk_size = options
+        chunks = [slice(t, t + chunk_size) for t in range(0, max(v.size(2), 1), chunk_size)]
+        R = None if R is None else at_least_float32(R).clone()
+        y, d, states = None, None, []
         with without_autocast(v):
-            Q, K = (at_least_float32(x) for x in (phi_query(q_c, offset), phi_key(k_c, offset)))  # (B, H, n, F)
-            if key_mask is not None:
-                K = K.masked_fill(~mask[:, None, :, None], 0.0)  # after phi: phi(0) is not 0
-            Q, K, U = Q.flatten(0, 1), K.flatten(0, 1), V1_c.to(Q.dtype).flatten(0, 1)  # (BH, n, F or D+1)
-            A = (Q @ K.mT).tril()  # (BH, n, n)
-            if SZ is None:
-                N, SZ = A @ U, K.mT @ U
-            else:
-                N, SZ = torch.baddbmm(Q @ SZ, A, U), torch.baddbmm(SZ, K.mT, U)
-            ys.append(normalise(N[..., :-1], N[..., -1:]))
-        offset += q_c.size(2)
-    SZ = SZ.unflatten(0, (B, H))
-    return torch.cat(ys, 1).unflatten(0, (B, H)).to(v.dtype), State(SZ[..., :-1], SZ[..., -1])
+            for c, tokens in enumerate(chunks):
+                Q = chunk_features(phi_query, q, tokens, offset)
+                K = chunk_features(phi_key, k, tokens, offset, key_mask)
+                U = values_and_ones(v, tokens, K.dtype)
+                if y is None:
+                    y, d = K.new_empty(v.shape), K.new_empty(*v.shape[:3], 1)
+                    R = K.new_zeros(K.size(0), K.size(2), U.size(2)) if R is None else R
+                if c % GROUP == 0 and any(ctx.needs_input_grad):
+                    states.append(R.clone())
+                N = torch.baddbmm(Q @ R, (Q @ K.mT).tril_(), U).unflatten(0, v.shape[:2])
+                R.baddbmm_(K.mT, U)
+                y[:, :, tokens], d[:, :, tokens] = normalise(N[..., :-1], N[..., -1:]), N[..., -1:]
+        ctx.options, ctx.chunks, ctx.n = options, chunks, len(parameters)
+        ctx.save_for_backward(*parameters, q, k, v, y, d, *states)
+        return y, R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dR):
+        phi_query, phi_key, n_query, key_mask, offset, n = ctx.options
+        parameters, (q, k, v, y, d, *states) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        of_query, of_key = parameters[:n_query], parameters[n_query:] or parameters  # one map, or two
+        dq, dk, dv, *dparameters = (torch.zeros_like(x) for x in (q, k, v, *parameters))
+        dR = dR.clone()
+        for g in reversed(range(len(states))):
+            group = slice(g * GROUP * n, (g + 1) * GROUP * n)
+            with torch.enable_grad(), without_autocast(v):
+                xq, xk = (x[:, :, group].detach().requires_grad_() for x in (q, k))
+                mask, at = None if key_mask is None else key_mask[:, group], offset + group.start
+                phi_q = chunk_features(phi_query, xq, slice(None), at, None, of_query)
+                phi_k = chunk_features(phi_key, xk, slice(None), at, mask, of_key)
+            with without_autocast(v):
+                Us = values_and_ones(v, group, phi_k.dtype)
+                dN = normalise(dy[:, :, group], d[:, :, group])
+                Gs = torch.cat([dN, -(dN * y[:, :, group]).sum(-1, keepdim=True)], -1).flatten(0, 1)
+                chunks = list(zip(*(x.split(n, 1) for x in (phi_q.detach(), phi_k.detach(), Us, Gs))))
+                Rs, dQs, dKs, dUs = [states.pop()], [], [], []
+                for _, K, U, _ in chunks[:-1]:
+                    Rs.append(torch.baddbmm(Rs[-1], K.mT, U))
+                for (Q, K, U, G), R in zip(reversed(chunks), reversed(Rs)):
+                    A, dA = (Q @ K.mT).tril_(), (G @ U.mT).tril_()
+                    dQs.append(torch.baddbmm(G @ R.mT, dA, K))
+                    dKs.append(torch.baddbmm(U @ dR.mT, dA.mT, Q))
+                    dUs.append(torch.baddbmm(K @ dR, A.mT, G))
+                    dR.baddbmm_(Q.mT, G)
+                dQ, dK, dU = (torch.cat(x[::-1], 1) for x in (dQs, dKs, dUs))
+                grads = torch.autograd.grad((phi_q, phi_k), (xq, xk, *parameters), (dQ, dK), allow_unused=True)
+            dq[:, :, group], dk[:, :, group], *grads = grads
+            dv[:, :, group] = dU[..., :-1].unflatten(0, v.shape[:2])
+            for total, grad in zip(dparameters, grads):
+                total += 0 if grad is None else grad
+        return None, dq, dk, dv, dR if ctx.needs_input_grad[4] else None, *dparameters
+
+
+def chunk_features(phi, x: Tensor, tokens: slice, offset: int, key_mask=None, parameters=()) -> Tensor:
+    """phi of a slice of tokens of x: (BH, n, F). `parameters`, if any, are those that phi had in the forward
+    pass: torch.func.functional_call gives it others for a while."""
+    x, at = x[:, :, tokens], offset + (tokens.start or 0)
+    own = [] if phi is None else list(phi.named_parameters())
+    if any(mine is not given for (_, mine), given in zip(own, parameters)):
+        x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, at))
+    elif phi is not None:
+        x = phi(x, at)
+    x = at_least_float32(x)
+    if key_mask is not None:
+        x = x.masked_fill(~key_mask[:, None, tokens, None], 0.0)  # after phi: phi(0) is not 0
+    return x.flatten(0, 1)
+
+
+def values_and_ones(v: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
+    """U = [V 1] of a slice of tokens: (BH, n, D + 1)."""
+    return F.pad(v[:, :, tokens].to(dtype), (0, 1), value=1.0).flatten(0, 1)
 
 
 def linear_attention_bidirectional(
@@ -220,16 +300,20 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.phi, self.causal, self.chunk_size = phi, causal, chunk_size
 
-    def roles(self) -> tuple[Callable, Callable]:
+    def roles(self) -> tuple[nn.Module, nn.Module]:
         """The maps of queries and of keys: the same, but for untied ones."""
-        return getattr(self.phi, "query", self.phi), getattr(self.phi, "key", self.phi)
+        return (self.phi.query, self.phi.key) if isinstance(self.phi, Untied) else (self.phi, self.phi)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        phi_query, phi_key = self.roles()
         if not self.causal:
+            phi_query, phi_key = self.roles()
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
-        y, _ = chunked_loop(phi_query, phi_key, q, k, v, key_mask=key_mask, chunk_size=self.chunk_size)
-        return y
+        return self.causal_attention(q, k, v, key_mask=key_mask)[0]
+
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, state=None, *, key_mask=None, offset: int = 0):
+        """(y, state), by the implementation that kernels.use() chose."""
+        options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
+        return chunked_with_maps(*self.roles(), q, k, v, state, **options)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
         """Attend from new tokens to `cache` (State: of constant size) and to each other."""
@@ -238,7 +322,7 @@ class LinearAttention(nn.Module):
         if T == 1:
             y, state = linear_attention_recurrent(phi_query(q, offset), phi_key(k, offset), v, state)
         else:
-            y, state = chunked_loop(phi_query, phi_key, q, k, v, state, offset=offset, chunk_size=self.chunk_size)
+            y, state = self.causal_attention(q, k, v, state, offset=offset)
         cache.update(state=state, length=offset + T)
         return y
 
