@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from feature_maps import FEATURE_MAPS, Untied, at_least_float32, make_feature_map, without_autocast
+import kernels
+from feature_maps import FEATURE_MAPS, Hedgehog, Untied, at_least_float32, make_feature_map, without_autocast
 
 CHUNK = 64  # tokens: fastest of 32, 64, 128, 256 on a CPU at D = 32 and 64
 GROUP = 4  # chunks: backward is given one state for so many
+PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
 
 
 class State(NamedTuple):
@@ -165,22 +167,21 @@ class Chunked(torch.autograd.Function):
 
         dA = tril(G U^T)    dQ = dA K + G R^T    dK = dA^T Q + U dR^T    dU = A^T G + K dR    dR <- dR + Q^T G
 
-    It needs little more memory than y and the gradients take: of all features and states only the state
-    before every GROUP chunks is kept, and backward makes the others again.
+    Kept is only the state before every GROUP chunks: backward makes the features and other states again.
     """
 
     @staticmethod
     def forward(ctx, options, q, k, v, R, *parameters):
         phi_query, phi_key, _, key_mask, offset, chunk_size = options
-        chunks = [slice(t, t + chunk_size) for t in range(0, max(v.size(2), 1), chunk_size)]
         R = None if R is None else at_least_float32(R).clone()
-        y, d, states = None, None, []
+        states = []
         with without_autocast(v):
-            for c, tokens in enumerate(chunks):
-                Q = chunk_features(phi_query, q, tokens, offset)
-                K = chunk_features(phi_key, k, tokens, offset, key_mask)
-                U = values_and_ones(v, tokens, K.dtype)
-                if y is None:
+            for c, start in enumerate(range(0, max(v.size(2), 1), chunk_size)):
+                tokens = slice(start, start + chunk_size)
+                Q = features(phi_query, q[:, :, tokens], offset + start)
+                K = features(phi_key, k[:, :, tokens], offset + start, (), key_mask, tokens)
+                U = F.pad(v[:, :, tokens].to(K.dtype), (0, 1), value=1.0).flatten(0, 1)
+                if c == 0:
                     y, d = K.new_empty(v.shape), K.new_empty(*v.shape[:3], 1)
                     R = K.new_zeros(K.size(0), K.size(2), U.size(2)) if R is None else R
                 if c % GROUP == 0 and any(ctx.needs_input_grad):
@@ -188,7 +189,7 @@ class Chunked(torch.autograd.Function):
                 N = torch.baddbmm(Q @ R, (Q @ K.mT).tril_(), U).unflatten(0, v.shape[:2])
                 R.baddbmm_(K.mT, U)
                 y[:, :, tokens], d[:, :, tokens] = normalise(N[..., :-1], N[..., -1:]), N[..., -1:]
-        ctx.options, ctx.chunks, ctx.n = options, chunks, len(parameters)
+        ctx.options, ctx.n = options, len(parameters)
         ctx.save_for_backward(*parameters, q, k, v, y, d, *states)
         return y, R
 
@@ -198,17 +199,15 @@ class Chunked(torch.autograd.Function):
         phi_query, phi_key, n_query, key_mask, offset, n = ctx.options
         parameters, (q, k, v, y, d, *states) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
         of_query, of_key = parameters[:n_query], parameters[n_query:] or parameters  # one map, or two
-        dq, dk, dv, *dparameters = (torch.zeros_like(x) for x in (q, k, v, *parameters))
-        dR = dR.clone()
+        dR, dq, dk, dv, *dparameters = dR.clone(), *(torch.zeros_like(x) for x in (q, k, v, *parameters))
         for g in reversed(range(len(states))):
             group = slice(g * GROUP * n, (g + 1) * GROUP * n)
             with torch.enable_grad(), without_autocast(v):
                 xq, xk = (x[:, :, group].detach().requires_grad_() for x in (q, k))
-                mask, at = None if key_mask is None else key_mask[:, group], offset + group.start
-                phi_q = chunk_features(phi_query, xq, slice(None), at, None, of_query)
-                phi_k = chunk_features(phi_key, xk, slice(None), at, mask, of_key)
+                phi_q = features(phi_query, xq, offset + group.start, of_query)
+                phi_k = features(phi_key, xk, offset + group.start, of_key, key_mask, group)
             with without_autocast(v):
-                Us = values_and_ones(v, group, phi_k.dtype)
+                Us = F.pad(v[:, :, group].to(phi_k.dtype), (0, 1), value=1.0).flatten(0, 1)
                 dN = normalise(dy[:, :, group], d[:, :, group])
                 Gs = torch.cat([dN, -(dN * y[:, :, group]).sum(-1, keepdim=True)], -1).flatten(0, 1)
                 chunks = list(zip(*(x.split(n, 1) for x in (phi_q.detach(), phi_k.detach(), Us, Gs))))
@@ -230,24 +229,17 @@ class Chunked(torch.autograd.Function):
         return None, dq, dk, dv, dR if ctx.needs_input_grad[4] else None, *dparameters
 
 
-def chunk_features(phi, x: Tensor, tokens: slice, offset: int, key_mask=None, parameters=()) -> Tensor:
-    """phi of a slice of tokens of x: (BH, n, F). `parameters`, if any, are those that phi had in the forward
-    pass: torch.func.functional_call gives it others for a while."""
-    x, at = x[:, :, tokens], offset + (tokens.start or 0)
+def features(phi, x: Tensor, offset: int, parameters=(), key_mask=None, tokens=slice(0)) -> Tensor:
+    """phi(x, offset) as (BH, n, F), zero for masked keys. `parameters`, if any, are those that phi had in the
+    forward pass: it may have others by now (torch.func.functional_call)."""
     own = [] if phi is None else list(phi.named_parameters())
     if any(mine is not given for (_, mine), given in zip(own, parameters)):
-        x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, at))
+        x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, offset))
     elif phi is not None:
-        x = phi(x, at)
-    x = at_least_float32(x)
+        x = phi(x, offset)
     if key_mask is not None:
         x = x.masked_fill(~key_mask[:, None, tokens, None], 0.0)  # after phi: phi(0) is not 0
-    return x.flatten(0, 1)
-
-
-def values_and_ones(v: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
-    """U = [V 1] of a slice of tokens: (BH, n, D + 1)."""
-    return F.pad(v[:, :, tokens].to(dtype), (0, 1), value=1.0).flatten(0, 1)
+    return at_least_float32(x).flatten(0, 1)
 
 
 def linear_attention_bidirectional(
@@ -308,21 +300,47 @@ class LinearAttention(nn.Module):
         if not self.causal:
             phi_query, phi_key = self.roles()
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
-        return self.causal_attention(q, k, v, key_mask=key_mask)[0]
+        return self.causal_attention(q, k, v, key_mask=key_mask, carry=False)[0]
 
-    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, state=None, *, key_mask=None, offset: int = 0):
-        """(y, state), by the implementation that kernels.use() chose."""
-        options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
-        return chunked_with_maps(*self.roles(), q, k, v, state, **options)
+    @torch.compiler.disable
+    def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
+        """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: the state is not wanted."""
+        phi_query, phi_key = self.roles()
+        kernel = kernels.fused(q, k, v)
+        if kernel is None:
+            options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
+            return chunked_with_maps(phi_query, phi_key, q, k, v, state, **options)
+        (S, z), T, maps, ys = state or (None, None), q.size(2), self.hedgehog(kernel), []
+        size = PIECE if maps is None else max(T, 1)
+        for start in range(0, max(T, 1), size):
+            piece = slice(start, start + size)
+            q_p, k_p, mask = q[:, :, piece], k[:, :, piece], None if key_mask is None else key_mask[:, piece]
+            if maps is None:
+                q_p, k_p = phi_query(q_p, offset + start), phi_key(k_p, offset + start)
+            more = carry or piece.stop < T
+            y, S, z = kernels.causal_attention(kernel, q_p, k_p, v[:, :, piece], maps, S, z, mask, more)
+            ys.append(y)
+        return ys[0] if len(ys) == 1 else torch.cat(ys, 2), State(S, z)
+
+    def hedgehog(self, kernel) -> list[Tensor] | None:
+        """W, b of queries and W, b of keys, if the kernel makes the features itself; None: it is given them."""
+        if any(type(phi) is not Hedgehog or phi.head_dim > kernel.MAX_DIM for phi in self.roles()):
+            return None
+        return [p for phi in self.roles() for p in (phi.weight, phi.bias)]
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
-        """Attend from new tokens to `cache` (State: of constant size) and to each other."""
-        phi_query, phi_key = self.roles()
+        """Attend from new tokens to `cache` (State: of constant size, may change in place) and to each other."""
         state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
-        if T == 1:
+        phi_query, phi_key = self.roles()
+        if T != 1 or state is None:
+            y, state = self.causal_attention(q, k, v, state, offset=offset)
+        elif torch.is_grad_enabled() or (kernel := kernels.fused(q, k, v)) is None:
             y, state = linear_attention_recurrent(phi_query(q, offset), phi_key(k, offset), v, state)
         else:
-            y, state = self.causal_attention(q, k, v, state, offset=offset)
+            maps = self.hedgehog(kernel)
+            if maps is None:
+                q, k = phi_query(q, offset), phi_key(k, offset)
+            y = kernels.decode(kernel, q, k, v, maps, *state)
         cache.update(state=state, length=offset + T)
         return y
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import kernels
 from common import UserError, as_user_error, load_checkpoint, parse, pick_device, restore, run
 from data import get_tokenizer, read_text
 from model import GPT, GPTConfig
@@ -32,6 +33,7 @@ class SampleConfig:
     top_p: float = 1.0  # draw from the fewest tokens that together have this probability
     seed: int = 1  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    kernel: str = "auto"  # of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
 
     def check(self) -> None:
         """Raise UserError for numbers that make no sense."""
@@ -71,6 +73,7 @@ def main() -> None:
     device, path = pick_device(config.device), config.checkpoint or newest_run()
     tensors, meta = load_checkpoint(path)
     with as_user_error():
+        kernels.use(config.kernel, device)
         model = GPT(GPTConfig.of(meta.get("config", {})))
     restore(tensors, model, path=path)
     model.to(device).eval()
@@ -84,6 +87,8 @@ def main() -> None:
             f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the "
             f"{model.config.max_length} positions of this model: shorten the prompt or lower --max_new_tokens"
         )
+    if model.config.attention != "softmax":
+        print(kernels.describe(device), file=sys.stderr)
     out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
     print(prompt, end="", flush=True)
     generator = torch.Generator(device).manual_seed(config.seed)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import kernels
 from common import (
     Log,
     RunError,
@@ -88,7 +89,7 @@ class StopSignal:
 
 
 # What a resumed run may set otherwise than the run that was interrupted.
-MAY_CHANGE = """max_steps grad_accum eval_interval save_interval log_interval device out_dir resume compile
+MAY_CHANGE = """max_steps grad_accum eval_interval save_interval log_interval device out_dir resume kernel compile
     data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
 
 
@@ -296,7 +297,10 @@ def main() -> None:
         make_writable(Path(config.out_dir))
     say = print if is_main else lambda *_: None
     if not is_main:
-        dist.barrier()  # rank 0 prepares the data, the others find it prepared
+        dist.barrier()  # rank 0 prepares kernel and data, the others find them prepared
+    with as_user_error():
+        kernels.use(config.kernel, world.device)
+    kernel = "" if config.attention == "softmax" else f", {kernels.describe(world.device)}"
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
     if is_main and world.size > 1:
         dist.barrier()
@@ -326,7 +330,7 @@ def main() -> None:
     say(
         f"{config.attention} attention, {model.num_params():,} parameters, on {config.dataset} ({len(ids):,} "
         f"tokens, {tokens.tokenizer.name}), {world.size} x {world.device.type}, "
-        f"{str(dtype).removeprefix('torch.')}, out_dir {config.out_dir}"
+        f"{str(dtype).removeprefix('torch.')}{kernel}, out_dir {config.out_dir}"
     )
     fit(
         model,

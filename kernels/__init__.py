@@ -1,0 +1,189 @@
+"""Fused forms of causal linear attention, and the one place that decides which of them runs.
+
+    torch     attention.py: every device and dtype; what tests hold the others equal to
+    cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where a C++ compiler is, and then kept
+    triton    chunked_triton.py: NVIDIA GPUs, float32 and bfloat16
+
+`use(name)` decides for this process: one of these, or "auto" (from the start): the fused form for the tensors'
+device, where there is one. `describe(device)` says it in words; commands print that.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+KERNELS = ("auto", "torch", "cpp", "triton")
+DTYPES = (torch.float32, torch.bfloat16)
+SOURCE = Path(__file__).parent / "chunked.cpp"
+chosen = "auto"
+
+
+class Unavailable(ValueError):
+    """This kernel cannot run here; the message says why."""
+
+
+def use(name: str, device: str | torch.device = "cpu") -> None:
+    """Choose the kernel for this process. Raises ValueError for an unknown name, and for a kernel that cannot run
+    on `device` here; "auto" always can."""
+    global chosen
+    if name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}")
+    if name in ("cpp", "triton"):
+        load(name, torch.device(device).type)
+    chosen = name
+
+
+def resolve(device: str | torch.device) -> tuple[str, str]:
+    """Which kernel runs on this device, and a remark: the processor, or why it is not the fused one."""
+    device = torch.device(device).type
+    if chosen != "auto":
+        return chosen, ""
+    try:
+        name = {"cpu": "cpp", "cuda": "triton"}.get(device, "torch")
+        if name != "torch":
+            load(name, device)
+        return name, torch.backends.cpu.get_cpu_capability() if name == "cpp" else ""
+    except Unavailable as e:
+        return "torch", str(e)
+
+
+def describe(device: str | torch.device) -> str:
+    """resolve() in words, for a command to print."""
+    name, remark = resolve(device)
+    return f"kernel {name} ({remark})" if remark else f"kernel {name}"
+
+
+def fused(*tensors: Tensor):
+    """The kernel for these tensors, or None: PyTorch. "auto" gives None for other dtypes than float32 and bfloat16."""
+    device, right = tensors[0].device.type, all(x.dtype in DTYPES for x in tensors)
+    if chosen == "torch" or (chosen == "auto" and not right):
+        return None
+    if not right:
+        raise ValueError(
+            f"kernel {chosen} takes float32 and bfloat16, not {tensors[0].dtype}: use kernel auto or torch"
+        )
+    name, _ = resolve(device)
+    return None if name == "torch" else load(name, device)
+
+
+@functools.cache
+def load(name: str, device: str):
+    """The object with forward, backward and decode. Raises Unavailable with the reason."""
+    if name == "cpp" and device == "cpu":
+        return load_cpp()
+    if name == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        return load_triton()
+    raise Unavailable(f"kernel {name} does not run on {device}: use kernel auto or torch")
+
+
+def load_triton():
+    try:
+        from kernels import chunked_triton
+    except ImportError as e:
+        raise Unavailable(f"triton cannot be imported ({e}): pip install triton") from e
+    return chunked_triton
+
+
+def load_cpp():
+    """torch.ops.hedgehog, with chunked.cpp built if this source, torch and processor have not been seen before."""
+    if sys.platform == "win32":
+        raise Unavailable("chunked.cpp is written for GCC and Clang")
+    capability = torch.backends.cpu.get_cpu_capability()
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {capability}".encode()).hexdigest()[:16]
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    library = Path(home) / f"hedgehog_{key}.so"
+    if not library.exists():
+        build_cpp(capability, library)
+    torch.ops.load_library(str(library))
+    ops = torch.ops.hedgehog
+    return SimpleNamespace(
+        forward=ops.forward.default, backward=ops.backward.default, decode=ops.decode.default, MAX_DIM=math.inf
+    )
+
+
+def build_cpp(capability: str, library: Path) -> None:
+    """Build in a folder of its own and move the result: builds at the same time cannot disturb each other."""
+    from torch.utils import cpp_extension
+
+    flags = {
+        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+        "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    }.get(capability, [])
+    known = capability if flags else "DEFAULT"  # the names that at::vec was compiled with
+    flags += ["-O3", f"-DCPU_CAPABILITY={known}", f"-DCPU_CAPABILITY_{known}"]
+    flags += [] if sys.platform == "darwin" else ["-fopenmp"]
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise Unavailable(f"there is no C++ compiler ({compiler}): install one, or set CXX")
+    if not cpp_extension.is_ninja_available():
+        raise Unavailable("building chunked.cpp needs ninja: pip install ninja")
+    print(f"building {SOURCE.name} for this processor ({capability}), once: about 20 s", file=sys.stderr, flush=True)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            name = "hedgehog_kernels"
+            cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False)
+            os.replace(Path(folder) / f"{name}.so", library)
+    except (OSError, RuntimeError) as e:
+        lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
+        raise Unavailable(f"chunked.cpp was not built ({lines[-1].strip()})") from e
+
+
+class Fused(torch.autograd.Function):
+    """attention.chunked_with_maps by one of the kernels. Wq is None: q and k are features.
+    `carry`: the new state is wanted, too."""
+
+    @staticmethod
+    def forward(ctx, kernel, carry, key_mask, q, k, v, Wq, bq, Wk, bk, S, z):
+        keep = any(ctx.needs_input_grad)
+        y, d, S, z, states = kernel.forward(q, k, v, Wq, bq, Wk, bk, S, z, key_mask, keep, carry)
+        ctx.kernel = kernel
+        ctx.save_for_backward(q, k, v, Wq, bq, Wk, bk, key_mask, y, d, *states)
+        ctx.set_materialize_grads(False)
+        return y, S, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS, dz):
+        inputs, (y, d, *states) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        dy = torch.zeros_like(y) if dy is None else dy
+        grads = ctx.kernel.backward(innermost_dense(dy), dS, dz, *inputs, y, d, states)
+        needed = ctx.needs_input_grad[3:]
+        grads = [g.to(x.dtype) if need else None for g, need, x in zip(grads, needed, [*inputs[:7], y, y])]
+        return None, None, None, *grads
+
+
+def causal_attention(
+    kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor | None, z: Tensor | None,
+    key_mask: Tensor | None, carry: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, S, z) of shapes (B, H, T, D), (B, H, F, D), (B, H, F); y has v's dtype, S and z are float32.
+    maps: Hedgehog's W, b of queries and W, b of keys, or None if q and k are features. carry=False: S and z are
+    not wanted, and have no meaning."""
+    S, z = (None if x is None else x.float().contiguous() for x in (S, z))
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    y, S, z = Fused.apply(kernel, carry, key_mask, *(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
+    return y.to(v.dtype), S, z
+
+
+def decode(kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor, z: Tensor) -> Tensor:
+    """y (B, H, 1, D) of one more token; S and z take it in, in place. No gradient."""
+    return kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z).to(v.dtype)
+
+
+def dense(maps: list[Tensor] | None) -> list[Tensor | None]:
+    return [None] * 4 if maps is None else [p.float().contiguous() for p in maps]
+
+
+def innermost_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

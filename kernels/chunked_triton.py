@@ -1,0 +1,411 @@
+"""Causal linear attention for CUDA, in Triton: attention.py's chunks, forward, backward and decode.
+
+Letters are attention.py's glossary; C tokens are a chunk, E is the dim of the values. As there, the
+denominator is the numerator of a value that is always 1: rows [V w] with w = 1 carry both (w = 0, V = 0
+for a masked key). For one chunk of Q, K = phi(q), phi(k), with the state [S z] before it:
+
+    [N d]  =  tril(Q K^T) [V w]  +  Q [S z],        y = N / d
+    [S z] <-  [S z] + K^T [V w]
+
+N and d are sums of products, so their gradients are the same sums with time reversed. From dN = dy / d and
+dd = -dN.y, with [dS dz] the gradient of the state after the chunk:
+
+    dV     =  triu(K Q^T) dN            +  K dS               N with q and k exchanged, from the end
+    dQ     =  tril(dN V^T + dd w^T) K   +  [dN dd] [S z]^T
+    dK     =  triu(V dN^T + w dd^T) Q   +  [V w] [dS dz]^T    dQ with q and k exchanged, from the end
+    [dS dz] <- [dS dz] + Q^T [dN dd]                          the state, from the end
+
+So there are four kernels, each used in both directions of time:
+
+    sums      phi(x)^T [R w] of each chunk                     programs: chunks        (k, [V w])    (q, [dN dd])
+    scan      exclusive cumulative sum over chunks             programs: entries       [S z]         [dS dz]
+    mix       mask(phi(x) phi(y)^T) R + phi(x) S, and w, z     programs: tiles         y, d          dV
+    grads     mask([R w] [R2 w2]^T) phi(y) + [R w] [S z]^T     programs: tiles         dq            dk
+
+and `decode`, one token of every head. Hedgehog's features are made in the kernels, from u = x W + b, and
+never reach memory; u does (in float32: as large as float32 queries), and the state before each chunk (F / C
+times float32 values). A chunk is made of tiles of BT tokens, features come in blocks of BF, values in
+blocks of BE: powers of two, padded with zeros. Small blocks, since a product of two tiles keeps both in
+registers; `python -m kernels.resources` prints what each kernel takes, without a GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import feature_maps
+from feature_maps import without_autocast
+
+PRECISION = "ieee"  # of float32 products. "tf32" is an order faster and breaks the tests' 1e-5 (it costs 1e-3)
+HALF_PRECISION = "tf32"  # when queries come in half precision
+CHUNK = 128  # tokens from state to state, C; a multiple of 64
+MAX_DIM = 128  # D of the map: softmax takes a whole row of u
+
+FLOOR, CEIL = tl.constexpr(feature_maps.FLOOR), feature_maps.CEIL
+
+
+class Sizes(NamedTuple):
+    """Compile-time constants of the kernels."""
+
+    H: int
+    D: int  # of u, or of features
+    E: int
+    F: int
+    C: int
+    BT: int
+    BD: int  # D padded
+    BF: int
+    NF: int  # blocks of features, of both halves
+    BE: int
+    MAP: bool  # Hedgehog's, of u; otherwise rows are features
+    P: str  # precision
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@triton.jit
+def tile(base, stride, rows, cols, n_rows, n_cols):
+    """Pointers to base[rows, cols], and which of them exist."""
+    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    return base + rows[:, None].to(tl.int64) * stride + cols[None, :], inside
+
+
+@triton.jit
+def load(base, stride, rows, cols, n_rows, n_cols):
+    """base[rows, cols] in float32, zeros outside."""
+    at, inside = tile(base, stride, rows, cols, n_rows, n_cols)
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def head(x, bh, s: tl.constexpr):
+    """Pointer to x[b, h] and the stride of its rows, for x = (pointer, strides of b, h and rows)."""
+    ptr, of_b, of_h, of_row = x
+    return ptr + (bh // s.H).to(tl.int64) * of_b + (bh % s.H).to(tl.int64) * of_h, of_row
+
+
+@triton.jit
+def load_rows(x, bh, rows, cols, T, n_cols, s: tl.constexpr):
+    base, stride = head(x, bh, s)
+    return load(base, stride, rows, cols, T, n_cols)
+
+
+@triton.jit
+def extremes(u, bh, rows, T, s: tl.constexpr):
+    """What softmax(u) and softmax(-u) need of a row: its maximum and sum of exp(u - max), its minimum and
+    sum of exp(min - u)."""
+    if s.MAP:
+        inside = tl.arange(0, s.BD)[None, :] < s.D
+        U = load_rows(u, bh, rows, tl.arange(0, s.BD), T, s.D, s)
+        high = tl.max(tl.where(inside, U, float("-inf")), 1)
+        low = tl.min(tl.where(inside, U, float("inf")), 1)
+        over = tl.sum(tl.where(inside, tl.exp(U - high[:, None]), 0.0), 1)
+        under = tl.sum(tl.where(inside, tl.exp(low[:, None] - U), 0.0), 1)
+    else:
+        high = tl.zeros([rows.shape[0]], tl.float32)
+        low, over, under = high, high, high
+    return high, over, low, under
+
+
+@triton.jit
+def softmax(u, row, half, cols, bh, rows, T, s: tl.constexpr):
+    """softmax(u)[:, cols] for half = 0, softmax(-u)[:, cols] for half = 1; zeros in padding."""
+    high, over, low, under = row
+    U = load_rows(u, bh, rows, cols, T, s.D, s)
+    e = tl.exp(tl.where(half == 0, U - high[:, None], low[:, None] - U))
+    return tl.where(cols[None, :] < s.D, e / tl.where(half == 0, over, under)[:, None], 0.0)
+
+
+@triton.jit
+def features(x, row, i, bh, rows, T, s: tl.constexpr):
+    """Block i of NF of phi(x), (BT, BF); `row` from extremes()."""
+    cols = tl.arange(0, s.BF)
+    if s.MAP:
+        cols = i % (s.NF // 2) * s.BF + cols
+        phi = softmax(x, row, i // (s.NF // 2), cols, bh, rows, T, s) + tl.where(cols[None, :] < s.D, FLOOR, 0.0)
+    else:
+        phi = load_rows(x, bh, rows, i * s.BF + cols, T, s.D, s)
+    return phi
+
+
+@triton.jit
+def block(i, s: tl.constexpr):
+    """Where block i is in the state's F rows; F for padding."""
+    if s.MAP:
+        cols = i % (s.NF // 2) * s.BF + tl.arange(0, s.BF)
+        at = tl.where(cols < s.D, i // (s.NF // 2) * s.D + cols, s.F)
+    else:
+        at = i * s.BF + tl.arange(0, s.BF)
+    return at
+
+
+# ---------------------------------------------------------------- kernels
+# x, y (u or features), R, R2, w, w2 (columns) are (pointer, strides of b, h, t); R2, w2 belong to y.
+
+
+@triton.jit
+def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
+    """S, z[b, h, chunk] = phi(x)^T [R w] of the chunk."""
+    chunk, bh, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2) % s.NF, tl.program_id(2) // s.NF
+    es, one = j * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
+    S_ij, z_i = tl.zeros([s.BF, s.BE], tl.float32), tl.zeros([s.BF], tl.float32)
+    for t in range(s.C // s.BT):
+        rows = chunk * s.C + t * s.BT + tl.arange(0, s.BT)
+        X = features(x, extremes(x, bh, rows, T, s), i, bh, rows, T, s)
+        S_ij = tl.dot(tl.trans(X), load_rows(R, bh, rows, es, T, s.E, s), S_ij, input_precision=s.P)
+        z_i += tl.sum(X * load_rows(w, bh, rows, one, T, 1, s), 0)
+    n, fs = bh.to(tl.int64) * tl.num_programs(0) + chunk, block(i, s)
+    at, inside = tile(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
+    tl.store(at, S_ij, mask=inside)
+    if j == 0:
+        tl.store(z + n * s.F + fs, z_i, mask=fs < s.F)
+
+
+@triton.jit
+def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """x[bh] (N, M) becomes `first` plus the sum of the rows before each (REVERSE: after); last: plus all rows."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bh = tl.program_id(1).to(tl.int64)
+    total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.zeros([BLOCK], tl.float32)
+    for i in range(N):
+        to = x + (bh * N + (N - 1 - i if REVERSE else i)) * M + at
+        row = tl.load(to, mask=at < M)
+        tl.store(to, total, mask=at < M)
+        total += row
+    tl.store(last + bh * M + at, total, mask=at < M)
+
+
+@triton.jit
+def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.constexpr):
+    """out = N = mask(phi(x) phi(y)^T) R2 + phi(x) S; with w2, d = mask(phi(x) phi(y)^T) w2 + phi(x) z and
+    out = N / d. Row i sees rows j <= i; REVERSE: j >= i."""
+    m, bh, es, one = tl.program_id(0), tl.program_id(1), tl.program_id(2) * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
+    chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
+    n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
+    row = extremes(x, bh, rows, T, s)
+    N, d_m = tl.zeros([s.BT, s.BE], tl.float32), tl.zeros([s.BT], tl.float32)
+    for i in range(s.NF):  # the state
+        X, fs = features(x, row, i, bh, rows, T, s), block(i, s)
+        N = tl.dot(X, load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E), N, input_precision=s.P)
+        if w2 is not None:
+            d_m += tl.sum(X * load(z + n * s.F, s.F, one, fs, 1, s.F), 1)
+    start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
+    for t in range(start, stop):  # tiles of the chunk
+        rows2 = t * s.BT + tl.arange(0, s.BT)
+        row2 = extremes(y, bh, rows2, T, s)
+        A = tl.zeros([s.BT, s.BT], tl.float32)
+        for i in range(s.NF):
+            X = features(x, row, i, bh, rows, T, s)
+            Y = features(y, row2, i, bh, rows2, T, s)
+            A = tl.dot(X, tl.trans(Y), A, input_precision=s.P)
+        seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
+        A = tl.where(seen, A, 0.0)
+        N = tl.dot(A, load_rows(R2, bh, rows2, es, T, s.E, s), N, input_precision=s.P)
+        if w2 is not None:
+            d_m += tl.sum(A * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s)), 1)
+    if w2 is not None:
+        N = N / tl.where(d_m > 0, d_m, 1.0)[:, None]  # attention.normalise
+        if tl.program_id(2) == 0:
+            tl.store(d + bh.to(tl.int64) * T + rows, d_m, mask=rows < T)
+    at, inside = tile(out + bh.to(tl.int64) * T * s.E, s.E, rows, es, T, s.E)
+    tl.store(at, N, mask=inside)
+
+
+@triton.jit
+def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.constexpr):
+    """dX = mask([R w] [R2 w2]^T) phi(y) + [R w] [S z]^T. out = dX; of a map, du: blocks are its halves."""
+    m, bh, one = tl.program_id(0), tl.program_id(1), tl.arange(0, 1)
+    chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
+    n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
+    w_m = load_rows(w, bh, rows, one, T, 1, s)
+    start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
+    du = tl.zeros([s.BT, s.BF], tl.float32)
+    for i in range(s.NF):
+        fs = block(i, s)
+        dX = w_m * load(z + n * s.F, s.F, one, fs, 1, s.F)
+        for j in range(0, s.E, s.BE):
+            es = j + tl.arange(0, s.BE)
+            S_ij = load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
+            dX = tl.dot(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(S_ij), dX, input_precision=s.P)
+        for t in range(start, stop):
+            rows2 = t * s.BT + tl.arange(0, s.BT)
+            G = w_m * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s))
+            for j in range(0, s.E, s.BE):
+                es = j + tl.arange(0, s.BE)
+                R2_j = load_rows(R2, bh, rows2, es, T, s.E, s)
+                G = tl.dot(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(R2_j), G, input_precision=s.P)
+            seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
+            row2 = extremes(y, bh, rows2, T, s)
+            Y = features(y, row2, i, bh, rows2, T, s)
+            dX = tl.dot(tl.where(seen, G, 0.0), Y, dX, input_precision=s.P)
+        if s.MAP:
+            p = softmax(x, extremes(x, bh, rows, T, s), i, tl.arange(0, s.BF), bh, rows, T, s)
+            du += p * (dX - tl.sum(p * dX, 1)[:, None]) * (1 - 2 * i)
+        else:
+            at, inside = tile(out + bh.to(tl.int64) * T * s.D, s.D, rows, fs, T, s.D)
+            tl.store(at, dX, mask=inside)
+    if s.MAP:
+        at, inside = tile(out + bh.to(tl.int64) * T * s.D, s.D, rows, tl.arange(0, s.BF), T, s.D)
+        tl.store(at, du, mask=inside)
+
+
+@triton.jit
+def decode_kernel(q, k, v, S, z, out, s: tl.constexpr):
+    """One token of one head: S += phi(k) v^T, z += phi(k), out = phi(q) S / phi(q).z  (Eq. 6)."""
+    bh, one = tl.program_id(0), tl.arange(0, 1)
+    row, row2 = extremes(q, bh, one, 1, s), extremes(k, bh, one, 1, s)
+    base, of_f = head(z, bh, s)
+    d = tl.zeros([1], tl.float32)
+    for i in range(s.NF):
+        Q, K = features(q, row, i, bh, one, 1, s), features(k, row2, i, bh, one, 1, s)
+        at, inside = tile(base, of_f, block(i, s), one, s.F, 1)
+        z_i = tl.load(at, mask=inside, other=0.0) + tl.trans(K)
+        tl.store(at, z_i, mask=inside)
+        d += tl.sum(tl.trans(Q) * z_i, 0)
+    base, of_f = head(S, bh, s)
+    for j in range(0, s.E, s.BE):
+        es, N = j + tl.arange(0, s.BE), tl.zeros([s.BE], tl.float32)
+        v_j = load_rows(v, bh, one, es, 1, s.E, s)
+        for i in range(s.NF):
+            Q = features(q, row, i, bh, one, 1, s)
+            K = features(k, row2, i, bh, one, 1, s)
+            at, inside = tile(base, of_f, block(i, s), es, s.F, s.E)
+            S_ij = tl.load(at, mask=inside, other=0.0) + tl.trans(K) * v_j
+            tl.store(at, S_ij, mask=inside)
+            N += tl.sum(tl.trans(Q) * S_ij, 0)
+        at, inside = tile(out + bh.to(tl.int64) * s.E, s.E, one, es, 1, s.E)
+        tl.store(at, (N / tl.where(d > 0, d, 1.0))[None, :], mask=inside)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def launch(kernel, grid: tuple, x, *args, **constants) -> None:
+    s = constants.get("s")
+    with torch.cuda.device_of(x[0] if isinstance(x, tuple) else x):
+        kernel[grid](x, *args, **constants, num_warps=8 if s and s.MAP and s.BT * s.BD >= 4096 else 4, num_stages=1)
+
+
+def rows(x: Tensor) -> tuple:
+    """x (B, H, T, .) as kernels take it: pointer, strides of b, h, t."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return (x, *x.stride()[:3])
+
+
+def sizes(q: Tensor, v: Tensor, W: Tensor | None) -> Sizes:
+    D, E, fused = q.size(-1), v.size(-1), W is not None
+    if fused and D > MAX_DIM:
+        raise ValueError(f"the fused map takes head dims up to {MAX_DIM}, got {D}: pass features instead")
+    BD, BE = (max(16, triton.next_power_of_2(n)) for n in (D, E))  # tl.dot takes 16 at least
+    BF, half = min(BD, 32), q.dtype in (torch.bfloat16, torch.float16)
+    return Sizes(
+        H=q.size(1), D=D, E=E, F=2 * D if fused else D, C=CHUNK, BT=64 if half else 32, BD=BD, BF=BF,
+        NF=triton.cdiv(D, BF) * (2 if fused else 1), BE=min(BE, 64), MAP=fused, P=HALF_PRECISION if half else PRECISION,
+    )  # fmt: skip
+
+
+def sums(x: Tensor, R: Tensor, w: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
+    (B, H, T), N = x.shape[:3], triton.cdiv(x.size(2), s.C)
+    S, z = x.new_empty(B, H, N, s.F, s.E, dtype=torch.float32), x.new_empty(B, H, N, s.F, dtype=torch.float32)
+    grid = N, B * H, s.NF * triton.cdiv(s.E, s.BE)
+    launch(sums_kernel, grid, rows(x), rows(R), rows(w), S, z, T, s=s)
+    return S, z
+
+
+def scan(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
+    """x (B, H, N, ...) becomes its exclusive cumulative sum, in place. Returns the sum of all."""
+    (B, H, N), M = x.shape[:3], x.shape[3:].numel()
+    last = x.new_empty(B, H, *x.shape[3:])
+    first = None if first is None else first.float().contiguous()
+    launch(scan_kernel, (triton.cdiv(M, 256), B * H), x, first, last, N, M, REVERSE=reverse, BLOCK=256)
+    return last
+
+
+def mix(x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False):
+    B, H, T = x.shape[:3]
+    out, d = x.new_empty(B, H, T, s.E, dtype=torch.float32), x.new_empty(B, H, T, dtype=torch.float32)
+    sides = rows(x), rows(y), rows(R2), None if w2 is None else rows(w2)
+    grid = triton.cdiv(T, s.BT), B * H, triton.cdiv(s.E, s.BE)
+    launch(mix_kernel, grid, *sides, S, z, out, d, T, REVERSE=reverse, s=s)
+    return out, d
+
+
+def grads(x: Tensor, y: Tensor, R, w, R2, w2, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False) -> Tensor:
+    B, H, T, D = x.shape
+    out = x.new_empty(B, H, T, D, dtype=torch.float32)
+    BF = s.BD if s.MAP else min(s.BD, 64)
+    s = s._replace(BE=min(s.BE, 32), BF=BF, NF=2 if s.MAP else triton.cdiv(D, BF))
+    sides = [rows(t) for t in (x, y, R, w, R2, w2)]
+    launch(grads_kernel, (triton.cdiv(T, s.BT), B * H), *sides, S, z, out, T, REVERSE=reverse, s=s)
+    return out
+
+
+def linear(x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+    """u = x W + b, x within +-CEIL, in float32; without weights x, which is features."""
+    if W is None:
+        return x
+    with without_autocast(x):
+        return x.float().clamp(-CEIL, CEIL) @ W.float() + b.float()
+
+
+def linear_backward(du: Tensor, x: Tensor, W: Tensor | None) -> tuple:
+    """Gradients of linear()'s x, W, b."""
+    if W is None:
+        return du, None, None
+    with without_autocast(x):
+        x = x.float()
+        dx = (du @ W.float().mT).masked_fill(x.abs() >= CEIL, 0.0)
+        return dx, (x.clamp(-CEIL, CEIL).mT @ du).sum(0), du.sum((0, 2))[:, None]
+
+
+def masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and w = 1 (B, H, T, 1), with zeros for masked keys."""
+    if mask is None:
+        return k, v, v.new_ones(1, 1, 1, 1, dtype=torch.float32).expand(*v.shape[:3], 1)
+    mask = mask[:, None, :, None]
+    return k.masked_fill(~mask, 0), v.masked_fill(~mask, 0), mask.float().expand(*v.shape[:3], 1)
+
+
+def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
+    """(y, d, S, z, states): y (B, H, T, E) and d (B, H, T) of q, k (B, H, T, D), v (B, H, T, E) after the state
+    S, z (None: zero), the state after them, and what backward needs (with `keep`). Float32.
+
+    Weights W (H, D, D), b (H, 1, D) of Hedgehog's map; all None: q and k are features. mask (B, T): key_mask."""
+    size = sizes(q, v, Wq)
+    k, v, w = masked(k, v, mask)
+    q, k = linear(q, Wq, bq), linear(k, Wk, bk)
+    S_c, z_c = sums(k, v, w, size)
+    S, z = scan(S_c, S), scan(z_c, z)
+    y, d = mix(q, k, v, w, S_c, z_c, size)
+    return y, d, S, z, (S_c, z_c) if keep else ()
+
+
+def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
+    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z, in float32; dS, dz None: zero."""
+    size = sizes(q, v, Wq)
+    k, v, w = masked(k, v, mask)
+    u, u2 = linear(q, Wq, bq), linear(k, Wk, bk)
+    real, d = (d > 0)[..., None], d[..., None]
+    dN = dy.float() / torch.where(real, d, 1.0)
+    dd = torch.where(real, -(dN * y).sum(-1, keepdim=True), 0.0)
+    dS_c, dz_c = sums(u, dN, dd, size)
+    dS0, dz0 = scan(dS_c, dS, reverse=True), scan(dz_c, dz, reverse=True)
+    dv = mix(u2, u, dN, None, dS_c, dz_c, size, reverse=True)[0]
+    dv = dv if mask is None else dv.masked_fill(~mask[:, None, :, None], 0.0)
+    dq, dWq, dbq = linear_backward(grads(u, u2, dN, dd, v, w, *states, size), q, Wq)
+    dk, dWk, dbk = linear_backward(grads(u2, u, v, w, dN, dd, dS_c, dz_c, size, reverse=True), k, Wk)
+    return dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0
+
+
+def decode(q, k, v, Wq, bq, Wk, bk, S, z):
+    """y (B, H, 1, E) of one token; S and z (any strides, S's rows in one piece) are updated in place."""
+    assert S.dtype == z.dtype == torch.float32 and (S.stride(-1) == 1 or S.size(-1) == 1)
+    s, (B, H), E = sizes(q, v, Wq), v.shape[:2], v.size(-1)
+    y = v.new_empty(B, H, 1, E, dtype=torch.float32)
+    sides = [rows(x) for x in (linear(q, Wq, bq), linear(k, Wk, bk), v)]
+    launch(decode_kernel, (B * H,), *sides, (S, *S.stride()[:3]), (z, *z.stride()), y, s=s)
+    return y

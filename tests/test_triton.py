@@ -1,0 +1,330 @@
+"""Triton's kernels are Eq. 6: outputs, states and all gradients, against the recurrence in float64.
+
+Without a CUDA device they run in Triton's interpreter, and are compiled but not run for A100 and H100."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: it has kernels of its own
+pytest.importorskip("triton")
+
+from attention import State, linear_attention_recurrent  # noqa: E402
+from feature_maps import CEIL, make_feature_map  # noqa: E402
+from kernels import chunked_triton  # noqa: E402
+
+CHUNK = 64  # two tiles of float32, one of bfloat16
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(chunked_triton, "CHUNK", CHUNK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch_once():
+    """The interpreter patches Triton's language for every call inside a kernel, which takes most of its time:
+    once for each module is enough."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    modules = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in modules:
+            modules.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with mock.patch.object(interpreter.InterpretedFunction, "__call__", call):
+        yield
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    """Products of tf32 lose their factors' last 13 bits, as on a GPU: the interpreter's have all 24."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, precision, *args):
+        if str(precision).endswith("TF32"):
+            a, b = (TensorHandle((x.data.view("u4") & 0xFFFFE000).view("f4"), x.dtype) for x in (a, b))
+        return exact(self, a, b, d, precision, *args)
+
+    exact = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def relative_error(got, want, least=1e-30):
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=least)).item()
+
+
+def inputs(T, D, E, B=1, H=2, scale=1.0, dtype=torch.float32, v_dtype=None, seed=0):
+    """q, k, v as a model has them: (B, T, H, .) transposed."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(B, T, H, n, device=DEVICE).transpose(1, 2) for n in (D, D, E))
+    return (q * scale).to(dtype), (k * scale).to(dtype), v.to(v_dtype or dtype)
+
+
+def weights(D, H=2):
+    """Wq, bq, Wk, bk: an untied map, far from the identity."""
+    torch.manual_seed(1)
+    return [t.to(DEVICE) for _ in "qk" for t in (torch.randn(H, D, D) / D**0.5, 0.3 * torch.randn(H, 1, D))]
+
+
+def state(B, H, F, E):
+    torch.manual_seed(2)
+    return torch.randn(B, H, F, E, device=DEVICE), torch.rand(B, H, F, device=DEVICE) + 0.5
+
+
+def phis(Wq, bq, Wk, bk):
+    """make_feature_map's map of these weights, differentiable in them."""
+    if Wq is None:
+        return lambda x, _: x, lambda x, _: x
+    H, D = Wq.shape[:2]
+    phi = make_feature_map("hedgehog", H, D, tie=False).double().to(Wq.device)
+
+    def role(part, W, b):
+        return lambda x, offset: torch.func.functional_call(part, {"weight": W, "bias": b}, (x, offset))
+
+    return role(phi.query, Wq, bq), role(phi.key, Wk, bk)
+
+
+def reference(q, k, v, P, S, z, mask, cotangents=None):
+    """y, d, S, z by Eq. 6 in float64, and by autograd the gradients of q, k, v, the map's weights, S, z."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in (q, k, v, *P, S, z)]
+    q, k, v, *P, S, z = leaves
+    before = None if S is None else State(S, z)
+    phi_query, phi_key = phis(*P)
+    Q, K = phi_query(q, 0), phi_key(k, 0)
+    K = K if mask is None else K.masked_fill(~mask[:, None, :, None], 0.0)
+    y, after = linear_attention_recurrent(Q, K, v, before)
+    d = (Q @ K.mT).tril().sum(-1)
+    d = d if z is None else d + (Q * z[:, :, None]).sum(-1)
+    out = [y, d, *after]
+    if cotangents is None:
+        return [x.detach() for x in out]
+    wanted = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad([y, *after], wanted, [x.double() for x in cotangents], allow_unused=True)
+    return [x.detach() for x in out], grads
+
+
+def check(q, k, v, P, S=None, z=None, mask=None, bound=1e-5, grad_bound=1e-5, least=1e-30):
+    y, d, S1, z1, states = chunked_triton.forward(q, k, v, *P, S, z, mask, True)
+    assert {x.dtype for x in (y, d, S1, z1)} == {torch.float32}
+    torch.manual_seed(3)
+    cotangents = [torch.randn_like(x) for x in (y, S1, z1)]
+    got = chunked_triton.backward(*cotangents, q, k, v, *P, mask, y, d, states)
+    want, want_grads = reference(q, k, v, P, S, z, mask, cotangents)
+    for name, a, b in zip("y d S z".split(), (y, d, S1, z1), want):
+        assert torch.isfinite(a).all() and relative_error(a, b) < bound, name
+    names = "q k v Wq bq Wk bk S z".split()
+    present = [x is not None for x in (q, k, v, *P, S, z)]
+    assert [x is not None for x in got] == [x is not None for x in (q, k, v, *P)] + [True, True]
+    got = [(name, g) for name, g, there in zip(names, got, present) if there]
+    for (name, a), b in zip(got, want_grads, strict=True):
+        assert torch.isfinite(a).all() and relative_error(a, b, least) < grad_bound, f"gradient of {name}"
+
+
+def left_padding(B, T):
+    """Rows without any key first, and holes."""
+    torch.manual_seed(4)
+    mask = torch.rand(B, T, device=DEVICE) < 0.7
+    mask[0, : T // 2] = False
+    mask[-1, -1] = True
+    return mask
+
+
+# ---------------------------------------------------------------- the same function
+
+
+@pytest.mark.parametrize("T, D", [(1, 16), (CHUNK - 1, 16), (CHUNK + 1, 5), (2 * CHUNK + 3, 5), (33, 33), (33, 64)])
+def test_kernels_equal_the_recurrence_in_outputs_states_and_all_gradients(T, D):
+    check(*inputs(T, D, D), weights(D), *state(1, 2, 2 * D, D))
+
+
+def test_without_a_state_before():
+    check(*inputs(CHUNK + 1, 16, 16), weights(16))
+
+
+@pytest.mark.parametrize("T, before", [(7, True), (7, False), (CHUNK + 9, True)])
+def test_masked_keys_contribute_nothing_and_get_no_gradient(T, before):
+    """Without a state before, left padding makes rows without any key."""
+    S, z = state(2, 2, 10, 5) if before else (None, None)
+    check(*inputs(T, 5, 5, B=2), weights(5), S, z, mask=left_padding(2, T))
+
+
+@pytest.mark.parametrize("n_features, E", [(1, 5), (7, 1), (130, 70)])
+def test_features_of_any_size_go_as_they_are(n_features, E):
+    T = CHUNK + 9 if n_features < 100 else 20
+    q, k, v = inputs(T, n_features, E)
+    least = 1.0 if n_features == 1 else 1e-30  # y does not depend on the scale of q: its gradient is 0
+    check(q.abs(), k.abs(), v, [None] * 4, *state(1, 2, n_features, E), mask=left_padding(1, T), least=least)
+
+
+@pytest.mark.parametrize("q_dtype, bound", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+def test_bfloat16_inputs_cost_no_more_than_products_in_tf32(q_dtype, bound, tf32):
+    """Against float64 on the rounded inputs; float32 queries keep float32 products."""
+    q, k, v = inputs(CHUNK + 1, 16, 16, dtype=q_dtype, v_dtype=torch.bfloat16)
+    check(q, k, v, weights(16), *state(1, 2, 32, 16), bound=bound, grad_bound=bound)
+
+
+def test_any_strides_and_inputs_are_left_alone():
+    q, k, v = (x.mT.contiguous().mT for x in inputs(9, 5, 5))
+    S, z = (x.mT.contiguous().mT for x in state(1, 2, 10, 5))
+    before = [x.clone() for x in (q, k, v, S, z)]
+    assert q.stride(-1) != 1 and S.stride(-1) != 1
+    check(q, k, v, weights(5), S, z)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, S, z)))
+
+
+def test_chunks_of_the_real_size(monkeypatch):
+    monkeypatch.setattr(chunked_triton, "CHUNK", 128)
+    check(*inputs(131, 5, 5, H=1), weights(5, H=1))
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def test_a_state_passed_on_continues_the_sequence():
+    q, k, v = inputs(70, 5, 5)
+    P = weights(5)
+    y, _, S, z, _ = chunked_triton.forward(q, k, v, *P, None, None, None, False)
+    first, _, S1, z1, _ = chunked_triton.forward(*(x[:, :, :30] for x in (q, k, v)), *P, None, None, None, False)
+    second, _, S2, z2, states = chunked_triton.forward(*(x[:, :, 30:] for x in (q, k, v)), *P, S1, z1, None, False)
+    assert states is None
+    torch.testing.assert_close(torch.cat([first, second], 2), y)
+    torch.testing.assert_close((S2, z2), (S, z))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_decode_token_by_token_equals_forward(fused):
+    q, k, v = inputs(5, 37, 20, B=2)
+    P = weights(37) if fused else [None] * 4
+    q, k = (q, k) if fused else (q.abs(), k.abs())
+    n_features = 74 if fused else 37
+    SZ = torch.cat([s if s.dim() == 4 else s[..., None] for s in state(2, 2, n_features, 20)], -1)
+    S, z = SZ[..., :-1], SZ[..., -1]  # a state as attention.py returns it: views of one matrix
+    y, _, S1, z1, _ = chunked_triton.forward(q, k, v, *P, S, z, None, False)
+    ys = [chunked_triton.decode(*(x[:, :, t : t + 1] for x in (q, k, v)), *P, S, z) for t in range(5)]
+    torch.testing.assert_close(torch.cat(ys, 2), y)
+    torch.testing.assert_close((S, z), (S1, z1))
+
+
+def test_no_tokens_leave_the_state_as_it_is():
+    q, k, v = inputs(0, 5, 5)
+    P, (S, z) = weights(5), state(1, 2, 10, 5)
+    y, d, S1, z1, states = chunked_triton.forward(q, k, v, *P, S, z, None, True)
+    assert y.shape == (1, 2, 0, 5) and d.shape == (1, 2, 0)
+    assert torch.equal(S1, S) and torch.equal(z1, z) and S1.data_ptr() != S.data_ptr()
+    grads = chunked_triton.backward(y, S, z, q, k, v, *P, None, y, d, states)
+    assert torch.equal(grads[-2], S) and torch.equal(grads[-1], z) and not grads[3].any()
+    *_, S0, z0, _ = chunked_triton.forward(q, k, v, *P, None, None, None, False)
+    assert not S0.any() and not z0.any()
+
+
+# ---------------------------------------------------------------- extremes
+
+
+def test_large_inputs_stay_finite_and_exact():
+    q, k, v = inputs(CHUNK + 1, 16, 16, scale=100.0)
+    P = weights(16)
+    for x in (q, k):
+        x[0, 0, 3, 5], x[0, 1, 4, :2], x[0, 0, 60, 0] = 1e30, torch.tensor([-1e30, 1e20]), CEIL
+    y, d, S, z, states = chunked_triton.forward(q, k, v, *P, None, None, None, True)
+    for a, b in zip((y, S, z), (lambda y, _, S, z: (y, S, z))(*reference(q, k, v, P, None, None, None))):
+        assert torch.isfinite(a).all() and relative_error(a, b) < 1e-4
+    grads = chunked_triton.backward(y, None, None, q, k, v, *P, None, y, d, states)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads[0][q.abs() >= CEIL].any() and not grads[1][k.abs() >= CEIL].any()
+    assert (q.abs() >= CEIL).sum() == 4
+
+
+def test_gradients_of_clamped_inputs_are_zero_where_others_are_not():
+    """u = x W with a W that ignores the clamped entry, so that features stay smooth."""
+    q, k, v = inputs(9, 5, 5)
+    P = weights(5)
+    P[0][:, 0], P[2][:, 0] = 1e-16, 1e-16
+    q[..., 0], k[..., 0] = 1e15, 2e15
+    y, d, *_, states = chunked_triton.forward(q, k, v, *P, None, None, None, True)
+    dq, dk, *_ = chunked_triton.backward(y, None, None, q, k, v, *P, None, y, d, states)
+    assert not dq[..., 0].any() and not dk[..., 0].any() and dq[..., 1:].any() and dk[..., 1:].any()
+
+
+@pytest.mark.parametrize("at", ["q", "k", "v"])
+def test_nan_reaches_the_rows_that_see_it_and_no_earlier_tile(at):
+    q, k, v = inputs(CHUNK + 40, 5, 5, H=1)
+    j = CHUNK + 3
+    {"q": q, "k": k, "v": v}[at][0, 0, j, 2] = float("nan")
+    y, _, S, z, _ = chunked_triton.forward(q, k, v, *weights(5, H=1), None, None, None, False)
+    bad = y[0, 0].isnan().any(-1)
+    assert not bad[:CHUNK].any() and bad[j]
+    if at == "q":
+        assert bad.sum() == 1 and torch.isfinite(S).all()
+    else:
+        assert bad[j:].all() and S.isnan().any()
+    if at == "k":
+        assert not bad[:j].any() and z.isnan().all()
+
+
+def test_nan_in_masked_keys_and_values_is_not_seen():
+    q, k, v = inputs(9, 5, 5)
+    mask = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
+    mask[0, 4] = False
+    k[:, :, 4], v[:, :, 4] = float("nan"), float("inf")
+    y, d, S, z, states = chunked_triton.forward(q, k, v, *weights(5), None, None, mask, True)
+    grads = chunked_triton.backward(y, S, z, q, k, v, *weights(5), mask, y, d, states)
+    assert all(torch.isfinite(x).all() for x in (y, d, S, z, *grads))
+    assert not grads[1][:, :, 4].any() and not grads[2][:, :, 4].any()
+
+
+def test_head_dims_beyond_the_fused_map_are_refused():
+    with pytest.raises(ValueError, match="up to 128, got 129: pass features"):
+        chunked_triton.forward(*inputs(1, 129, 5), *weights(129), None, None, None, False)
+
+
+# ---------------------------------------------------------------- on a GPU, compiled ahead of time
+
+COMPILE = """
+import sys, torch
+from kernels.resources import resources
+arch, dtype, D, E, fused = sys.argv[1:]
+for numbers in resources(int(arch), getattr(torch, dtype), int(D), int(E), fused == "True"):
+    print(*numbers, sep=",")
+"""
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, D, E, fused",
+    [
+        pytest.param(
+            arch, dtype, D, E, fused, marks=[] if (arch, dtype, D, fused) == (80, "float32", 64, True) else slow
+        )
+        for slow in [pytest.mark.slow]
+        for arch in (80, 90)
+        for dtype in ("float32", "bfloat16")
+        for D, E, fused in ((64, 64, True), (128, 128, True), (128, 64, False))
+    ],
+)
+def test_every_kernel_compiles_and_fits_a_gpu(arch, dtype, D, E, fused):
+    """99 KB of shared memory a block is what consumer cards (sm_86, sm_89) have; A100 163, H100 227."""
+    argv = [sys.executable, "-W", "ignore", "-c", COMPILE, *map(str, (arch, dtype, D, E, fused))]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = {name: list(map(int, numbers)) for name, *numbers in (line.split(",") for line in run.stdout.splitlines())}
+    both_ways = {f"{name}{way}" for name in ("scan", "mix", "grads") for way in ("", " reverse")}
+    assert set(found) == both_ways | {"sums", "decode"}
+    for name, (shared, registers, stack) in found.items():
+        assert shared <= 99 * 1024 and registers <= 255 and stack <= 256, name
