@@ -120,7 +120,7 @@ def linear_attention_recurrent(
     ys = []
     with without_autocast(v):
         for q, k, u in zip(phi_q.to(z.dtype).unbind(2), phi_k.to(z.dtype).unbind(2), v.to(z.dtype).unbind(2)):
-            S = S + k[..., :, None] * u[..., None, :]  # (B, H, F, D)
+            S = torch.addcmul(S, k[..., :, None], u[..., None, :])  # (B, H, F, D)
             z = z + k  # (B, H, F)
             ys.append(normalise((q[..., None, :] @ S).squeeze(-2), (q * z).sum(-1, keepdim=True)))  # (B, H, D)
     y = torch.stack(ys, 2) if ys else (phi_q @ S.to(phi_q.dtype))  # T = 0: (B, H, 0, D)
@@ -294,7 +294,8 @@ class LinearAttention(nn.Module):
 
     def roles(self) -> tuple[nn.Module, nn.Module]:
         """The maps of queries and of keys: the same, but for untied ones."""
-        return (self.phi.query, self.phi.key) if isinstance(self.phi, Untied) else (self.phi, self.phi)
+        phi = self.phi  # once: a module's attributes are slow
+        return (phi.query, phi.key) if isinstance(phi, Untied) else (phi, phi)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if not self.causal:
@@ -324,23 +325,25 @@ class LinearAttention(nn.Module):
 
     def hedgehog(self, kernel) -> list[Tensor] | None:
         """W, b of queries and W, b of keys, if the kernel makes the features itself; None: it is given them."""
-        if any(type(phi) is not Hedgehog or phi.head_dim > kernel.MAX_DIM for phi in self.roles()):
+        phi_query, phi_key = self.roles()
+        if not (type(phi_query) is type(phi_key) is Hedgehog) or phi_query.head_dim > kernel.MAX_DIM:
             return None
-        return [p for phi in self.roles() for p in (phi.weight, phi.bias)]
+        return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
         """Attend from new tokens to `cache` (State: of constant size, may change in place) and to each other."""
         state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
-        phi_query, phi_key = self.roles()
         if T != 1 or state is None:
             y, state = self.causal_attention(q, k, v, state, offset=offset)
-        elif torch.is_grad_enabled() or (kernel := kernels.fused(q, k, v)) is None:
-            y, state = linear_attention_recurrent(phi_query(q, offset), phi_key(k, offset), v, state)
         else:
-            maps = self.hedgehog(kernel)
+            kernel = None if torch.is_grad_enabled() else kernels.fused(q, k, v)
+            maps = kernel and self.hedgehog(kernel)
             if maps is None:
-                q, k = phi_query(q, offset), phi_key(k, offset)
-            y = kernels.decode(kernel, q, k, v, maps, *state)
+                q, k = (phi(x, offset) for phi, x in zip(self.roles(), (q, k)))
+            if kernel is None:
+                y, state = linear_attention_recurrent(q, k, v, state)
+            else:
+                y = kernels.decode(kernel, q, k, v, maps, *state)
         cache.update(state=state, length=offset + T)
         return y
 

@@ -46,14 +46,14 @@ def use(name: str, device: str | torch.device = "cpu") -> None:
 def resolve(device: str | torch.device) -> tuple[str, str]:
     """Which kernel runs on this device, and a remark: the processor, or why it is not the fused one."""
     device = torch.device(device).type
-    if chosen != "auto":
-        return chosen, ""
+    name = {"cpu": "cpp", "cuda": "triton"}.get(device, "torch") if chosen == "auto" else chosen
     try:
-        name = {"cpu": "cpp", "cuda": "triton"}.get(device, "torch")
         if name != "torch":
             load(name, device)
         return name, torch.backends.cpu.get_cpu_capability() if name == "cpp" else ""
     except Unavailable as e:
+        if chosen != "auto":
+            raise
         return "torch", str(e)
 
 
@@ -63,15 +63,17 @@ def describe(device: str | torch.device) -> str:
     return f"kernel {name} ({remark})" if remark else f"kernel {name}"
 
 
-def fused(*tensors: Tensor):
+def fused(q: Tensor, k: Tensor, v: Tensor):
     """The kernel for these tensors, or None: PyTorch. "auto" gives None for other dtypes than float32 and bfloat16."""
-    device, right = tensors[0].device.type, all(x.dtype in DTYPES for x in tensors)
-    if chosen == "torch" or (chosen == "auto" and not right):
+    if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
+        return pick(chosen, q.device.type)
+    if chosen in ("auto", "torch"):
         return None
-    if not right:
-        raise ValueError(
-            f"kernel {chosen} takes float32 and bfloat16, not {tensors[0].dtype}: use kernel auto or torch"
-        )
+    raise ValueError(f"kernel {chosen} takes float32 and bfloat16, not {q.dtype}: use kernel auto or torch")
+
+
+@functools.cache
+def pick(chosen: str, device: str):
     name, _ = resolve(device)
     return None if name == "torch" else load(name, device)
 

@@ -156,7 +156,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq
   for (const Tensor& x : {q, k, v}) {
     TORCH_CHECK(x.dim() == 4 && x.sizes().slice(0, 3) == q.sizes().slice(0, 3), "hedgehog: q, k and v must be (B, H, T, D)");
     TORCH_CHECK(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
-                    (x.stride(3) == 1 || x.numel() == 0), "hedgehog: q, k and v must be float32 or bfloat16, on the CPU");
+                    (x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0),
+                "hedgehog: q, k and v must be float32 or bfloat16, on the CPU, the last dimension dense");
   }
   TORCH_CHECK(q.size(3) == k.size(3), "hedgehog: q and k differ in their last dimension: ", q.size(3), " and ", k.size(3));
   const int64_t B = q.size(0), H = q.size(1), width = q.size(3), F = Wq ? 2 * width : width;
@@ -503,7 +504,7 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
                   const Optional& mask, const Tensor& y, const Tensor& d, const std::vector<Tensor>& kept) {
   const Tensor& states = kept.at(0);
   check(q, k, v, Wq, bq, Wk, bk, dS, dz, mask);
-  TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.numel() == 0), "hedgehog: dy must be like v");
+  TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0), "hedgehog: dy must be like v");
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
   const Sizes s(q, v, queries.n_features());
   const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ld = keys.ld();

@@ -1,0 +1,368 @@
+"""The C++ kernel is Eq. 6: outputs, states and all gradients, against the plain forms in float64; and the loader."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kernels
+from attention import LinearAttention, State, chunked_with_maps, linear_attention_recurrent
+from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
+
+try:
+    CPP = kernels.load("cpp", "cpu")
+except kernels.Unavailable as e:
+    pytest.skip(str(e), allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def kernel_as_before():
+    before = kernels.chosen
+    yield
+    kernels.chosen = before
+
+
+def relative_error(got, want):
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=0.1)).item()
+
+
+def sequence(B, H, T, D, E=None, scale=1.0, dtype=torch.float32, seed=0):
+    """q, k, v, dy as a model has them: views of (B, T, H, .)."""
+    torch.manual_seed(seed)
+    q, k, v, dy = (torch.randn(B, T, H, n).transpose(1, 2) for n in (D, D, E or D, E or D))
+    return [(x * s).to(dtype) for x, s in zip((q, k, v, dy), (scale, scale, 1, 1))]
+
+
+def untied(H, D):
+    """Maps of queries and keys, far from the identity: W, b twice."""
+    torch.manual_seed(1)
+    return [p for _ in "qk" for p in (torch.randn(H, D, D) / D**0.5, 0.3 * torch.randn(H, 1, D))]
+
+
+def state(B, H, F, E):
+    torch.manual_seed(2)
+    return torch.randn(B, H, F, E), torch.rand(B, H, F) + 0.5
+
+
+def reference(q, k, v, maps, S, z, mask, cotangents):
+    """(y, S, z) by Eq. 6 in float64, and the gradients of every input that is not None."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in (q, k, v, *maps, S, z)]
+    q, k, v, Wq, bq, Wk, bk, S, z = leaves
+    if Wq is not None:
+        phi = make_feature_map("hedgehog", *Wq.shape[:2]).double()
+        q = torch.func.functional_call(phi, {"weight": Wq, "bias": bq}, (q,))
+        k = torch.func.functional_call(phi, {"weight": Wk, "bias": bk}, (k,))
+    if mask is not None:
+        k = k.masked_fill(~mask[:, None, :, None], 0.0)
+    y, after = linear_attention_recurrent(q, k, v, None if S is None else State(S, z))
+    wanted = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad([y, *after], wanted, [x.double() for x in cotangents], materialize_grads=True)
+    return (y, *after), grads
+
+
+def check(q, k, v, dy, maps, S, z, mask=None, bounds=(1e-5, 1e-5)):
+    maps = maps or [None] * 4
+    B, H, F, E = *q.shape[:2], q.size(3) * (1 if maps[0] is None else 2), v.size(3)
+    dS, dz = (0.01 * x for x in state(B, H, F, E))
+    y, d, *after, states = CPP.forward(q, k, v, *maps, S, z, mask, True, True)
+    grads = CPP.backward(dy, dS, dz, q, k, v, *maps, mask, y, d, states)
+    want, want_grads = reference(q, k, v, maps, S, z, mask, (dy, dS, dz))
+    for got, ref in zip((y, *after), want):
+        assert relative_error(got, ref) < bounds[0]
+    given = [x is not None for x in (q, k, v, *maps, S, z)]
+    for got, ref in zip([g for g, given in zip(grads, given) if given], want_grads):
+        assert relative_error(got, ref) < bounds[1]
+
+
+# ---------------------------------------------------------------- the function
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 128, 257, 700])
+def test_any_length_by_any_number_of_threads(T, threads):
+    """More threads than heads cut the sequence into segments: 700 tokens are 3 groups of 4 chunks."""
+    torch.set_num_threads(threads)
+    check(*sequence(1, 2, T, 16), untied(2, 16), *state(1, 2, 32, 16))
+
+
+@pytest.mark.parametrize("D", [1, 5, 16, 33, 64, 100, 256])
+def test_any_head_dim(D):
+    check(*sequence(2, 2, 70, D), untied(2, D), *state(2, 2, 2 * D, D))
+
+
+@pytest.mark.parametrize("n_features, E", [(1, 5), (7, 64), (130, 20), (64, 1), (16, 200)])
+def test_features_of_any_map(n_features, E):
+    q, k, v, dy = sequence(2, 2, 150, n_features, E)
+    check(q.abs() + 0.1, k.abs() + 0.1, v, dy, None, *state(2, 2, n_features, E))
+
+
+def test_without_a_state_and_with_gradients_through_y_alone():
+    q, k, v, dy = sequence(2, 3, 300, 32)
+    maps = untied(3, 32)
+    y, d, *_, states = CPP.forward(q, k, v, *maps, None, None, None, True, False)
+    grads = CPP.backward(dy, None, None, q, k, v, *maps, None, y, d, states)
+    zeros = torch.zeros(2, 3, 64, 32), torch.zeros(2, 3, 64)
+    want, want_grads = reference(q, k, v, maps, *zeros, None, (dy, *zeros))
+    assert relative_error(y, want[0]) < 1e-5
+    for got, ref in zip(grads, want_grads):
+        assert relative_error(got, ref) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_masked_keys_count_for_nothing_and_rows_without_a_key_are_zero(threads):
+    torch.set_num_threads(threads)
+    q, k, v, dy = sequence(2, 1, 300, 16)
+    mask = torch.rand(2, 300) > 0.3
+    mask[0, :100], mask[1, 200:] = False, False
+    check(q, k, v, dy, untied(1, 16), *state(2, 1, 32, 16), mask)
+    maps = untied(1, 16)
+    y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, mask, True, True)
+    assert not y[0, :, :100].any() and not d[0, :, :100].any() and y[0, :, 101:].any()
+    other, grads = k.clone(), CPP.backward(dy, S, z, q, k, v, *maps, mask, y, d, states)
+    other[:, :, ~mask[0]] = 7.0 * (~mask[0] & ~mask[1])[~mask[0]][None, None, :, None] + other[:, :, ~mask[0]]
+    assert all(g.isfinite().all() for g in grads)
+    for i in (1, 2):  # dk, dv
+        assert not grads[i].transpose(1, 2)[~mask].any()
+
+
+def test_pieces_are_the_whole_and_a_token_at_a_time_too():
+    q, k, v, _ = sequence(2, 2, 200, 32)
+    maps, (S, z) = untied(2, 32), state(2, 2, 64, 32)
+    whole = CPP.forward(q, k, v, *maps, S, z, None, False, True)
+    one, two = slice(0, 77), slice(77, 200)
+    y1, _, S1, z1, _ = CPP.forward(q[:, :, one], k[:, :, one], v[:, :, one], *maps, S, z, None, False, True)
+    y2, _, S2, z2, _ = CPP.forward(q[:, :, two], k[:, :, two], v[:, :, two], *maps, S1, z1, None, False, True)
+    S, z = S.clone(), z.clone()
+    tokens = [CPP.decode(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], *maps, S, z) for t in range(200)]
+    for y, S, z in ((torch.cat([y1, y2], 2), S2, z2), (torch.cat(tokens, 2), S, z)):
+        for got, want in zip((y, S, z), (whole[0], whole[2], whole[3])):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("D", [5, 20, 64, 130])
+def test_decoding_features_and_odd_head_dims(D):
+    q, k, v, _ = (x.abs() + 0.1 for x in sequence(2, 2, 1, D))
+    for maps, F in ((untied(2, D), 2 * D), ([None] * 4, D)):
+        S, z = state(2, 2, F, D)
+        want, _ = reference(q, k, v, maps, S, z, None, (v, S, z))
+        y = CPP.decode(q, k, v, *maps, S, z)
+        for got, ref in zip((y, S, z), want):
+            assert relative_error(got, ref) < 1e-5
+
+
+def test_a_later_token_changes_no_bit_before_it():
+    """Also where it makes its own softmax far wider than that of its neighbours in the vector."""
+    q, k, v, _ = sequence(1, 2, 200, 16)
+    maps = untied(2, 16)
+    y = CPP.forward(q, k, v, *maps, None, None, None, False, True)[0]
+    for t in (199, 100, 65, 17):
+        q2, k2, v2 = (x.clone() for x in (q, k, v))
+        q2[:, :, t], k2[:, :, t], v2[:, :, t] = 1e4, -1e4, 1e4
+        y2 = CPP.forward(q2, k2, v2, *maps, None, None, None, False, True)[0]
+        assert torch.equal(y2[:, :, :t], y[:, :, :t]) and not torch.equal(y2[:, :, t], y[:, :, t])
+
+
+def test_bfloat16_inputs_are_the_rounded_inputs_computed_in_float32():
+    q, k, v, dy = sequence(1, 2, 300, 64, dtype=torch.bfloat16)
+    check(q, k, v, dy, untied(2, 64), *state(1, 2, 128, 64))
+    check(q.float(), k.float(), v, dy, untied(2, 64), *state(1, 2, 128, 64))  # as under autocast
+
+
+@pytest.mark.parametrize("scale", [30.0, 300.0])
+def test_wide_inputs(scale):
+    """Softmax over features with exponents far beyond what exp(-x) = 1 / exp(x) could do."""
+    q, k, v, dy = sequence(1, 2, 130, 16, scale=scale)
+    check(q, k, v, dy, untied(2, 16), *state(1, 2, 32, 16), bounds=(1e-4, 1e-3))
+
+
+@pytest.mark.parametrize("size", [1e14, 1e16, 1e30])
+def test_extreme_inputs_are_clamped_like_the_map_clamps_them(size):
+    q, k, v, dy = sequence(1, 2, 70, 5)
+    q[:, :, 3], k[:, :, 7], k[:, :, 9, 2] = size, -size, size
+    maps = [p for _ in "qk" for p in (torch.eye(5).repeat(2, 1, 1), torch.zeros(2, 1, 5))]
+    check(q, k, v, dy, maps, *state(1, 2, 10, 5))
+    y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, None, True, True)
+    dq, dk, *_ = CPP.backward(dy, S, z, q, k, v, *maps, None, y, d, states)
+    assert size < CEIL or not (dq[:, :, 3].any() or dk[:, :, 9, 2].any())
+
+
+@pytest.mark.parametrize("at", ["q", "k", "v"])
+def test_nan_is_never_hidden(at):
+    q, k, v, _ = sequence(1, 1, 200, 16)
+    dict(q=q, k=k, v=v)[at][0, 0, 130, 3] = float("nan")
+    y = CPP.forward(q, k, v, *untied(1, 16), None, None, None, False, True)[0]
+    bad = y.isnan().any(-1)[0, 0]
+    assert bad[130] and not bad[:128].any() and (at == "q" or bad[131:].all())
+
+
+def test_no_tokens():
+    q, k, v, dy = sequence(1, 2, 0, 16)
+    S, z = state(1, 2, 32, 16)
+    check(q, k, v, dy, untied(2, 16), S, z)
+
+
+@pytest.mark.parametrize("wrong", ["k", "v", "W", "S", "mask", "dtype"])
+def test_tensors_of_the_wrong_shape_are_refused(wrong):
+    q, k, v, _ = sequence(1, 2, 10, 16)
+    maps, (S, z), mask = untied(2, 16), state(1, 2, 32, 16), torch.ones(1, 10, dtype=torch.bool)
+    if wrong == "k":
+        k = k[:, :, :9]
+    if wrong == "v":
+        v = v[:, :1]
+    if wrong == "W":
+        maps[0] = maps[0][:, :5]
+    if wrong == "S":
+        S = S[:, :, :31]
+    if wrong == "mask":
+        mask = mask[:, :9]
+    if wrong == "dtype":
+        q = q.double()
+    with pytest.raises(RuntimeError, match="hedgehog: "):
+        CPP.forward(q, k, v, *maps, S, z, mask, False, True)
+
+
+# ---------------------------------------------------------------- in LinearAttention
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_the_module_gives_the_same_with_either_kernel(name):
+    """Outputs, gradients of inputs and parameters, masks, and generation; more tokens than one piece of features."""
+    q, k, v, dy = sequence(1, 2, 1100 if name == "elu" else 140, 8)
+    mask = torch.rand(1, q.size(2)) > 0.2
+    attn, results = LinearAttention(make_feature_map(name, 2, 8)), {}
+    for kernel in ("torch", "cpp"):
+        kernels.use(kernel)
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        y = attn(*leaves, key_mask=mask)
+        found = [y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy)]
+        with torch.no_grad():
+            cache = {}
+            pieces = [x.split([100, q.size(2) - 104, 1, 1, 1, 1], 2) for x in (q, k, v)]
+            found.append(torch.cat([attn.extend(*piece, cache) for piece in zip(*pieces)], 2))
+        results[kernel] = [*found, *cache["state"]]
+    for got, want in zip(results["cpp"], results["torch"]):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_the_kernel_sees_parameters_that_functional_call_puts_in():
+    attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 10, 8)
+    W = torch.randn(2, 8, 8)
+    kernels.use("cpp")
+    y = torch.func.functional_call(attn, {"phi.weight": W}, (q, k, v))
+    with torch.no_grad():
+        attn.phi.weight.copy_(W)
+    torch.testing.assert_close(y, attn(q, k, v))
+    kernels.use("torch")
+    torch.testing.assert_close(y, attn(q, k, v))
+
+
+@functools.cache
+def extra_peak(kernel: str, T: int) -> float:
+    """MiB that forward and backward of 4 heads of 64 add to the peak of a process."""
+    script = f"""
+import torch, kernels, sys
+from attention import LinearAttention, softmax_attention
+from feature_maps import make_feature_map
+torch.set_num_threads(1)
+if "{kernel}" == "sdpa":
+    attn = softmax_attention
+else:
+    kernels.use("{kernel}")
+    attn = LinearAttention(make_feature_map("hedgehog", 4, 64))
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
+for T in (256, {T}):
+    q, k, v, dy = torch.randn(4, 1, 4, T, 64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    del q, k, v
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    grads = torch.autograd.grad(attn(*leaves), leaves, dy)
+print(peak() - before)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
+    short, long = extra_peak(kernel, 2048), extra_peak(kernel, 8192)
+    assert long < 4.5 * short
+    assert long < (1.25 if kernel == "torch" else 1.0) * extra_peak("sdpa", 8192)
+
+
+# ---------------------------------------------------------------- the loader
+
+
+def test_the_choice_is_said_and_wrong_choices_are_refused(monkeypatch):
+    kernels.use("cpp")
+    assert kernels.describe("cpu").startswith("kernel cpp (")
+    kernels.use("torch")
+    assert kernels.describe("cpu") == "kernel torch"
+    with pytest.raises(ValueError, match="unknown kernel 'cuda': choose one of auto, torch, cpp, triton"):
+        kernels.use("cuda")
+    with pytest.raises(ValueError, match="kernel cpp does not run on cuda: use kernel auto or torch"):
+        kernels.use("cpp", "cuda")
+    assert kernels.chosen == "torch"
+
+
+def test_other_dtypes_run_in_pytorch_and_not_at_all_if_the_kernel_was_asked_for():
+    q, k, v, _ = (x.double() for x in sequence(1, 2, 70, 8))
+    attn = LinearAttention(make_feature_map("hedgehog", 2, 8)).double()
+    kernels.use("auto")
+    want, _ = chunked_with_maps(attn.phi, attn.phi, q, k, v)
+    assert torch.equal(attn(q, k, v), want)
+    kernels.use("cpp")
+    with pytest.raises(ValueError, match="kernel cpp takes float32 and bfloat16, not torch.float64"):
+        attn(q, k, v)
+
+
+def loader_in_a_new_process(tmp_path, script="", **env):
+    """stdout and stderr of a process that has no built kernel yet."""
+    code = f"import kernels, torch\n{script}\nprint(kernels.describe('cpu'))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path), **env}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+
+
+def test_without_a_compiler_pytorch_runs_and_says_so(tmp_path):
+    run = loader_in_a_new_process(tmp_path, CXX="no-such-compiler")
+    assert run.stdout.strip() == "kernel torch (there is no C++ compiler (no-such-compiler): install one, or set CXX)"
+
+
+def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):
+    bad = tmp_path / "bad.cpp"
+    bad.write_text("#error is not C++\n")
+    run = loader_in_a_new_process(tmp_path / "cache", f"import pathlib; kernels.SOURCE = pathlib.Path({str(bad)!r})")
+    assert run.stdout.startswith("kernel torch (chunked.cpp was not built (") and run.stdout.count("\n") == 1
+    assert "error" in run.stdout and not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_processors(tmp_path, capability):
+    """Built for vectors of 8 floats, and for the portable ones: the same numbers."""
+    script = """
+from attention import LinearAttention
+from feature_maps import make_feature_map
+torch.manual_seed(0)
+q, k, v, dy = torch.randn(4, 1, 2, 300, 40)
+attn = LinearAttention(make_feature_map("hedgehog", 2, 40))
+found = []
+for kernel in ("cpp", "torch"):
+    kernels.use(kernel)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = attn(*leaves)
+    found.append([y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy)])
+for got, want in zip(*found):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+kernels.use("cpp")
+"""
+    run = loader_in_a_new_process(tmp_path, script, ATEN_CPU_CAPABILITY=capability)
+    assert f"kernel cpp ({capability.upper()})" in run.stdout
