@@ -258,7 +258,7 @@ def zero_state(phi_k: Tensor, v: Tensor) -> State:
     """The state before the first token, float32 at least: a sum in bfloat16 stops growing at 256 ones."""
     (B, H, _, n_features), D = phi_k.shape, v.size(-1)
     S = at_least_float32(phi_k.new_zeros(B, H, n_features, D))
-    return State(S, S[..., 0])
+    return State(S, S[..., 0].clone())
 
 
 # ---------------------------------------------------------------- modules that plug into models
@@ -343,8 +343,8 @@ class LinearAttention(nn.Module):
             if kernel is None:
                 y, state = linear_attention_recurrent(q, k, v, state)
             else:
-                y = kernels.decode(kernel, q, k, v, maps, *state)
-        cache.update(state=state, length=offset + T)
+                y, *state = kernels.decode(kernel, q, k, v, maps, *state)
+        cache.update(state=State(*state), length=offset + T)
         return y
 
 

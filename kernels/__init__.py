@@ -109,7 +109,11 @@ def load_cpp():
     torch.ops.load_library(str(library))
     ops = torch.ops.hedgehog
     return SimpleNamespace(
-        forward=ops.forward.default, backward=ops.backward.default, decode=ops.decode.default, MAX_DIM=math.inf
+        forward=ops.forward.default,
+        backward=ops.backward.default,
+        decode=ops.decode.default,
+        MAX_DIM=math.inf,
+        multiply=ops.multiply.default,
     )
 
 
@@ -178,9 +182,13 @@ def causal_attention(
     return y.to(v.dtype), S, z
 
 
-def decode(kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor, z: Tensor) -> Tensor:
-    """y (B, H, 1, D) of one more token; S and z take it in, in place. No gradient."""
-    return kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z).to(v.dtype)
+def decode(
+    kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, S, z) after one more token, y (B, H, 1, D). No gradient; S and z change in place where they can."""
+    S, z = S.float().contiguous(), z.float().contiguous()
+    y = kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
+    return y.to(v.dtype), S, z
 
 
 def dense(maps: list[Tensor] | None) -> list[Tensor | None]:

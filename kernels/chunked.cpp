@@ -644,9 +644,21 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optional&
   });
   return y;
 }
+// A B, `times` times over: how fast `product` is on matrices in the cache (bench.py)
+Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
+  for (const Tensor& x : {A, B})
+    TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "hedgehog: multiply takes float32 matrices");
+  TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % W == 0, "hedgehog: multiply takes (m, k) and (k, n), n in whole vectors");
+  const int64_t rows = A.size(0), depth = A.size(1), cols = B.size(1);
+  Tensor C = at::empty({rows, cols}, at::kFloat);
+  for (int64_t i = 0; i < times; ++i)
+    product(C.mutable_data_ptr<float>(), cols, {A.const_data_ptr<float>(), depth, 1}, B.const_data_ptr<float>(), cols, rows, cols, depth, false);
+  return C;
+}
 }  // namespace
 
 TORCH_LIBRARY(hedgehog, m) {
+  m.def("multiply(Tensor A, Tensor B, int times) -> Tensor", multiply);
   m.def("forward(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor? S, Tensor? z, "
         "Tensor? mask, bool keep, bool carry) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])", forward);
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "

@@ -1,0 +1,95 @@
+"""Time and memory of calls, what the machine could do at best, and the rows of a benchmark: the tools of bench.py."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import kernels
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def take_turns(calls: dict[str, Callable], rounds: int, device: torch.device, least: float = 0.02) -> dict[str, dict]:
+    """Seconds a call of each: median and quartiles. A turn repeats a short call until it took `least` seconds."""
+    repeats = {}
+    for name, call in calls.items():  # warm-up
+        once = min(seconds(call, device) for _ in range(2))
+        repeats[name] = max(1, round(least / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            n = repeats[name]
+            times[name].append(seconds(lambda: [call() for _ in range(n)], device) / n)  # noqa: B023
+    return {name: summary(t) for name, t in times.items()}
+
+
+def summary(times: list[float]) -> dict:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def machine_speed(device: torch.device, dtype: torch.dtype) -> dict:
+    """GFLOP/s of matrix products and GB/s of copies: what other numbers can be a fraction of."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b, big = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype), 2**26
+    x, y = torch.ones(big, device=device), torch.empty(big, device=device)
+    blas = min(seconds(lambda: a @ b, device) for _ in range(5))
+    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
+    speed = {"blas_gflops": 2 * n**3 / blas / 1e9, "copy_gb_s": 8 * big / copy / 1e9}
+    with_vectors = getattr(kernels.fused(*torch.zeros(3, 1)), "multiply", None) if device.type == "cpu" else None
+    if with_vectors and dtype == torch.float32:  # our kernel's own product of matrices that stay in the cache
+        a, b, n = torch.randn(96, 64), torch.randn(64, 64), 2000
+        best = min(seconds(lambda: with_vectors(a, b, n), device) for _ in range(9))
+        speed["vector_gflops"] = 2 * a.numel() * b.size(1) * n / best / 1e9
+    return speed
+
+
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM")) / 1024
+
+
+def reset_peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is in use
+    return peak_mib(device)
+
+
+class Report:
+    """Rows of numbers: printed as they come, and kept for the file."""
+
+    def __init__(self):
+        self.rows, self.notes, self.began = [], {}, time.perf_counter()
+
+    def add(self, part: str, T: int, heads: int, results: dict[str, dict], unit: float = 1e3, name: str = "ms") -> None:
+        base = min((results[c]["median"] for c in ("softmax", "matmul") if c in results), default=None)
+        for contender, r in results.items():
+            ratio = base / r["median"] if base else None
+            self.rows.append({"part": part, "T": T, "heads": heads, "contender": contender, **r, "ratio": ratio})
+            spread = f"{r['low'] * unit:.4g} to {r['high'] * unit:.4g}" if "low" in r else ""
+            times = "" if ratio is None else f"{ratio:8.2f} x softmax"
+            tqdm.write(f"{part:9}{T:7} tokens {heads:3} heads  {contender:10}{r['median'] * unit:11.4g} {name:4}"
+                       f"{spread:>22}{times}")  # fmt: skip
+
+    def note(self, key: str, text: str) -> None:
+        if key not in self.notes:
+            self.notes[key] = text
+            tqdm.write(text)
