@@ -48,8 +48,8 @@ class BenchConfig:
     n_head: int = 12  # heads up to 8,192 tokens; above, 2
     head_dim: int = 64  # D; Hedgehog has F = 2 D features
     rounds: int = 7  # turns of each contender, at least 3
-    patience: float = 15.0  # seconds: a contender that needs more for one call leaves out the longer lengths
-    max_gb: float = 4.0  # one that needs more memory leaves them out, too
+    patience: float = 20.0  # seconds: a contender is left out where a call would need more, by its last length
+    max_gb: float = 4.0  # or where it would need more memory
     threads: int = 1  # of PyTorch, on a CPU
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # float32 or bfloat16
@@ -162,14 +162,21 @@ def forward_flops(T: int, heads: int, D: int, n: int = 64) -> float:
     return heads * T * (2 * 2 * D * D + n * (2 * D + D) + 2 * 2 * (2 * D) * D)
 
 
-def runnable(config: BenchConfig, names: list[str], T: int, heads: int, training: bool, slow: set[str], report: Report):
+def runnable(config: BenchConfig, part: str, names: list[str], T: int, heads: int, report: Report) -> list[str]:
     """Those that this length leaves time and memory for; the others are said once."""
     chosen = []
     for name in names:
-        gb = needs_gb(name, T, heads, config, training)
+        gb = needs_gb(name, T, heads, config, part != "forward")
+        before = [r for r in report.rows if (r["part"], r["contender"]) == (part, name)]
+        power = 2 if name in ("softmax", "quadratic") else 1
+        expected = max((r["seconds"] * (T / r["T"]) ** power * heads / r["heads"] for r in before[-1:]), default=0)
         if gb > config.max_gb:
-            report.note(f"{name} {training}", f"{name} from {T} tokens on left out: about {gb:.0f} GB (--max_gb)")
-        elif name not in slow:
+            report.note(f"{part}: {name} left out from {T} tokens on: about {gb:.0f} GB (--max_gb)", (part, name))
+        elif expected > config.patience:
+            report.note(
+                f"{part}: {name} left out from {T} tokens on: about {expected:.0f} s (--patience)", (part, name)
+            )
+        else:
             chosen.append(name)
     return chosen
 
@@ -183,21 +190,17 @@ def pass_of(attend: Callable, leaves: list[Tensor], dy: Tensor | None) -> Callab
 
 def attention_part(part: str, names: list[str], report: Report, config: BenchConfig, device: torch.device) -> None:
     """Time of forward, or of forward and backward ("training"), at every length."""
-    training, slow = part == "training", set()
+    training = part == "training"
     dtype = getattr(torch, config.dtype)
     for T in tqdm(config.lengths, desc=part, leave=False, disable=not sys.stderr.isatty()):
         heads, calls = config.n_head if T <= 8192 else 2, {}
         *leaves, dy = torch.randn(4, 1, heads, T, config.head_dim, device=device).to(dtype).unbind()
         leaves = [x.clone().requires_grad_() for x in leaves]
-        for name in runnable(config, names, T, heads, training, slow, report):
+        for name in runnable(config, part, names, T, heads, report):
             calls[name] = pass_of(CONTENDERS[name](config, heads, device), leaves, dy if training else None)
         with torch.set_grad_enabled(training):
             results = take_turns(calls, config.rounds, device)
-        report.add(part, T, heads, results)
-        for name, r in results.items():
-            if r["median"] * 5 > config.patience:  # a step of the lengths may be 4 times as long, and softmax 16
-                slow.add(name)
-                report.note(f"{name} {part} slow", f"{name} after {T} tokens left out: too slow (--patience)")
+        report.add(part, T, heads, {name: {**r, "seconds": r["median"]} for name, r in results.items()})
 
 
 def extra_mib(config: BenchConfig, name: str, T: int, heads: int, device: torch.device) -> float:
@@ -214,18 +217,16 @@ def extra_mib(config: BenchConfig, name: str, T: int, heads: int, device: torch.
 
 
 def memory_part(names: list[str], report: Report, config: BenchConfig, device: torch.device) -> None:
-    slow: set[str] = set()
     if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
-        return report.note("memory", "memory left out: it is read from Linux's /proc")
+        return report.note("memory left out: it is read from Linux's /proc", "memory")
     for T in tqdm([T for T in config.lengths if T >= 512], desc="memory", leave=False, disable=not sys.stderr.isatty()):
         heads = config.n_head if T <= 8192 else 2
-        for name in runnable(config, names, T, heads, True, slow, report):
+        for name in runnable(config, "memory", names, T, heads, report):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 began = time.perf_counter()
                 mib = pool.apply(extra_mib, (config, name, T, heads, device))
-            if time.perf_counter() - began > config.patience:
-                slow.add(name)
-            report.add("memory", T, heads, {name: {"median": mib}}, 1, "MiB")
+            found = {"median": mib, "seconds": time.perf_counter() - began}
+            report.add("memory", T, heads, {name: found}, 1, "MiB")
 
 
 def decode_part(names: list[str], report: Report, config: BenchConfig, device: torch.device) -> None:

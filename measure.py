@@ -28,7 +28,8 @@ def take_turns(calls: dict[str, Callable], rounds: int, device: torch.device, le
     """Seconds a call of each: median and quartiles. A turn repeats a short call until it took `least` seconds."""
     repeats = {}
     for name, call in calls.items():  # warm-up
-        once = min(seconds(call, device) for _ in range(2))
+        once = seconds(call, device)
+        once = once if once > 1 else seconds(call, device)
         repeats[name] = max(1, round(least / max(once, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -89,7 +90,8 @@ class Report:
             tqdm.write(f"{part:9}{T:7} tokens {heads:3} heads  {contender:10}{r['median'] * unit:11.4g} {name:4}"
                        f"{spread:>22}{times}")  # fmt: skip
 
-    def note(self, key: str, text: str) -> None:
+    def note(self, text: str, key) -> None:
+        """Said once for each key."""
         if key not in self.notes:
             self.notes[key] = text
             tqdm.write(text)

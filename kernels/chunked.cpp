@@ -350,18 +350,20 @@ void accumulate(const Sizes& s, const float* KT, const float* V, const float* c,
 }
 
 // The state before each segment (or, from_end, after it): `first` (B H, State::size), plus the sums over the
-// segments on the way there, which `add_chunk(head, chunk, state)` makes
+// segments on the way there, which `add_chunk(workspace, head, chunk, state)` makes
 template <class AddChunk>
-void between_segments(const Sizes& s, Tensor& first, bool from_end, const AddChunk& add_chunk) {
+void between_segments(const Sizes& s, Tensor& first, bool from_end, std::initializer_list<int64_t> sizes,
+                      const AddChunk& add_chunk) {
   if (s.segments == 1) return;
   const int64_t heads = s.B * s.H, size = State::size(s);
   Tensor sums = at::zeros({s.segments, heads, size}, at::kFloat);
   float *sum = sums.mutable_data_ptr<float>(), *to = first.mutable_data_ptr<float>();
   at::parallel_for(0, heads * (s.segments - 1), 1, [&](int64_t begin, int64_t end) {
+    const Workspace w(sizes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads + from_end, head = task % heads;
       for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c)
-        add_chunk(head, c, sum + (segment * heads + head) * size);
+        add_chunk(w, head, c, sum + (segment * heads + head) * size);
     }
   });
   for (int64_t i = 1; i < s.segments; ++i) {
@@ -392,8 +394,7 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   Tensor before = State::at_segment(S0, z0, s, 0);  // the state before each segment, and then within it
 
   const std::initializer_list<int64_t> sizes{n * keys.ld(), keys.ld() * n, s.F * n, s.F * n, n * n, n * s.ldd, n * s.ldd};
-  between_segments(s, before, false, [&](int64_t head, int64_t chunk, float* state) {
-    const Workspace w(sizes);
+  between_segments(s, before, false, sizes, [&](const Workspace& w, int64_t head, int64_t chunk, float* state) {
     float *X = w[0], *XT = w[1], *KT = w[2], *V = w[5];
     keys.features(s, head, chunk, X, XT, KT);
     load(v, head, chunk * n, s.tokens(chunk), n, V, s.ldd);
@@ -529,8 +530,7 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
   const std::initializer_list<int64_t> sizes{
       n * ld, ld * n, s.F * n, n * n, n * n, n * n, s.ldd * n, n * s.ldd, s.ldd * n, n, round_up(s.F, W) * n,
       round_up(s.F, W) * n, n * s.ldd, n * ld, GROUP * n * ld, GROUP * s.F * n, GROUP * n * s.ldd, GROUP * size};
-  between_segments(s, after, true, [&](int64_t head, int64_t chunk, float* state) {
-    const Workspace w(sizes);
+  between_segments(s, after, true, sizes, [&](const Workspace& w, int64_t head, int64_t chunk, float* state) {
     float *X = w[0], *XT = w[1], *QT = w[2], *dN = w[7], *dd = w[9];
     queries.features(s, head, chunk, X, XT, QT);
     through_division(head, chunk, dN, dd);

@@ -56,8 +56,8 @@ def test_wrong_flags_end_with_a_line(command, flags, says):
 def test_what_does_not_fit_is_left_out_and_said(command, tmp_path):
     flags = ["--what", "forward", "--contenders", "softmax", "quadratic", "--lengths", 2048, "--max_gb", 0.01]
     code, text, _ = command("bench", *TINY, *flags, "--out", tmp_path / "b.json")
-    assert code == 0 and "quadratic from 2048 tokens on left out: about" in text
-    assert not any(line.startswith("forward") and "quadratic" in line for line in text.splitlines())
+    assert code == 0 and "forward: quadratic left out from 2048 tokens on: about" in text
+    assert not any(line.startswith("forward ") and "quadratic" in line for line in text.splitlines())
 
 
 def test_turns_alternate_and_short_calls_are_repeated():
