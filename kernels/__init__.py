@@ -82,10 +82,30 @@ def pick(chosen: str, device: str):
 def load(name: str, device: str):
     """The object with forward, backward and decode. Raises Unavailable with the reason."""
     if name == "cpp" and device == "cpu":
-        return load_cpp()
+        return verified(load_cpp(), device)
     if name == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
-        return load_triton()
+        return verified(load_triton(), device)
     raise Unavailable(f"kernel {name} does not run on {device}: use kernel auto or torch")
+
+
+def verified(kernel, device: str):
+    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v, dy = (torch.randn(1, 2, 70, 16, generator=generator).to(device).requires_grad_() for _ in range(4))
+            W, b = torch.eye(16, device=device).repeat(2, 1, 1), torch.zeros(2, 1, 16, device=device)
+            phi_q, phi_k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (q, k))
+            A = (phi_q @ phi_k.mT).tril()
+            want = A @ v / A.sum(-1, keepdim=True)
+            got, *_ = causal_attention(kernel, q, k, v, [W, b, W, b], None, None, None, False)
+            pairs = [(got, want), *zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (got, want)))]
+            errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+    except Exception as e:  # whatever a driver may raise
+        raise Unavailable(f"it failed on a small example: {type(e).__name__}: {e}".splitlines()[0]) from e
+    if not all(error < 1e-3 for error in errors):  # NaN, too
+        raise Unavailable(f"its y, dq, dk, dv are off by {', '.join(f'{e:.1g}' for e in errors)} on a small example")
+    return kernel
 
 
 def load_triton():

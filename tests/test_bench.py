@@ -11,7 +11,8 @@ TINY = "--n_head 2 --head_dim 8 --rounds 3 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
-def kernel_as_before():
+def kernels_as_a_user_has_them(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the tests of Triton
     yield
     kernels.chosen = "auto"
 

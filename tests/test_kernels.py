@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -338,6 +339,23 @@ def test_other_dtypes_run_in_pytorch_and_not_at_all_if_the_kernel_was_asked_for(
     kernels.use("cpp")
     with pytest.raises(ValueError, match="kernel cpp takes float32 and bfloat16, not torch.float64"):
         attn(q, k, v)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_a_kernel_that_computes_something_else_is_not_used(fault):
+    def backward(*args):
+        if fault == "raises":
+            raise RuntimeError("no such device")
+        dq, *rest = CPP.backward(*args)
+        return dq * (1.01 if fault == "wrong" else float("nan")), *rest
+
+    before = torch.get_rng_state()
+    broken = types.SimpleNamespace(**{**vars(CPP), "backward": backward})
+    with pytest.raises(kernels.Unavailable, match="small example"):
+        kernels.verified(broken, "cpu")
+    with torch.inference_mode():
+        assert kernels.verified(CPP, "cpu") is CPP
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def loader_in_a_new_process(tmp_path, script="", **env):

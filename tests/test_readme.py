@@ -6,6 +6,7 @@ import shlex
 
 from conftest import ROOT
 
+from bench import BenchConfig
 from common import parse
 from configs import read_config
 from sample import SampleConfig
@@ -39,12 +40,14 @@ def test_every_command_is_understood():
                 continue
             if script == "train.py":
                 read_config([a for a in argv if a not in ("--eval_only", "--init_from", "out/stdlib-hedgehog")], "")
+            elif script == "bench.py":
+                parse(BenchConfig(), argv, "")[0].check()
             elif script == "sample.py":
                 parse(SampleConfig(), ["--checkpoint", *argv], "")
             else:
                 assert words == [] or words[0] == "pytest", line
             seen.add(script)
-    assert {"train.py", "sample.py"} <= seen
+    assert {"train.py", "sample.py", "bench.py"} <= seen
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():

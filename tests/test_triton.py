@@ -16,7 +16,8 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: it has kernels of its own
 pytest.importorskip("triton")
 
-from attention import State, linear_attention_recurrent  # noqa: E402
+import kernels  # noqa: E402
+from attention import LinearAttention, State, linear_attention_recurrent  # noqa: E402
 from feature_maps import CEIL, make_feature_map  # noqa: E402
 from kernels import chunked_triton  # noqa: E402
 
@@ -203,7 +204,7 @@ def test_a_state_passed_on_continues_the_sequence():
     y, _, S, z, _ = chunked_triton.forward(q, k, v, *P, None, None, None, False)
     first, _, S1, z1, _ = chunked_triton.forward(*(x[:, :, :30] for x in (q, k, v)), *P, None, None, None, False)
     second, _, S2, z2, states = chunked_triton.forward(*(x[:, :, 30:] for x in (q, k, v)), *P, S1, z1, None, False)
-    assert states is None
+    assert states == ()
     torch.testing.assert_close(torch.cat([first, second], 2), y)
     torch.testing.assert_close((S2, z2), (S, z))
 
@@ -292,6 +293,28 @@ def test_nan_in_masked_keys_and_values_is_not_seen():
 def test_head_dims_beyond_the_fused_map_are_refused():
     with pytest.raises(ValueError, match="up to 128, got 129: pass features"):
         chunked_triton.forward(*inputs(1, 129, 5), *weights(129), None, None, None, False)
+
+
+@pytest.mark.parametrize("name, D", [("hedgehog", 8), ("elu", 8), ("hedgehog", 130)])
+def test_the_module_gives_the_same_with_this_kernel_as_without(name, D):
+    """Outputs, all gradients, generation; 130 dimensions are too many for the fused map: it is given features."""
+    q, k, v = inputs(20, D, D)
+    attn, results, before = LinearAttention(make_feature_map(name, 2, D)).to(DEVICE), {}, kernels.chosen
+    try:
+        for kernel in ("torch", "triton"):
+            kernels.use(kernel, DEVICE)
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+            y = attn(*leaves)
+            found = [y, *torch.autograd.grad(y.square().sum(), [*leaves, *attn.parameters()])]
+            with torch.no_grad():
+                cache = {}
+                pieces = [x.split([17, 1, 1, 1], 2) for x in (q, k, v)]
+                found.append(torch.cat([attn.extend(*piece, cache) for piece in zip(*pieces)], 2))
+            results[kernel] = [*found, *cache["state"]]
+    finally:
+        kernels.chosen = before
+    for got, want in zip(results["triton"], results["torch"]):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- on a GPU, compiled ahead of time
