@@ -33,7 +33,7 @@ from attention import (
 )
 from common import UserError, as_user_error, parse, peak_gib, pick_device, provenance, run, write_atomically
 from feature_maps import make_feature_map
-from measure import Report, machine_speed, peak_mib, reset_peak_mib, take_turns
+from measure import Report, crossover, efficiency, machine_speed, peak_mib, reset_peak_mib, take_turns
 from model import GPT, GPTConfig
 
 PARTS = ("forward", "training", "memory", "decode", "model")
@@ -154,12 +154,6 @@ def available(config: BenchConfig, device: torch.device) -> tuple[list[str], dic
 
 
 # ---------------------------------------------------------------- the parts
-
-
-def forward_flops(T: int, heads: int, D: int, n: int = 64) -> float:
-    """What Hedgehog attention must compute in chunks of n tokens: two maps D x D; scores and their product with
-    the values, on and below the diagonal; the state's product with the queries, and its update. F = 2 D."""
-    return heads * T * (2 * 2 * D * D + n * (2 * D + D) + 2 * 2 * (2 * D) * D)
 
 
 def runnable(config: BenchConfig, part: str, names: list[str], T: int, heads: int, report: Report) -> list[str]:
@@ -297,13 +291,6 @@ def generation(model: GPT, idx: Tensor) -> Callable:
     return lambda: next(tokens)
 
 
-def crossover(report: Report, part: str, contender: str) -> int | None:
-    """The shortest length from which on the contender was never slower than softmax."""
-    won = {r["T"]: r["ratio"] for r in report.rows if r["part"] == part and r["contender"] == contender and r["ratio"]}
-    lengths = sorted(won)
-    return next((T for i, T in enumerate(lengths) if all(won[later] >= 1 for later in lengths[i:])), None)
-
-
 def main() -> None:
     config, _ = parse(BenchConfig(), sys.argv[1:], __doc__)
     config.check()
@@ -332,10 +319,7 @@ def main() -> None:
             model_part(report, config, device)
         else:
             {"memory": memory_part, "decode": decode_part}[part](names, report, config, device)
-    peak = max(speed["blas_gflops"], speed.get("vector_gflops", 0))
-    for r in report.rows:
-        if r["part"] == "forward" and r["contender"] in ("torch", "cpp", "triton"):
-            r["of_peak"] = forward_flops(r["T"], r["heads"], config.head_dim) / r["median"] / 1e9 / peak
+    efficiency(report, config.head_dim, getattr(torch, config.dtype).itemsize, speed)
     crossovers = {f"{part} {name}": crossover(report, part, name) for part in ("forward", "training") for name in names}
     after = machine_speed(device, getattr(torch, config.dtype))
     if abs(after["blas_gflops"] / speed["blas_gflops"] - 1) > 0.15:

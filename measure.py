@@ -95,3 +95,32 @@ class Report:
         if key not in self.notes:
             self.notes[key] = text
             tqdm.write(text)
+
+
+def forward_flops(T: int, heads: int, D: int, n: int = 64) -> float:
+    """What Hedgehog attention must compute in chunks of n tokens: two maps D x D; scores and their product with
+    the values, on and below the diagonal; the state's product with the queries, and its update. F = 2 D."""
+    return heads * T * (2 * 2 * D * D + n * (2 * D + D) + 2 * 2 * (2 * D) * D)
+
+
+def efficiency(report: Report, D: int, itemsize: int, speed: dict) -> None:
+    """GFLOP/s of Hedgehog's forward pass as a fraction of the best products, and GB/s, if q, k, v and y are moved
+    once, as a fraction of copies."""
+    peak = max(speed["blas_gflops"], speed.get("vector_gflops", 0))
+    for r in report.rows:
+        if r["part"] == "forward" and r["contender"] in ("torch", "cpp", "triton"):
+            r["gflops"] = forward_flops(r["T"], r["heads"], D) / r["median"] / 1e9
+            r["of_peak"] = r["gflops"] / peak
+            moved = 4 * r["heads"] * r["T"] * D * itemsize
+            r["of_copy"] = moved / r["median"] / 1e9 / speed["copy_gb_s"]
+            numbers = (
+                f"{r['gflops']:8.1f} GFLOP/s, {r['of_peak']:.0%} of the best products; {r['of_copy']:.0%} of copies"
+            )
+            tqdm.write(f"forward  {r['T']:7} tokens  {r['contender']:8}{numbers}")
+
+
+def crossover(report: Report, part: str, contender: str) -> int | None:
+    """The shortest length from which on the contender was never slower than softmax."""
+    won = {r["T"]: r["ratio"] for r in report.rows if r["part"] == part and r["contender"] == contender and r["ratio"]}
+    lengths = sorted(won)
+    return next((T for i, T in enumerate(lengths) if all(won[later] >= 1 for later in lengths[i:])), None)

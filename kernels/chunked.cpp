@@ -1,6 +1,6 @@
 // Causal linear attention on a CPU in one pass: feature map, chunks, state and denominator.
 //
-// The same function as chunked_loop in attention.py (read that first; the letters are its glossary's), with
+// The same function as chunked_with_maps in attention.py (read that first; the letters are its glossary's), with
 // Hedgehog's map inside, or with features computed before. For the n tokens of a chunk, whose past is (S, z):
 //
 //     phi(q), phi(k)     Q, K = [softmax(u), softmax(-u)] + FLOOR,  u = x W + b
@@ -20,9 +20,9 @@
 // So whatever is a right-hand matrix somewhere is kept that way round: features as Q^T, K^T (F, n): the softmax over
 // features then runs down a column, 16 tokens in a vector, without horizontal sums; scores as A^T (keys, queries).
 //
-// Everything is float32; q, k, v and dy may be bfloat16. `states` keeps (S, z) before every chunk for backward:
-// F D / n floats a token. With few heads, threads share a sequence: it is cut into segments of whole chunks, the sum
-// of K^T V of each segment comes first, then all segments run at once (backward: the sums of Q^T dN).
+// Everything is float32; q, k, v and dy may be bfloat16. For backward, forward keeps only (S, z) before every GROUP
+// chunks: F D / (GROUP n) floats a token. With few heads, threads share a sequence: it is cut into segments of whole
+// groups, the sum of K^T V of each segment comes first, then all segments run at once (backward: the sums of Q^T dN).
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -31,8 +31,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -91,7 +89,8 @@ void columns(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t
 }
 
 // C (rows, cols) = A B, or C + A B; A is (rows, depth), B (depth, cols); cols is a multiple of W
-void product(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t rows, int64_t cols, int64_t depth, bool add) {
+void product(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
+             bool add) {
   constexpr int N = W == 8 ? 2 : 4;  // 6 N sums, N vectors of B and one of A fit the registers: 16 of AVX2, 32 else
   int64_t j = 0;
   for (; j + N * W <= cols; j += N * W) columns<N>(C + j, ldc, A, B + j, ldb, rows, depth, add);
@@ -118,7 +117,8 @@ void transpose(const float* A, int64_t lda, float* B, int64_t ldb, int64_t rows,
 }
 
 float dot(const float* a, const float* b, int64_t n) {
-  return at::vec::map2_reduce_all<float>([](Vec x, Vec y) { return x * y; }, [](Vec x, Vec y) { return x + y; }, a, b, n);
+  return at::vec::map2_reduce_all<float>(
+      [](Vec x, Vec y) { return x * y; }, [](Vec x, Vec y) { return x + y; }, a, b, n);
 }
 
 float sum(Vec x) {
@@ -146,27 +146,29 @@ struct Sizes {
 };
 
 // Raises for tensors that the pointers below would misread
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq, const Optional& Wk,
-           const Optional& bk, const Optional& S, const Optional& z, const Optional& mask) {
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
+           const Optional& Wk, const Optional& bk, const Optional& S, const Optional& z, const Optional& mask) {
   auto is = [](const Tensor& x, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
     TORCH_CHECK(x.sizes() == sizes, "hedgehog: ", name, " is ", x.sizes(), ", not ", sizes);
     TORCH_CHECK(x.device().is_cpu() && x.is_contiguous() && x.scalar_type() == type, "hedgehog: ", name,
                 " must be contiguous, ", type, ", on the CPU");
   };
   for (const Tensor& x : {q, k, v}) {
-    TORCH_CHECK(x.dim() == 4 && x.sizes().slice(0, 3) == q.sizes().slice(0, 3), "hedgehog: q, k and v must be (B, H, T, D)");
+    TORCH_CHECK(x.dim() == 4 && x.sizes().slice(0, 3) == q.sizes().slice(0, 3),
+                "hedgehog: q, k and v must be (B, H, T, D)");
     TORCH_CHECK(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
                     (x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0),
                 "hedgehog: q, k and v must be float32 or bfloat16, on the CPU, the last dimension dense");
   }
-  TORCH_CHECK(q.size(3) == k.size(3), "hedgehog: q and k differ in their last dimension: ", q.size(3), " and ", k.size(3));
+  TORCH_CHECK(q.size(3) == k.size(3), "hedgehog: q has ", q.size(3), " dimensions a head, and k ", k.size(3));
   const int64_t B = q.size(0), H = q.size(1), width = q.size(3), F = Wq ? 2 * width : width;
   for (const Optional& weight : {Wq, Wk})
     if (weight) is(*weight, {H, width, width}, at::kFloat, "weight");
   for (const Optional& b : {bq, bk})
     if (b) is(*b, {H, 1, width}, at::kFloat, "bias");
-  TORCH_CHECK(Wq.has_value() == Wk.has_value() && Wq.has_value() == bq.has_value() && Wk.has_value() == bk.has_value() &&
-                  S.has_value() == z.has_value(), "hedgehog: W and b, S and z come together");
+  const bool together = Wq.has_value() == Wk.has_value() && Wq.has_value() == bq.has_value() &&
+                        Wq.has_value() == bk.has_value() && S.has_value() == z.has_value();
+  TORCH_CHECK(together, "hedgehog: W and b, S and z come together");
   if (S) is(*S, {B, H, F, v.size(3)}, at::kFloat, "S"), is(*z, {B, H, F}, at::kFloat, "z");
   if (mask) is(*mask, {B, q.size(2)}, at::kBool, "key_mask");
 }
@@ -217,10 +219,11 @@ struct State {
   static void load(const Optional& S, const Optional& z, int64_t head, const Sizes& s, float* to) {
     std::fill_n(to, size(s), 0.f);
     if (!S) return;
-    for (int64_t f = 0; f < s.F; ++f) std::copy_n(S->const_data_ptr<float>() + (head * s.F + f) * s.D, s.D, to + f * s.ldd);
+    const float* from = S->const_data_ptr<float>() + head * s.F * s.D;
+    for (int64_t f = 0; f < s.F; ++f) std::copy_n(from + f * s.D, s.D, to + f * s.ldd);
     std::copy_n(z->const_data_ptr<float>() + head * s.F, s.F, to + s.F * s.ldd);
   }
-  // the state before (or after) every segment, (segments, B H, size): given for one of them, made for the others below
+  // the state before (or after) every segment, (segments, B H, size): given for one, made for the others below
   static Tensor at_segment(const Optional& S, const Optional& z, const Sizes& s, int64_t segment) {
     Tensor states = at::empty({s.segments, s.B * s.H, size(s)}, at::kFloat);
     for (int64_t head = 0; head < s.B * s.H; ++head)
@@ -228,7 +231,8 @@ struct State {
     return states;
   }
   static void store(const float* from, Tensor& S, Tensor& z, int64_t head, const Sizes& s) {
-    for (int64_t f = 0; f < s.F; ++f) std::copy_n(from + f * s.ldd, s.D, S.mutable_data_ptr<float>() + (head * s.F + f) * s.D);
+    float* to = S.mutable_data_ptr<float>() + head * s.F * s.D;
+    for (int64_t f = 0; f < s.F; ++f) std::copy_n(from + f * s.ldd, s.D, to + f * s.D);
     std::copy_n(from + s.F * s.ldd, s.F, z.mutable_data_ptr<float>() + head * s.F);
   }
   static void add(float* to, const float* from, const Sizes& s) {
@@ -393,7 +397,8 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   Tensor states = at::empty({keep ? heads : 0, s.groups(), size}, at::kFloat);
   Tensor before = State::at_segment(S0, z0, s, 0);  // the state before each segment, and then within it
 
-  const std::initializer_list<int64_t> sizes{n * keys.ld(), keys.ld() * n, s.F * n, s.F * n, n * n, n * s.ldd, n * s.ldd};
+  const std::initializer_list<int64_t> sizes{n * keys.ld(), keys.ld() * n, s.F * n, s.F * n, n * n, n * s.ldd,
+                                             n * s.ldd};
   between_segments(s, before, false, sizes, [&](const Workspace& w, int64_t head, int64_t chunk, float* state) {
     float *X = w[0], *XT = w[1], *KT = w[2], *V = w[5];
     keys.features(s, head, chunk, X, XT, KT);
@@ -422,7 +427,8 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
           product(N + i * s.ldd, s.ldd, {AT + i, 1, n}, V, s.ldd, BLOCK, s.ldd, i + BLOCK, past);
 
         const float* zs = state + s.F * s.ldd;
-        float *ds = d.mutable_data_ptr<float>() + head * s.T + t, *ys = y.mutable_data_ptr<float>() + (head * s.T + t) * s.D;
+        float* ds = d.mutable_data_ptr<float>() + head * s.T + t;
+        float* ys = y.mutable_data_ptr<float>() + (head * s.T + t) * s.D;
         for (int64_t i = 0; i < count; i += W) {  // d = Q z + A 1
           Vec total(0.f);
           if (past)
@@ -447,7 +453,8 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
 // Through one side's feature map: the gradients of W and b, summed in a place of its own for each task
 class MapGradients {
  public:
-  MapGradients(const Side& side, const Sizes& s) : tasks_(side.mapped() ? s.segments * s.B * s.H : 0), D_(side.width()), s_(s) {
+  MapGradients(const Side& side, const Sizes& s)
+      : tasks_(side.mapped() ? s.segments * s.B * s.H : 0), D_(side.width()), s_(s) {
     dWT_ = at::zeros({tasks_, D_, side.ld()}, at::kFloat);
     db_ = at::zeros({tasks_, 1, D_}, at::kFloat);
   }
@@ -480,7 +487,8 @@ class MapGradients {
       m_dm = at::vec::fmadd(probability(m + d), Vec::loadu(dm + d), m_dm);
     }
     for (int64_t d = 0; d < D * n; d += n) {
-      const Vec du_p = probability(p + d) * (Vec::loadu(dp + d) - p_dp), du_m = probability(m + d) * (Vec::loadu(dm + d) - m_dm);
+      const Vec du_p = probability(p + d) * (Vec::loadu(dp + d) - p_dp);
+      const Vec du_m = probability(m + d) * (Vec::loadu(dm + d) - m_dm);
       (du_p - du_m).store(dp + d);
     }
   }
@@ -505,18 +513,21 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
                   const Optional& mask, const Tensor& y, const Tensor& d, const std::vector<Tensor>& kept) {
   const Tensor& states = kept.at(0);
   check(q, k, v, Wq, bq, Wk, bk, dS, dz, mask);
-  TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0), "hedgehog: dy must be like v");
+  TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0),
+              "hedgehog: dy must be like v");
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
   const Sizes s(q, v, queries.n_features());
   const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ld = keys.ld();
-  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat), dv = at::empty(v.sizes(), at::kFloat);
+  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
+  Tensor dv = at::empty(v.sizes(), at::kFloat);
   MapGradients map_q(queries, s), map_k(keys, s);
   Tensor after = State::at_segment(dS, dz, s, s.segments - 1);  // (dS, dz) after each segment, and then within it
 
   // dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d
   auto through_division = [&](int64_t head, int64_t chunk, float* dN, float* dd) {
     const int64_t t = chunk * n, count = s.tokens(chunk);
-    const float *ds = d.const_data_ptr<float>() + head * s.T + t, *ys = y.const_data_ptr<float>() + (head * s.T + t) * s.D;
+    const float* ds = d.const_data_ptr<float>() + head * s.T + t;
+    const float* ys = y.const_data_ptr<float>() + (head * s.T + t) * s.D;
     load(dy, head, t, count, n, dN, s.ldd);
     std::fill_n(dd, n, 0.f);
     for (int64_t i = 0; i < count; ++i) {
@@ -541,23 +552,24 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
     const Workspace w(sizes);
     float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *dA = w[5], *VT = w[6], *dN = w[7], *dNT = w[8],
           *dd = w[9], *dQT = w[10], *dKT = w[11], *dV = w[12], *rows = w[13];
+    float *Xs = w[14], *KTs = w[15], *Vs = w[16], *group = w[17];  // of a group: keys, values, states
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
       float* dstate = after.mutable_data_ptr<float>() + task * size;
       for (int64_t c = s.first_chunk(segment + 1) - 1; c >= s.first_chunk(segment); --c) {
         const int64_t t = c * n, count = s.tokens(c), first = c / GROUP * GROUP, place = c - first;
-        float *Xk = w[14] + place * n * ld, *KT = w[15] + place * s.F * n, *V = w[16] + place * n * s.ldd;
-        const float* state = w[17] + place * size;
         if (place == GROUP - 1 || c == s.chunks - 1) {  // entering a group: its keys, values and states, in order
-          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, w[17]);
+          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, group);
           for (int64_t i = 0; i <= place; ++i) {
-            keys.features(s, head, first + i, w[14] + i * n * ld, XT, w[15] + i * s.F * n);
-            load(v, head, t + (i - place) * n, s.tokens(first + i), n, w[16] + i * n * s.ldd, s.ldd);
+            keys.features(s, head, first + i, Xs + i * n * ld, XT, KTs + i * s.F * n);
+            load(v, head, (first + i) * n, s.tokens(first + i), n, Vs + i * n * s.ldd, s.ldd);
             if (i == place) break;
-            std::copy_n(w[17] + i * size, size, w[17] + (i + 1) * size);
-            accumulate(s, w[15] + i * s.F * n, w[16] + i * n * s.ldd, nullptr, w[17] + (i + 1) * size);
+            std::copy_n(group + i * size, size, group + (i + 1) * size);
+            accumulate(s, KTs + i * s.F * n, Vs + i * n * s.ldd, nullptr, group + (i + 1) * size);
           }
         }
+        const float *Xk = Xs + place * n * ld, *KT = KTs + place * s.F * n, *V = Vs + place * n * s.ldd;
+        const float* state = group + place * size;
         queries.features(s, head, c, Xq, XT, QT);
         through_division(head, c, dN, dd);
         transpose(V, s.ldd, VT, n, n, s.ldd);
@@ -592,7 +604,8 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
     }
   });
   Tensor dS0 = at::empty({s.B, s.H, s.F, s.D}, at::kFloat), dz0 = at::empty({s.B, s.H, s.F}, at::kFloat);
-  for (int64_t head = 0; head < heads; ++head) State::store(after.const_data_ptr<float>() + head * size, dS0, dz0, head, s);
+  const float* first = after.const_data_ptr<float>();
+  for (int64_t head = 0; head < heads; ++head) State::store(first + head * size, dS0, dz0, head, s);
   return {dq, dk, dv, map_q.weight(), map_q.bias(), map_k.weight(), map_k.bias(), dS0, dz0};
 }
 
@@ -644,17 +657,20 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optional&
   });
   return y;
 }
+
 // A B, `times` times over: how fast `product` is on matrices in the cache (bench.py)
 Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
   for (const Tensor& x : {A, B})
-    TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "hedgehog: multiply takes float32 matrices");
-  TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % W == 0, "hedgehog: multiply takes (m, k) and (k, n), n in whole vectors");
+    TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "hedgehog: A, B must be float32");
+  TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % W == 0, "hedgehog: A, B must be (m, k), (k, n), n whole vectors");
   const int64_t rows = A.size(0), depth = A.size(1), cols = B.size(1);
   Tensor C = at::empty({rows, cols}, at::kFloat);
   for (int64_t i = 0; i < times; ++i)
-    product(C.mutable_data_ptr<float>(), cols, {A.const_data_ptr<float>(), depth, 1}, B.const_data_ptr<float>(), cols, rows, cols, depth, false);
+    product(C.mutable_data_ptr<float>(), cols, {A.const_data_ptr<float>(), depth, 1}, B.const_data_ptr<float>(), cols,
+            rows, cols, depth, false);
   return C;
 }
+
 }  // namespace
 
 TORCH_LIBRARY(hedgehog, m) {
@@ -664,6 +680,6 @@ TORCH_LIBRARY(hedgehog, m) {
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
         "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor[] states) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", backward);
-  m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor(a!) S, Tensor(b!) z) "
-        "-> Tensor", decode);
+  m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor(a!) S, "
+        "Tensor(b!) z) -> Tensor", decode);
 }
