@@ -24,35 +24,24 @@ key returns zeros.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 import kernels
-from feature_maps import FEATURE_MAPS, Hedgehog, Untied, at_least_float32, make_feature_map, without_autocast
+from feature_maps import (
+    FEATURE_MAPS,
+    FeatureMap,
+    Hedgehog,
+    Untied,
+    at_least_float32,
+    make_feature_map,
+    without_autocast,
+)
+from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
 
-CHUNK = 64  # tokens: fastest of 32, 64, 128, 256 on a CPU at D = 32 and 64
-GROUP = 4  # chunks: backward is given one state for so many
 PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
-
-
-class State(NamedTuple):
-    S: Tensor  # (B, H, F, D)
-    z: Tensor  # (B, H, F)
-
-
-def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0: a row that has no key.
-
-    The only division by a sum of weights in the repository. No epsilon: features are at least 1e-15
-    (feature_maps.py), so a row with a key has a denominator of at least 1e-30. (Taylor's features have
-    signs, but its weights are at least 1/2, up to rounding.)
-    """
-    return numerator / torch.where(denominator > 0, denominator, 1.0)
 
 
 def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
@@ -145,103 +134,6 @@ def linear_attention_chunked(
     return chunked_with_maps(None, None, phi_q, phi_k, v, state, chunk_size=chunk_size)
 
 
-def chunked_with_maps(
-    phi_query: nn.Module | None, phi_key: nn.Module | None, q: Tensor, k: Tensor, v: Tensor,
-    state: State | None = None, *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
-) -> tuple[Tensor, State]:  # fmt: skip
-    """linear_attention_chunked of phi_query(q, offset) and phi_key(k, offset), the maps (None: q and k are
-    features) applied chunk by chunk: the features of a whole sequence never leave the cache for the memory
-    (2x faster at 8K tokens). For second derivatives use the quadratic form."""
-    R = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)
-    of_query = [] if phi_query is None else list(phi_query.parameters())
-    of_key = [] if phi_key is None or phi_key is phi_query else list(phi_key.parameters())
-    options = phi_query, phi_key, len(of_query), key_mask, offset, chunk_size
-    y, R = Chunked.apply(options, q, k, v, R, *of_query, *of_key)
-    R = R.unflatten(0, v.shape[:2])
-    return y.to(v.dtype), State(R[..., :-1], R[..., -1])
-
-
-class Chunked(torch.autograd.Function):
-    """The chunks in order; and the gradient, from the last chunk to the first. With G = [dN dd] the gradient
-    of [N d], and dR that of the state after the chunk:
-
-        dA = tril(G U^T)    dQ = dA K + G R^T    dK = dA^T Q + U dR^T    dU = A^T G + K dR    dR <- dR + Q^T G
-
-    Kept is only the state before every GROUP chunks: backward makes the features and other states again.
-    """
-
-    @staticmethod
-    def forward(ctx, options, q, k, v, R, *parameters):
-        phi_query, phi_key, _, key_mask, offset, chunk_size = options
-        R = None if R is None else at_least_float32(R).clone()
-        states = []
-        with without_autocast(v):
-            for c, start in enumerate(range(0, max(v.size(2), 1), chunk_size)):
-                tokens = slice(start, start + chunk_size)
-                Q = features(phi_query, q[:, :, tokens], offset + start)
-                K = features(phi_key, k[:, :, tokens], offset + start, (), key_mask, tokens)
-                U = F.pad(v[:, :, tokens].to(K.dtype), (0, 1), value=1.0).flatten(0, 1)
-                if c == 0:
-                    y, d = K.new_empty(v.shape), K.new_empty(*v.shape[:3], 1)
-                    R = K.new_zeros(K.size(0), K.size(2), U.size(2)) if R is None else R
-                if c % GROUP == 0 and any(ctx.needs_input_grad):
-                    states.append(R.clone())
-                N = torch.baddbmm(Q @ R, (Q @ K.mT).tril_(), U).unflatten(0, v.shape[:2])
-                R.baddbmm_(K.mT, U)
-                y[:, :, tokens], d[:, :, tokens] = normalise(N[..., :-1], N[..., -1:]), N[..., -1:]
-        ctx.options, ctx.n = options, len(parameters)
-        ctx.save_for_backward(*parameters, q, k, v, y, d, *states)
-        return y, R
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dR):
-        phi_query, phi_key, n_query, key_mask, offset, n = ctx.options
-        parameters, (q, k, v, y, d, *states) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        of_query, of_key = parameters[:n_query], parameters[n_query:] or parameters  # one map, or two
-        dR, dq, dk, dv, *dparameters = dR.clone(), *(torch.zeros_like(x) for x in (q, k, v, *parameters))
-        for g in reversed(range(len(states))):
-            group = slice(g * GROUP * n, (g + 1) * GROUP * n)
-            with torch.enable_grad(), without_autocast(v):
-                xq, xk = (x[:, :, group].detach().requires_grad_() for x in (q, k))
-                phi_q = features(phi_query, xq, offset + group.start, of_query)
-                phi_k = features(phi_key, xk, offset + group.start, of_key, key_mask, group)
-            with without_autocast(v):
-                Us = F.pad(v[:, :, group].to(phi_k.dtype), (0, 1), value=1.0).flatten(0, 1)
-                dN = normalise(dy[:, :, group], d[:, :, group])
-                Gs = torch.cat([dN, -(dN * y[:, :, group]).sum(-1, keepdim=True)], -1).flatten(0, 1)
-                chunks = list(zip(*(x.split(n, 1) for x in (phi_q.detach(), phi_k.detach(), Us, Gs))))
-                Rs, dQs, dKs, dUs = [states.pop()], [], [], []
-                for _, K, U, _ in chunks[:-1]:
-                    Rs.append(torch.baddbmm(Rs[-1], K.mT, U))
-                for (Q, K, U, G), R in zip(reversed(chunks), reversed(Rs)):
-                    A, dA = (Q @ K.mT).tril_(), (G @ U.mT).tril_()
-                    dQs.append(torch.baddbmm(G @ R.mT, dA, K))
-                    dKs.append(torch.baddbmm(U @ dR.mT, dA.mT, Q))
-                    dUs.append(torch.baddbmm(K @ dR, A.mT, G))
-                    dR.baddbmm_(Q.mT, G)
-                dQ, dK, dU = (torch.cat(x[::-1], 1) for x in (dQs, dKs, dUs))
-                grads = torch.autograd.grad((phi_q, phi_k), (xq, xk, *parameters), (dQ, dK), allow_unused=True)
-            dq[:, :, group], dk[:, :, group], *grads = grads
-            dv[:, :, group] = dU[..., :-1].unflatten(0, v.shape[:2])
-            for total, grad in zip(dparameters, grads):
-                total += 0 if grad is None else grad
-        return None, dq, dk, dv, dR if ctx.needs_input_grad[4] else None, *dparameters
-
-
-def features(phi, x: Tensor, offset: int, parameters=(), key_mask=None, tokens=slice(0)) -> Tensor:
-    """phi(x, offset) as (BH, n, F), zero for masked keys. `parameters`, if any, are those that phi had in the
-    forward pass: it may have others by now (torch.func.functional_call)."""
-    own = [] if phi is None else list(phi.named_parameters())
-    if any(mine is not given for (_, mine), given in zip(own, parameters)):
-        x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, offset))
-    elif phi is not None:
-        x = phi(x, offset)
-    if key_mask is not None:
-        x = x.masked_fill(~key_mask[:, None, tokens, None], 0.0)  # after phi: phi(0) is not 0
-    return at_least_float32(x).flatten(0, 1)
-
-
 def linear_attention_bidirectional(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, *, key_mask: Tensor | None = None
 ) -> Tensor:
@@ -282,10 +174,22 @@ class SoftmaxAttention(nn.Module):
         return softmax_attention(q, k, v)
 
 
+class Role(nn.Module):
+    """phi.query or phi.key as a module, for a map that tells them apart itself."""
+
+    def __init__(self, phi: nn.Module, name: str):
+        super().__init__()
+        self.phi, self.name = phi, name
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        return getattr(self.phi, self.name)(x, offset)
+
+
 class LinearAttention(nn.Module):
     """attn(q, k, v, key_mask=None) -> y, with the feature map inside.
 
     phi: a map from make_feature_map, or any module phi(x, offset): (B, H, T, D) -> (B, H, T, F) >= 0.
+    chunk_size: of the PyTorch form; kernels have their own.
     """
 
     def __init__(self, phi: nn.Module, causal: bool = True, chunk_size: int = CHUNK):
@@ -295,7 +199,10 @@ class LinearAttention(nn.Module):
     def roles(self) -> tuple[nn.Module, nn.Module]:
         """The maps of queries and of keys: the same, but for untied ones."""
         phi = self.phi  # once: a module's attributes are slow
-        return (phi.query, phi.key) if isinstance(phi, Untied) else (phi, phi)
+        if isinstance(phi, Untied):
+            return phi.query, phi.key
+        plain = isinstance(phi, FeatureMap) and type(phi).query is FeatureMap.query and type(phi).key is FeatureMap.key
+        return (phi, phi) if plain or not hasattr(phi, "key") else (Role(phi, "query"), Role(phi, "key"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         if not self.causal:
@@ -305,7 +212,7 @@ class LinearAttention(nn.Module):
 
     @torch.compiler.disable
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
-        """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: the state is not wanted."""
+        """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
         kernel = kernels.fused(q, k, v)
         if kernel is None:
@@ -317,21 +224,28 @@ class LinearAttention(nn.Module):
             piece = slice(start, start + size)
             q_p, k_p, mask = q[:, :, piece], k[:, :, piece], None if key_mask is None else key_mask[:, piece]
             if maps is None:
-                q_p, k_p = phi_query(q_p, offset + start), phi_key(k_p, offset + start)
+                q_p, k_p = phi_query(q_p, offset + start).float(), phi_key(k_p, offset + start).float()
             more = carry or piece.stop < T
             y, S, z = kernels.causal_attention(kernel, q_p, k_p, v[:, :, piece], maps, S, z, mask, more)
             ys.append(y)
-        return ys[0] if len(ys) == 1 else torch.cat(ys, 2), State(S, z)
+        return ys[0] if len(ys) == 1 else torch.cat(ys, 2), State(S, z) if carry else None
 
     def hedgehog(self, kernel) -> list[Tensor] | None:
         """W, b of queries and W, b of keys, if the kernel makes the features itself; None: it is given them."""
         phi_query, phi_key = self.roles()
         if not (type(phi_query) is type(phi_key) is Hedgehog) or phi_query.head_dim > kernel.MAX_DIM:
             return None
+        if (
+            phi_query._forward_hooks
+            or phi_query._forward_pre_hooks
+            or phi_key._forward_hooks
+            or phi_key._forward_pre_hooks
+        ):
+            return None  # what watches or changes the map shall see it called
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
-        """Attend from new tokens to `cache` (State: of constant size, may change in place) and to each other."""
+        """Attend from new tokens to `cache` (State: of constant size) and to each other."""
         state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
         if T != 1 or state is None:
             y, state = self.causal_attention(q, k, v, state, offset=offset)
@@ -339,7 +253,7 @@ class LinearAttention(nn.Module):
             kernel = None if torch.is_grad_enabled() else kernels.fused(q, k, v)
             maps = kernel and self.hedgehog(kernel)
             if maps is None:
-                q, k = (phi(x, offset) for phi, x in zip(self.roles(), (q, k)))
+                q, k = (phi(x, offset).float() if kernel else phi(x, offset) for phi, x in zip(self.roles(), (q, k)))
             if kernel is None:
                 y, state = linear_attention_recurrent(q, k, v, state)
             else:

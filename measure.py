@@ -52,11 +52,11 @@ def machine_speed(device: torch.device, dtype: torch.dtype) -> dict:
     blas = min(seconds(lambda: a @ b, device) for _ in range(5))
     copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
     speed = {"blas_gflops": 2 * n**3 / blas / 1e9, "copy_gb_s": 8 * big / copy / 1e9}
-    with_vectors = getattr(kernels.fused(*torch.zeros(3, 1)), "multiply", None) if device.type == "cpu" else None
-    if with_vectors and dtype == torch.float32:  # our kernel's own product of matrices that stay in the cache
+    if dtype == torch.float32 and kernels.resolve(device)[0] == "cpp":
+        multiply = kernels.load("cpp", "cpu").multiply  # the kernel's own product, of matrices that stay in the cache
         a, b, n = torch.randn(96, 64), torch.randn(64, 64), 2000
-        best = min(seconds(lambda: with_vectors(a, b, n), device) for _ in range(9))
-        speed["vector_gflops"] = 2 * a.numel() * b.size(1) * n / best / 1e9
+        best = min(seconds(lambda: multiply(a, b, n), device) for _ in range(9))
+        speed["vector_gflops"] = 2 * a.numel() * b.size(1) * n * torch.get_num_threads() / best / 1e9
     return speed
 
 
@@ -89,6 +89,12 @@ class Report:
             times = "" if ratio is None else f"{ratio:8.2f} x softmax"
             tqdm.write(f"{part:9}{T:7} tokens {heads:3} heads  {contender:10}{r['median'] * unit:11.4g} {name:4}"
                        f"{spread:>22}{times}")  # fmt: skip
+
+    def tokens(self, n: int) -> None:
+        """The last two rows as tokens/s: each has the seconds for n tokens."""
+        for r in self.rows[-2:]:
+            r["tokens_per_s"] = n / r["median"]
+        tqdm.write(f"{'':9}" + ", ".join(f"{r['contender']} {r['tokens_per_s']:,.0f} tokens/s" for r in self.rows[-2:]))
 
     def note(self, text: str, key) -> None:
         """Said once for each key."""

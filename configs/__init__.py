@@ -34,7 +34,7 @@ class FitConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast)
     kernel: str = "auto"  # of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
-    compile: bool = False  # torch.compile: minutes to start; no gain on a CPU
+    compile: bool = False  # torch.compile, linear attention left out: minutes to start, no gain on a CPU
     out_dir: str = ""  # checkpoints, log and curve; by default out/DATASET-ATTENTION
     resume: bool = False  # go on from the last checkpoint in out_dir, if there is one
 

@@ -1,6 +1,6 @@
 """Fused forms of causal linear attention, and the one place that decides which of them runs.
 
-    torch     attention.py: every device and dtype; what tests hold the others equal to
+    torch     chunked.py: every device, dtype and feature map; what tests hold the others equal to
     cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where a C++ compiler is, and then kept
     triton    chunked_triton.py: NVIDIA GPUs, float32 and bfloat16
 
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 KERNELS = ("auto", "torch", "cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).parent / "chunked.cpp"
+LOCK = threading.RLock()
 chosen = "auto"
 
 
@@ -64,7 +66,7 @@ def describe(device: str | torch.device) -> str:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor):
-    """The kernel for these tensors, or None: PyTorch. "auto" gives None for other dtypes than float32 and bfloat16."""
+    """The kernel for these tensors, or None: chunked.py, which "auto" takes for other dtypes than DTYPES."""
     if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
         return pick(chosen, q.device.type)
     if chosen in ("auto", "torch"):
@@ -74,27 +76,43 @@ def fused(q: Tensor, k: Tensor, v: Tensor):
 
 @functools.cache
 def pick(chosen: str, device: str):
-    name, _ = resolve(device)
+    name, remark = resolve(device)
+    if name == "torch" and remark:
+        print(f"linear attention runs in PyTorch: {remark}", file=sys.stderr, flush=True)
     return None if name == "torch" else load(name, device)
 
 
-@functools.cache
 def load(name: str, device: str):
     """The object with forward, backward and decode. Raises Unavailable with the reason."""
-    if name == "cpp" and device == "cpu":
-        return verified(load_cpp(), device)
-    if name == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
-        return verified(load_triton(), device)
-    raise Unavailable(f"kernel {name} does not run on {device}: use kernel auto or torch")
+    with LOCK:
+        kernel = load_once(name, device)
+    if isinstance(kernel, Unavailable):
+        raise kernel
+    return kernel
+
+
+@functools.cache
+def load_once(name: str, device: str):
+    """The kernel, or the reason why not: neither is looked for twice."""
+    try:
+        if name == "cpp" and device == "cpu":
+            return verified(load_cpp(), device)
+        if name == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+            return verified(load_triton(), device)
+        return Unavailable(f"kernel {name} does not run on {device}: use kernel auto or torch")
+    except Unavailable as e:
+        return e
 
 
 def verified(kernel, device: str):
     """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            q, k, v, dy = (torch.randn(1, 2, 70, 16, generator=generator).to(device).requires_grad_() for _ in range(4))
-            W, b = torch.eye(16, device=device).repeat(2, 1, 1), torch.zeros(2, 1, 16, device=device)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            kind = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
+            inputs = torch.randn(4, 1, 2, 70, 16, generator=generator, **kind).to(device)
+            q, k, v, dy = (x.requires_grad_() for x in inputs.unbind())
+            W, b = torch.eye(16, **kind).repeat(2, 1, 1).to(device), torch.zeros(2, 1, 16, **kind).to(device)
             phi_q, phi_k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (q, k))
             A = (phi_q @ phi_k.mT).tril()
             want = A @ v / A.sum(-1, keepdim=True)
@@ -117,63 +135,76 @@ def load_triton():
 
 
 def load_cpp():
-    """torch.ops.hedgehog, with chunked.cpp built if this source, torch and processor have not been seen before."""
+    """torch.ops.hedgehog, with chunked.cpp built if this source, torch, processor and compiler are new."""
     if sys.platform == "win32":
         raise Unavailable("chunked.cpp is written for GCC and Clang")
     capability = torch.backends.cpu.get_cpu_capability()
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {capability}".encode()).hexdigest()[:16]
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    library = Path(home) / f"hedgehog_{key}.so"
-    if not library.exists():
-        build_cpp(capability, library)
-    torch.ops.load_library(str(library))
+    flags, compiler = flags_for(capability), os.environ.get("CXX", "c++")
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {flags} {compiler}".encode()).hexdigest()[:16]
+    try:
+        home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+        library = Path(home) / f"hedgehog_{key}.so"
+        if library.exists():
+            try:
+                torch.ops.load_library(str(library))
+            except OSError:  # half a file, or another system's
+                library.unlink()
+        if not hasattr(torch.ops.hedgehog, "forward"):
+            print(f"building {SOURCE.name} for this processor ({capability}), once: about 20 s", file=sys.stderr)
+            build_cpp(flags, compiler, library)
+    except (OSError, RuntimeError, ImportError) as e:
+        lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
+        raise Unavailable(f"chunked.cpp was not built ({lines[-1].strip()})") from e
     ops = torch.ops.hedgehog
     return SimpleNamespace(
-        forward=ops.forward.default,
-        backward=ops.backward.default,
-        decode=ops.decode.default,
-        MAX_DIM=math.inf,
-        multiply=ops.multiply.default,
-    )
+        forward=ops.forward.default, backward=ops.backward.default, decode=ops.decode.default,
+        multiply=ops.multiply.default, MAX_DIM=math.inf,
+    )  # fmt: skip
 
 
-def build_cpp(capability: str, library: Path) -> None:
-    """Build in a folder of its own and move the result: builds at the same time cannot disturb each other."""
-    from torch.utils import cpp_extension
-
-    flags = {
+def flags_for(capability: str) -> list[str]:
+    """Compiler flags for a processor, by PyTorch's name for it."""
+    vectors = {
         "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
         "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     }.get(capability, [])
-    known = capability if flags else "DEFAULT"  # the names that at::vec was compiled with
-    flags += ["-O3", f"-DCPU_CAPABILITY={known}", f"-DCPU_CAPABILITY_{known}"]
-    flags += [] if sys.platform == "darwin" else ["-fopenmp"]
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
+    known = capability if vectors else "DEFAULT"  # the names that at::vec knows
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return ["-O3", *vectors, *threads, f"-DCPU_CAPABILITY={known}", f"-DCPU_CAPABILITY_{known}"]
+
+
+def build_cpp(flags: list[str], compiler: str, library: Path) -> None:
+    """Build and load, in a folder of its own, then move: builds at the same time cannot disturb each other."""
+    from torch.utils import cpp_extension
+
+    if not shutil.which(compiler.split()[0]):
         raise Unavailable(f"there is no C++ compiler ({compiler}): install one, or set CXX")
-    if not cpp_extension.is_ninja_available():
-        raise Unavailable("building chunked.cpp needs ninja: pip install ninja")
-    print(f"building {SOURCE.name} for this processor ({capability}), once: about 20 s", file=sys.stderr, flush=True)
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # a ninja that pip installed is there
     try:
+        if not cpp_extension.is_ninja_available():
+            raise Unavailable("building chunked.cpp needs ninja: pip install ninja")
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            name = "hedgehog_kernels"
-            cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False)
+            name, linker = "hedgehog_kernels", [flag for flag in flags if flag == "-fopenmp"]
+            cpp_extension.load(
+                name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=linker, build_directory=folder,
+                is_python_module=False,
+            )  # fmt: skip
             os.replace(Path(folder) / f"{name}.so", library)
-    except (OSError, RuntimeError) as e:
-        lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
-        raise Unavailable(f"chunked.cpp was not built ({lines[-1].strip()})") from e
+    finally:
+        os.environ["PATH"] = path
 
 
 class Fused(torch.autograd.Function):
-    """attention.chunked_with_maps by one of the kernels. Wq is None: q and k are features.
+    """chunked.chunked_with_maps by one of the kernels. Wq is None: q and k are features.
     `carry`: the new state is wanted, too."""
 
     @staticmethod
     def forward(ctx, kernel, carry, key_mask, q, k, v, Wq, bq, Wk, bk, S, z):
         keep = any(ctx.needs_input_grad)
         y, d, S, z, states = kernel.forward(q, k, v, Wq, bq, Wk, bk, S, z, key_mask, keep, carry)
-        ctx.kernel = kernel
+        ctx.kernel, ctx.shapes = kernel, (S.shape, z.shape)
         ctx.save_for_backward(q, k, v, Wq, bq, Wk, bk, key_mask, y, d, *states)
         ctx.set_materialize_grads(False)
         return y, S, z
@@ -182,8 +213,10 @@ class Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dS, dz):
         inputs, (y, d, *states) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        dy = torch.zeros_like(y) if dy is None else dy
-        grads = ctx.kernel.backward(innermost_dense(dy), dS, dz, *inputs, y, d, states)
+        dy = torch.zeros_like(y) if dy is None else innermost_dense(dy)
+        if dS is not None or dz is not None:
+            dS, dz = (y.new_zeros(s) if x is None else x.contiguous() for x, s in zip((dS, dz), ctx.shapes))
+        grads = ctx.kernel.backward(dy, dS, dz, *inputs, y, d, states)
         needed = ctx.needs_input_grad[3:]
         grads = [g.to(x.dtype) if need else None for g, need, x in zip(grads, needed, [*inputs[:7], y, y])]
         return None, None, None, *grads
@@ -197,7 +230,7 @@ def causal_attention(
     maps: Hedgehog's W, b of queries and W, b of keys, or None if q and k are features. carry=False: S and z are
     not wanted, and have no meaning."""
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
-    key_mask = None if key_mask is None else key_mask.contiguous()
+    key_mask = None if key_mask is None else key_mask.bool().expand(q.size(0), -1).contiguous()
     y, S, z = Fused.apply(kernel, carry, key_mask, *(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
     return y.to(v.dtype), S, z
 
@@ -205,9 +238,9 @@ def causal_attention(
 def decode(
     kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, S, z) after one more token, y (B, H, 1, D). No gradient; S and z change in place where they can."""
+    """(y, S, z) after one more token: y (B, H, 1, D) and the new state. No gradient."""
     S, z = S.float().contiguous(), z.float().contiguous()
-    y = kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
+    y, S, z = kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
     return y.to(v.dtype), S, z
 
 

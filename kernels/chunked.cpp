@@ -1,6 +1,6 @@
 // Causal linear attention on a CPU in one pass: feature map, chunks, state and denominator.
 //
-// The same function as chunked_with_maps in attention.py (read that first; the letters are its glossary's), with
+// The same function as chunked.py (read that first; the letters are the glossary's in attention.py), with
 // Hedgehog's map inside, or with features computed before. For the n tokens of a chunk, whose past is (S, z):
 //
 //     phi(q), phi(k)     Q, K = [softmax(u), softmax(-u)] + FLOOR,  u = x W + b
@@ -94,8 +94,11 @@ void product(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t
   constexpr int N = W == 8 ? 2 : 4;  // 6 N sums, N vectors of B and one of A fit the registers: 16 of AVX2, 32 else
   int64_t j = 0;
   for (; j + N * W <= cols; j += N * W) columns<N>(C + j, ldc, A, B + j, ldb, rows, depth, add);
-  for (; j + 2 * W <= cols; j += 2 * W) columns<2>(C + j, ldc, A, B + j, ldb, rows, depth, add);
-  if (j < cols) columns<1>(C + j, ldc, A, B + j, ldb, rows, depth, add);
+  switch ((cols - j) / W) {
+    case 3: columns<3>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
+    case 2: columns<2>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
+    case 1: columns<1>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
+  }
 }
 
 // B (cols, rows) = A^T; rows and cols are multiples of W
@@ -243,9 +246,9 @@ struct State {
 // ---------------------------------------------------------------- the queries or the keys, and their features
 
 struct Side {
-  Tensor x;             // (B, H, T, width): what the map sees; without a map, the features
+  Tensor x;               // (B, H, T, width): what the map sees; without a map, the features
   Optional weight, bias;  // (H, width, width), (H, 1, width)
-  Optional mask;        // (B, T): keys only
+  Optional mask;          // (B, T): keys only
 
   int64_t width() const { return x.size(3); }
   int64_t ld() const { return round_up(width(), W); }
@@ -453,29 +456,29 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
 // Through one side's feature map: the gradients of W and b, summed in a place of its own for each task
 class MapGradients {
  public:
-  MapGradients(const Side& side, const Sizes& s)
-      : tasks_(side.mapped() ? s.segments * s.B * s.H : 0), D_(side.width()), s_(s) {
-    dWT_ = at::zeros({tasks_, D_, side.ld()}, at::kFloat);
-    db_ = at::zeros({tasks_, 1, D_}, at::kFloat);
+  MapGradients(const Side& side, const Sizes& s) : side_(side), s_(s) {
+    const int64_t D = side.width(), tasks = side.mapped() ? s.segments * s.B : 0;
+    dWT_ = at::zeros({tasks, s.H, D, side.ld()}, at::kFloat);
+    db_ = at::zeros({tasks, s.H, 1, D}, at::kFloat);
   }
 
   // from the features PT of a chunk and their gradient dPT (F, n) to dx; XT and rows are scratch
-  void chunk(const Side& side, const Sizes& s, int64_t task, int64_t chunk, const float* X, float* XT, const float* PT,
-             float* dPT, float* rows, Tensor& dx) {
-    const int64_t head = task % (s.B * s.H), t = chunk * s.n, count = s.tokens(chunk), n = s.n, D = D_, ld = side.ld();
-    if (side.mapped()) {
+  void chunk(int64_t task, int64_t chunk, const float* X, float* XT, const float* PT, float* dPT, float* rows,
+             Tensor& dx) {
+    const int64_t head = task % (s_.B * s_.H), n = s_.n, count = s_.tokens(chunk), D = side_.width(), ld = side_.ld();
+    if (side_.mapped()) {
       float *dWT = dWT_.mutable_data_ptr<float>() + task * D * ld, *db = db_.mutable_data_ptr<float>() + task * D;
       for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, D, n);
-      product(XT, n, {side.head_weight(head), D, 1}, dPT, n, D, n, D, false);  // dx^T = W du^T
+      product(XT, n, {side_.head_weight(head), D, 1}, dPT, n, D, n, D, false);  // dx^T = W du^T
       product(dWT, ld, {dPT, n, 1}, X, ld, D, ld, count, true);                // dW^T += du^T x
       for (int64_t e = 0; e < D; ++e)
         for (int64_t i = 0; i < n; i += W) db[e] += sum(Vec::loadu(dPT + e * n + i));
       dPT = XT;
     }
     transpose(dPT, n, rows, ld, ld, n);
-    if (side.mapped())  // the clamp to CEIL lets no gradient through
+    if (side_.mapped())  // the clamp to CEIL lets no gradient through
       for (int64_t i = 0; i < n * ld; ++i) rows[i] = std::abs(X[i]) < CEIL ? rows[i] : 0.f;
-    store(rows, ld, dx, head, t, count);
+    store(rows, ld, dx, head, chunk * n, count);
   }
 
   // du = p (dp - p.dp) - m (dm - m.dm) for W tokens, in place of dp
@@ -493,21 +496,19 @@ class MapGradients {
     }
   }
 
-  Tensor weight() const { return per_head(dWT_).narrow(2, 0, D_).transpose(1, 2); }
-  Tensor bias() const { return per_head(db_); }
+  // (H, D, D) and (H, 1, D); zeros without a map
+  Tensor weight() const { return dWT_.sum(0).narrow(2, 0, side_.width()).transpose(1, 2); }
+  Tensor bias() const { return db_.sum(0); }
 
  private:
-  Tensor per_head(const Tensor& x) const {  // (segments B H, ...) -> (H, ...), or nothing
-    return tasks_ ? x.view({s_.segments * s_.B, s_.H, x.size(1), x.size(2)}).sum(0) : x;
-  }
-  int64_t tasks_, D_;
-  Sizes s_;
+  const Side& side_;
+  const Sizes& s_;
   Tensor dWT_, db_;
 };
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients of q, k, v, Wq, bq, Wk, bk (of zero size without maps), S0, z0
+// Gradients of q, k, v, Wq, bq, Wk, bk (without maps of no meaning), S0, z0
 Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, const Tensor& q, const Tensor& k,
                   const Tensor& v, const Optional& Wq, const Optional& bq, const Optional& Wk, const Optional& bk,
                   const Optional& mask, const Tensor& y, const Tensor& d, const std::vector<Tensor>& kept) {
@@ -598,8 +599,8 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
         accumulate(s, QT, dN, dd, dstate);
         keys.hide(s, head, c, dKT);
         store(dV, s.ldd, dv, head, t, count);
-        map_q.chunk(queries, s, task, c, Xq, XT, QT, dQT, rows, dq);
-        map_k.chunk(keys, s, task, c, Xk, XT, KT, dKT, rows, dk);
+        map_q.chunk(task, c, Xq, XT, QT, dQT, rows, dq);
+        map_k.chunk(task, c, Xk, XT, KT, dKT, rows, dk);
       }
     }
   });
@@ -611,64 +612,71 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
 
 // ---------------------------------------------------------------- one token
 
-// N vectors of columns of S += k v^T, then y = q S
+// N vectors of columns of S + k v^T -> next, and of y = q next
 template <int N>
-void step(float* S, int64_t lds, const float* q, const float* k, const float* v, float* y, int64_t F) {
+void step(const float* S, float* next, int64_t lds, const float* q, const float* k, const float* v, float* y, int64_t F) {
   Vec value[N], sum[N];
   c10::ForcedUnroll<N>{}([&](auto i) { value[i] = Vec::loadu(v + i * W); });
   for (int64_t f = 0; f < F; ++f) {
     const Vec q_f(q[f]), k_f(k[f]);
     c10::ForcedUnroll<N>{}([&](auto i) {
       const Vec s = at::vec::fmadd(k_f, value[i], Vec::loadu(S + f * lds + i * W));
-      s.store(S + f * lds + i * W);
+      s.store(next + f * lds + i * W);
       sum[i] = at::vec::fmadd(q_f, s, sum[i]);
     });
   }
   c10::ForcedUnroll<N>{}([&](auto i) { sum[i].store(y + i * W); });
 }
 
-// One more token for every head: S (B, H, F, D) and z (B, H, F) take it in, in place; -> y (B, H, 1, D)
-Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
-              const Optional& Wk, const Optional& bk, Tensor S, Tensor z) {
+// One more token for every head after the state S (B, H, F, D), z (B, H, F): y (B, H, 1, D) and the next state
+std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq,
+                                          const Optional& bq, const Optional& Wk, const Optional& bk, const Tensor& S,
+                                          const Tensor& z) {
   check(q, k, v, Wq, bq, Wk, bk, S, z, {});
   TORCH_CHECK(q.size(2) == 1, "hedgehog: decode takes one token, not ", q.size(2));
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, {}};
   const int64_t heads = S.size(0) * S.size(1), F = S.size(2), D = S.size(3), ld = queries.ld();
-  Tensor y = at::empty(v.sizes(), at::kFloat);
-  float *Ss = S.mutable_data_ptr<float>(), *zs = z.mutable_data_ptr<float>(), *ys = y.mutable_data_ptr<float>();
-  at::parallel_for(0, heads, std::max<int64_t>(1, 32768 / (F * D)), [&](int64_t begin, int64_t end) {
+  Tensor y = at::empty(v.sizes(), at::kFloat), next_S = at::empty_like(S), next_z = at::empty_like(z);
+  const float *Ss = S.const_data_ptr<float>(), *zs = z.const_data_ptr<float>();
+  float *next_Ss = next_S.mutable_data_ptr<float>(), *next_zs = next_z.mutable_data_ptr<float>();
+  float* ys = y.mutable_data_ptr<float>();
+  at::parallel_for(0, heads, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, F * D)), [&](int64_t begin, int64_t end) {
     const Workspace w{ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)};
     float *x = w[0], *phi_q = w[1], *phi_k = w[2], *value = w[3], *N = w[4];
     for (int64_t head = begin; head < end; ++head) {
       queries.token(head, x, phi_q);
       keys.token(head, x, phi_k);
       load(v, head, 0, 1, 1, value, round_up(D, W));
-      float *S_head = Ss + head * F * D, *z_head = zs + head * F, d = 0;
-      for (int64_t f = 0; f < F; ++f) d += phi_q[f] * (z_head[f] += phi_k[f]);
+      const float *S_h = Ss + head * F * D, *z_h = zs + head * F;
+      float *to_S = next_Ss + head * F * D, *to_z = next_zs + head * F, d = 0;
+      for (int64_t f = 0; f < F; ++f) d += phi_q[f] * (to_z[f] = z_h[f] + phi_k[f]);
       int64_t e = 0;
-      for (; e + 4 * W <= D; e += 4 * W) step<4>(S_head + e, D, phi_q, phi_k, value + e, N + e, F);
-      for (; e + W <= D; e += W) step<1>(S_head + e, D, phi_q, phi_k, value + e, N + e, F);
+      for (; e + 4 * W <= D; e += 4 * W) step<4>(S_h + e, to_S + e, D, phi_q, phi_k, value + e, N + e, F);
+      for (; e + W <= D; e += W) step<1>(S_h + e, to_S + e, D, phi_q, phi_k, value + e, N + e, F);
       for (; e < D; ++e) {
         N[e] = 0;
-        for (int64_t f = 0; f < F; ++f) N[e] += phi_q[f] * (S_head[f * D + e] += phi_k[f] * value[e]);
+        for (int64_t f = 0; f < F; ++f) N[e] += phi_q[f] * (to_S[f * D + e] = S_h[f * D + e] + phi_k[f] * value[e]);
       }
       for (e = 0; e < D; ++e) ys[head * D + e] = N[e] / (d > 0 ? d : 1);
     }
   });
-  return y;
+  return {y, next_S, next_z};
 }
 
-// A B, `times` times over: how fast `product` is on matrices in the cache (bench.py)
+// A B, `times` times over by every thread: how fast `product` is on matrices in the cache (bench.py)
 Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
   for (const Tensor& x : {A, B})
     TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "hedgehog: A, B must be float32");
   TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % W == 0, "hedgehog: A, B must be (m, k), (k, n), n whole vectors");
   const int64_t rows = A.size(0), depth = A.size(1), cols = B.size(1);
-  Tensor C = at::empty({rows, cols}, at::kFloat);
-  for (int64_t i = 0; i < times; ++i)
-    product(C.mutable_data_ptr<float>(), cols, {A.const_data_ptr<float>(), depth, 1}, B.const_data_ptr<float>(), cols,
-            rows, cols, depth, false);
-  return C;
+  Tensor Cs = at::empty({at::get_num_threads(), rows, cols}, at::kFloat);
+  at::parallel_for(0, Cs.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t i = 0; i < times; ++i)
+        product(Cs.mutable_data_ptr<float>() + c * rows * cols, cols, {A.const_data_ptr<float>(), depth, 1},
+                B.const_data_ptr<float>(), cols, rows, cols, depth, false);
+  });
+  return Cs[0];
 }
 
 }  // namespace
@@ -680,6 +688,6 @@ TORCH_LIBRARY(hedgehog, m) {
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
         "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor[] states) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", backward);
-  m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor(a!) S, "
-        "Tensor(b!) z) -> Tensor", decode);
+  m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor S, "
+        "Tensor z) -> (Tensor, Tensor, Tensor)", decode);
 }

@@ -150,7 +150,7 @@ def block(i, s: tl.constexpr):
 @triton.jit
 def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
     """S, z[b, h, chunk] = phi(x)^T [R w] of the chunk."""
-    chunk, bh, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2) % s.NF, tl.program_id(2) // s.NF
+    bh, chunk, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2) % s.NF, tl.program_id(2) // s.NF
     es, one = j * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
     S_ij, z_i = tl.zeros([s.BF, s.BE], tl.float32), tl.zeros([s.BF], tl.float32)
     for t in range(s.C // s.BT):
@@ -158,7 +158,7 @@ def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
         X = features(x, extremes(x, bh, rows, T, s), i, bh, rows, T, s)
         S_ij = tl.dot(tl.trans(X), load_rows(R, bh, rows, es, T, s.E, s), S_ij, input_precision=s.P)
         z_i += tl.sum(X * load_rows(w, bh, rows, one, T, 1, s), 0)
-    n, fs = bh.to(tl.int64) * tl.num_programs(0) + chunk, block(i, s)
+    n, fs = bh.to(tl.int64) * tl.num_programs(1) + chunk, block(i, s)
     at, inside = tile(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
     tl.store(at, S_ij, mask=inside)
     if j == 0:
@@ -168,8 +168,8 @@ def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
 @triton.jit
 def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """x[bh] (N, M) becomes `first` plus the sum of the rows before each (REVERSE: after); last: plus all rows."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bh = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bh = tl.program_id(0).to(tl.int64)
     total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.zeros([BLOCK], tl.float32)
     for i in range(N):
         to = x + (bh * N + (N - 1 - i if REVERSE else i)) * M + at
@@ -183,7 +183,7 @@ def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr
 def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.constexpr):
     """out = N = mask(phi(x) phi(y)^T) R2 + phi(x) S; with w2, d = mask(phi(x) phi(y)^T) w2 + phi(x) z and
     out = N / d. Row i sees rows j <= i; REVERSE: j >= i."""
-    m, bh, es, one = tl.program_id(0), tl.program_id(1), tl.program_id(2) * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
+    bh, m, es, one = tl.program_id(0), tl.program_id(1), tl.program_id(2) * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
     chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
     n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
     row = extremes(x, bh, rows, T, s)
@@ -218,7 +218,7 @@ def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.const
 @triton.jit
 def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.constexpr):
     """dX = mask([R w] [R2 w2]^T) phi(y) + [R w] [S z]^T. out = dX; of a map, du: blocks are its halves."""
-    m, bh, one = tl.program_id(0), tl.program_id(1), tl.arange(0, 1)
+    bh, m, one = tl.program_id(0), tl.program_id(1), tl.arange(0, 1)
     chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
     n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
     w_m = load_rows(w, bh, rows, one, T, 1, s)
@@ -311,7 +311,7 @@ def sizes(q: Tensor, v: Tensor, W: Tensor | None) -> Sizes:
 def sums(x: Tensor, R: Tensor, w: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
     (B, H, T), N = x.shape[:3], triton.cdiv(x.size(2), s.C)
     S, z = x.new_empty(B, H, N, s.F, s.E, dtype=torch.float32), x.new_empty(B, H, N, s.F, dtype=torch.float32)
-    grid = N, B * H, s.NF * triton.cdiv(s.E, s.BE)
+    grid = B * H, N, s.NF * triton.cdiv(s.E, s.BE)
     launch(sums_kernel, grid, rows(x), rows(R), rows(w), S, z, T, s=s)
     return S, z
 
@@ -321,7 +321,7 @@ def scan(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
     (B, H, N), M = x.shape[:3], x.shape[3:].numel()
     last = x.new_empty(B, H, *x.shape[3:])
     first = None if first is None else first.float().contiguous()
-    launch(scan_kernel, (triton.cdiv(M, 256), B * H), x, first, last, N, M, REVERSE=reverse, BLOCK=256)
+    launch(scan_kernel, (B * H, triton.cdiv(M, 256)), x, first, last, N, M, REVERSE=reverse, BLOCK=256)
     return last
 
 
@@ -329,7 +329,7 @@ def mix(x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tenso
     B, H, T = x.shape[:3]
     out, d = x.new_empty(B, H, T, s.E, dtype=torch.float32), x.new_empty(B, H, T, dtype=torch.float32)
     sides = rows(x), rows(y), rows(R2), None if w2 is None else rows(w2)
-    grid = triton.cdiv(T, s.BT), B * H, triton.cdiv(s.E, s.BE)
+    grid = B * H, triton.cdiv(T, s.BT), triton.cdiv(s.E, s.BE)
     launch(mix_kernel, grid, *sides, S, z, out, d, T, REVERSE=reverse, s=s)
     return out, d
 
@@ -340,7 +340,7 @@ def grads(x: Tensor, y: Tensor, R, w, R2, w2, S: Tensor, z: Tensor, s: Sizes, re
     BF = s.BD if s.MAP else min(s.BD, 64)
     s = s._replace(BE=min(s.BE, 32), BF=BF, NF=2 if s.MAP else triton.cdiv(D, BF))
     sides = [rows(t) for t in (x, y, R, w, R2, w2)]
-    launch(grads_kernel, (triton.cdiv(T, s.BT), B * H), *sides, S, z, out, T, REVERSE=reverse, s=s)
+    launch(grads_kernel, (B * H, triton.cdiv(T, s.BT)), *sides, S, z, out, T, REVERSE=reverse, s=s)
     return out
 
 
@@ -402,10 +402,10 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
 
 
 def decode(q, k, v, Wq, bq, Wk, bk, S, z):
-    """y (B, H, 1, E) of one token; S and z (any strides, S's rows in one piece) are updated in place."""
-    assert S.dtype == z.dtype == torch.float32 and (S.stride(-1) == 1 or S.size(-1) == 1)
+    """(y, S, z) after one token: y (B, H, 1, E), and the new state."""
+    S, z = S.clone(), z.clone()
     s, (B, H), E = sizes(q, v, Wq), v.shape[:2], v.size(-1)
     y = v.new_empty(B, H, 1, E, dtype=torch.float32)
     sides = [rows(x) for x in (linear(q, Wq, bq), linear(k, Wk, bk), v)]
     launch(decode_kernel, (B * H,), *sides, (S, *S.stride()[:3]), (z, *z.stride()), y, s=s)
-    return y
+    return y, S, z

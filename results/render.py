@@ -98,18 +98,18 @@ def speed_table() -> str:
         lines.append(f"| {T:,} | {best:,.0f} | {times} | {size['kv_bytes']:,} B | {size['state_bytes']:,} B |")
     lines += ["", "| a GPT, end to end | softmax, tokens/s | Hedgehog, tokens/s |", "|---|---|---|"]
     for part, T in sorted({(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}):
-        tokens = 16384 if part == "model" else int(part.removeprefix("generate"))
-        what = f"training at {T:,}" if part == "model" else f"GPT-2's size, batch {tokens}, after {T:,}"
-        speeds = (f"{tokens / found[part, T, name]['median']:,.0f}" for name in ("softmax", "hedgehog"))
+        batch = part.removeprefix("generate")
+        what = f"forward and backward at {T:,}" if part == "model" else f"generation, batch {batch}, after {T:,}"
+        speeds = (f"{found[part, T, name]['tokens_per_s']:,.0f}" for name in ("softmax", "hedgehog"))
         lines.append(f"| {what} | {' | '.join(speeds)} |")
     speed, cross = bench["speed"], bench["crossover"]
     peak = max(v for k, v in speed.items() if k.endswith("gflops"))
     best = max(r["of_peak"] for r in bench["rows"] if r["contender"] == "cpp" and "of_peak" in r)
     lines += [
         "",
-        f"The C++ kernel is faster than softmax from {cross['forward cpp']:,} tokens on (forward) and "
-        f"{cross['training cpp']:,} (forward and backward), of the lengths measured; PyTorch from "
-        f"{cross['forward torch']:,} and {cross['training torch']:,}. It reaches {best:.0%} of {peak:.0f} GFLOP/s, the "
+        f"The C++ kernel is faster than softmax from {cross['forward cpp']} tokens on (forward) and "
+        f"{cross['training cpp']} (forward and backward), of the lengths measured; PyTorch from "
+        f"{cross['forward torch']} and {cross['training torch']}. It reaches {best:.0%} of {peak:.0f} GFLOP/s, the "
         f"most that this processor does in float32 products. PyTorch's own reach {speed['blas_gflops']:.0f}, copies "
         f"{speed['copy_gb_s']:.0f} GB/s.",
         "",

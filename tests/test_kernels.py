@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -11,13 +12,18 @@ import torch
 from conftest import ROOT
 
 import kernels
-from attention import LinearAttention, State, chunked_with_maps, linear_attention_recurrent
+from attention import (
+    LinearAttention,
+    State,
+    chunked_with_maps,
+    linear_attention_quadratic,
+    linear_attention_recurrent,
+)
 from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
 
-try:
-    CPP = kernels.load("cpp", "cpu")
-except kernels.Unavailable as e:
-    pytest.skip(str(e), allow_module_level=True)
+if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+CPP = kernels.load("cpp", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +130,13 @@ def test_masked_keys_count_for_nothing_and_rows_without_a_key_are_zero(threads):
     maps = untied(1, 16)
     y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, mask, True, True)
     assert not y[0, :, :100].any() and not d[0, :, :100].any() and y[0, :, 101:].any()
-    other, grads = k.clone(), CPP.backward(dy, S, z, q, k, v, *maps, mask, y, d, states)
-    other[:, :, ~mask[0]] = 7.0 * (~mask[0] & ~mask[1])[~mask[0]][None, None, :, None] + other[:, :, ~mask[0]]
+    grads = CPP.backward(dy, S, z, q, k, v, *maps, mask, y, d, states)
     assert all(g.isfinite().all() for g in grads)
+    hidden = ~mask[:, None, :, None]
+    others = CPP.forward(
+        q, k.masked_fill(hidden, 7.0), v.masked_fill(hidden, -9.0), *maps, None, None, mask, False, True
+    )
+    assert torch.equal(others[0], y) and torch.equal(others[2], S) and torch.equal(others[3], z)
     for i in (1, 2):  # dk, dv
         assert not grads[i].transpose(1, 2)[~mask].any()
 
@@ -138,8 +148,10 @@ def test_pieces_are_the_whole_and_a_token_at_a_time_too():
     one, two = slice(0, 77), slice(77, 200)
     y1, _, S1, z1, _ = CPP.forward(q[:, :, one], k[:, :, one], v[:, :, one], *maps, S, z, None, False, True)
     y2, _, S2, z2, _ = CPP.forward(q[:, :, two], k[:, :, two], v[:, :, two], *maps, S1, z1, None, False, True)
-    S, z = S.clone(), z.clone()
-    tokens = [CPP.decode(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], *maps, S, z) for t in range(200)]
+    tokens = []
+    for token in zip(*(x.split(1, 2) for x in (q, k, v))):
+        y, S, z = CPP.decode(*token, *maps, S, z)
+        tokens.append(y)
     for found in ((torch.cat([y1, y2], 2), S2, z2), (torch.cat(tokens, 2), S, z)):
         for got, want in zip(found, (whole[0], whole[2], whole[3])):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -151,8 +163,7 @@ def test_decoding_features_and_odd_head_dims(D):
     for maps, F in ((untied(2, D), 2 * D), ([None] * 4, D)):
         S, z = state(2, 2, F, D)
         want, _ = reference(q, k, v, maps, S, z, None, (v, S, z))
-        y = CPP.decode(q, k, v, *maps, S, z)
-        for got, ref in zip((y, S, z), want):
+        for got, ref in zip(CPP.decode(q, k, v, *maps, S, z), want):
             assert relative_error(got, ref) < 1e-5
 
 
@@ -266,6 +277,91 @@ def test_generation_may_change_kernels_halfway():
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_a_cache_that_was_copied_goes_its_own_way(kernel):
+    """Two continuations of one prefix do not see each other."""
+    q, k, v, _ = sequence(1, 2, 6, 8)
+    attn, first = LinearAttention(make_feature_map("hedgehog", 2, 8)), slice(0, 4)
+    kernels.use(kernel)
+    attn.extend(q[:, :, first], k[:, :, first], v[:, :, first], cache := {})
+    attn.extend(*(x[:, :, 4:5] for x in (q, k, v)), cache)
+    one, two = dict(cache), dict(cache)
+    y = [attn.extend(*(x[:, :, 5:6] for x in (q, k, v)), c) for c in (one, two, cache)]
+    assert torch.equal(y[0], y[1]) and torch.equal(y[0], y[2])
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+@pytest.mark.parametrize("loss", ["S", "z", "both, expanded", "S, transposed"])
+def test_a_loss_on_the_state_alone(kernel, loss):
+    q, k, v, _ = sequence(1, 2, 70, 8)
+    attn, found = LinearAttention(make_feature_map("hedgehog", 2, 8)), []
+    for dtype, name in ((torch.float32, kernel), (torch.float64, "auto")):
+        kernels.use(name)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        _, state = attn.to(dtype).causal_attention(*leaves)
+        of = {
+            "S": state.S.square().sum(), "z": state.z.square().sum(), "both, expanded": state.S.sum() + state.z.sum(),
+            "S, transposed": (state.S.mT @ torch.arange(48, dtype=dtype).view(16, 3)).square().sum(),
+        }[loss]  # fmt: skip
+        found.append(torch.autograd.grad(of, [*leaves, *attn.parameters()], allow_unused=True, materialize_grads=True))
+    for got, want in zip(*found):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+@pytest.mark.parametrize("frozen", [["weight"], ["weight", "bias"]])
+def test_frozen_maps_and_inputs_without_gradient(kernel, frozen):
+    q, k, v, dy = sequence(1, 2, 70, 8)
+    kernels.use(kernel)
+    attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
+    q.requires_grad_()
+    want = torch.autograd.grad(attn(q, k, v), [q, attn.phi.bias], dy)
+    for name in frozen:
+        getattr(attn.phi, name).requires_grad_(False)
+    wanted = [q] if len(frozen) == 2 else [q, attn.phi.bias]
+    for got, ref in zip(torch.autograd.grad(attn(q, k, v), wanted, dy), want):
+        torch.testing.assert_close(got, ref)
+    attn.requires_grad_(True)
+    (got,) = torch.autograd.grad(attn(q.detach(), k, v), [attn.phi.bias], dy)
+    torch.testing.assert_close(got, want[1])
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_a_map_that_tells_queries_from_keys_itself_and_one_that_is_watched(kernel):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(1.5))
+
+        def query(self, x, offset=0):
+            return (self.gain * x).exp().double()  # of a dtype of its own
+
+        def key(self, x, offset=0):
+            return (2 * self.gain * x).exp().double()
+
+    q, k, v, dy = sequence(1, 2, 70, 8)
+    kernels.use(kernel)
+    attn = LinearAttention(Own())
+    y = attn(q, k, v)
+    want = linear_attention_quadratic(attn.phi.query(q).double(), attn.phi.key(k), v.double())
+    assert relative_error(y, want) < 1e-5
+    (got,), (ref,) = (torch.autograd.grad(x, [attn.phi.gain], dy.to(x.dtype)) for x in (y, want))
+    torch.testing.assert_close(got, ref, rtol=1e-4, atol=1e-4)
+    watched, seen = LinearAttention(make_feature_map("hedgehog", 2, 8)), []
+    watched.phi.register_forward_hook(lambda *args: seen.append(1))
+    watched(q, k, v)
+    assert seen
+
+
+def test_an_empty_batch():
+    q, k, v, dy = sequence(0, 2, 70, 8)
+    kernels.use("cpp")
+    attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
+    grads = torch.autograd.grad(attn(q, k, v).sum(), attn.parameters())
+    assert [g.shape for g in grads] == [p.shape for p in attn.parameters()] and not any(g.any() for g in grads)
+
+
 def test_the_kernel_sees_parameters_that_functional_call_puts_in():
     attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 10, 8)
     W = torch.randn(2, 8, 8)
@@ -355,6 +451,13 @@ def test_a_kernel_that_computes_something_else_is_not_used(fault):
         kernels.verified(broken, "cpu")
     with torch.inference_mode():
         assert kernels.verified(CPP, "cpu") is CPP
+    with torch.autocast("cpu", torch.bfloat16):  # the first use may be within a training step
+        assert kernels.verified(CPP, "cpu") is CPP
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert kernels.verified(CPP, "cpu") is CPP
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -368,6 +471,34 @@ def loader_in_a_new_process(tmp_path, script="", **env):
 def test_without_a_compiler_pytorch_runs_and_says_so(tmp_path):
     run = loader_in_a_new_process(tmp_path, CXX="no-such-compiler")
     assert run.stdout.strip() == "kernel torch (there is no C++ compiler (no-such-compiler): install one, or set CXX)"
+
+
+def test_a_library_call_says_it_too_and_once(tmp_path):
+    script = """
+from attention import LinearAttention
+from feature_maps import make_feature_map
+attn = LinearAttention(make_feature_map("elu", 1, 4))
+for _ in range(3):
+    attn(*torch.randn(3, 1, 1, 5, 4))
+"""
+    run = loader_in_a_new_process(tmp_path, script, CXX="no-such-compiler")
+    assert run.stderr.count("linear attention runs in PyTorch: there is no C++ compiler") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason_and_no_crash(tmp_path):
+    (tmp_path / "file").touch()
+    run = loader_in_a_new_process(tmp_path / "file")
+    assert run.stdout.startswith("kernel torch (chunked.cpp was not built (")
+
+
+@pytest.mark.slow
+def test_a_broken_file_in_the_cache_is_built_again(tmp_path):
+    assert "kernel cpp" in loader_in_a_new_process(tmp_path).stdout
+    (library,) = tmp_path.glob("*.so")
+    library.write_bytes(b"half a file")
+    run = loader_in_a_new_process(tmp_path)
+    assert "kernel cpp" in run.stdout and run.stderr.startswith("building")
+    assert loader_in_a_new_process(tmp_path).stderr == ""
 
 
 def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):

@@ -218,7 +218,11 @@ def test_decode_token_by_token_equals_forward(fused):
     SZ = torch.cat([s if s.dim() == 4 else s[..., None] for s in state(2, 2, n_features, 20)], -1)
     S, z = SZ[..., :-1], SZ[..., -1]  # a state as attention.py returns it: views of one matrix
     y, _, S1, z1, _ = chunked_triton.forward(q, k, v, *P, S, z, None, False)
-    ys = [chunked_triton.decode(*(x[:, :, t : t + 1] for x in (q, k, v)), *P, S, z) for t in range(5)]
+    ys, before = [], SZ.clone()
+    for token in zip(*(x.split(1, 2) for x in (q, k, v))):
+        y_t, S, z = chunked_triton.decode(*token, *P, S, z)
+        ys.append(y_t)
+    assert torch.equal(SZ, before)
     torch.testing.assert_close(torch.cat(ys, 2), y)
     torch.testing.assert_close((S, z), (S1, z1))
 
