@@ -106,22 +106,24 @@ def load_once(name: str, device: str):
 
 def verified(kernel, device: str):
     """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    kind, generator = dict(dtype=torch.float64, device="cpu"), torch.Generator("cpu").manual_seed(0)
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-            kind = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
-            inputs = torch.randn(4, 1, 2, 70, 16, generator=generator, **kind).to(device)
-            q, k, v, dy = (x.requires_grad_() for x in inputs.unbind())
-            W, b = torch.eye(16, **kind).repeat(2, 1, 1).to(device), torch.zeros(2, 1, 16, **kind).to(device)
+            q, k, v, dy = (
+                x.requires_grad_() for x in torch.randn(4, 1, 2, 70, 16, generator=generator, **kind).unbind()
+            )
             phi_q, phi_k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (q, k))
             A = (phi_q @ phi_k.mT).tril()
             want = A @ v / A.sum(-1, keepdim=True)
-            got, *_ = causal_attention(kernel, q, k, v, [W, b, W, b], None, None, None, False)
-            pairs = [(got, want), *zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (got, want)))]
-            errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+            W, b = torch.eye(16, **kind).repeat(2, 1, 1), torch.zeros(2, 1, 16, **kind)
+            here = [x.detach().float().to(device).requires_grad_() for x in (q, k, v, dy, W, b)]
+            got, *_ = causal_attention(kernel, *here[:3], here[4:] * 2, None, None, None, False)
+            found = [got, *torch.autograd.grad(got, here[:3], here[3])]
+            wanted = [want, *torch.autograd.grad(want, (q, k, v), dy)]
+            errors = [((x.cpu() - y).norm() / y.norm()).item() for x, y in zip(found, wanted)]
     except Exception as e:  # whatever a driver may raise
         raise Unavailable(f"it failed on a small example: {type(e).__name__}: {e}".splitlines()[0]) from e
-    if not all(error < 1e-3 for error in errors):  # NaN, too
+    if not all(error < 5e-3 for error in errors):  # tf32 may be on, and cost 1e-3; NaN is not below anything
         raise Unavailable(f"its y, dq, dk, dv are off by {', '.join(f'{e:.1g}' for e in errors)} on a small example")
     return kernel
 

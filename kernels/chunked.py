@@ -67,7 +67,7 @@ class Chunked(torch.autograd.Function):
                 tokens = slice(start, start + chunk_size)
                 Q = features(phi_query, q[:, :, tokens], offset + start)
                 K = features(phi_key, k[:, :, tokens], offset + start, (), key_mask, tokens)
-                U = F.pad(v[:, :, tokens].to(K.dtype), (0, 1), value=1.0).flatten(0, 1)
+                U = F.pad(v[:, :, tokens].to(K.dtype), (0, 1), value=1.0).flatten(0, 1)  # [V 1]: (BH, n, D + 1)
                 if c == 0:
                     y, d = K.new_empty(v.shape), K.new_empty(*v.shape[:3], 1)
                     R = K.new_zeros(K.size(0), K.size(2), U.size(2)) if R is None else R
