@@ -10,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which has kernels of its own
 TINY = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 6 --eval_interval 3 "
     "--save_interval 3 --log_interval 1 --eval_tokens 200 --sample_tokens 5 --dtype float32 --device cpu"

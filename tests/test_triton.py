@@ -11,9 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: it has kernels of its own
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without CUDA, conftest.py asks for the interpreter
 pytest.importorskip("triton")
 
 import kernels  # noqa: E402
