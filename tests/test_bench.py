@@ -13,7 +13,9 @@ TINY = "--n_head 2 --head_dim 8 --rounds 3 --device cpu".split()
 @pytest.fixture(autouse=True)
 def kernels_as_a_user_has_them(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the tests of Triton
+    kernels.load_once.cache_clear()
     yield
+    kernels.load_once.cache_clear()
     kernels.chosen = "auto"
 
 

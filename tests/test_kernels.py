@@ -407,7 +407,7 @@ print(peak() - before)
 @pytest.mark.parametrize("kernel", ["torch", "cpp"])
 def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
     short, long = extra_peak(kernel, 2048), extra_peak(kernel, 8192)
-    assert long < 4.5 * short
+    assert long < 6 * short  # quadratic: 16; 4 and what a process of its own scatters
     assert long < (1.25 if kernel == "torch" else 1.0) * extra_peak("sdpa", 8192)
 
 
