@@ -152,7 +152,6 @@ def load_cpp():
             except OSError:  # half a file, or another system's
                 library.unlink()
         if not hasattr(torch.ops.hedgehog, "forward"):
-            print(f"building {SOURCE.name} for this processor ({capability}), once: about 20 s", file=sys.stderr)
             build_cpp(flags, compiler, library)
     except (OSError, RuntimeError, ImportError) as e:
         lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
@@ -186,6 +185,7 @@ def build_cpp(flags: list[str], compiler: str, library: Path) -> None:
     try:
         if not cpp_extension.is_ninja_available():
             raise Unavailable("building chunked.cpp needs ninja: pip install ninja")
+        print(f"building {SOURCE.name} for this processor, once: about 20 s", file=sys.stderr, flush=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             name, linker = "hedgehog_kernels", [flag for flag in flags if flag == "-fopenmp"]
