@@ -235,12 +235,7 @@ class LinearAttention(nn.Module):
         phi_query, phi_key = self.roles()
         if not (type(phi_query) is type(phi_key) is Hedgehog) or phi_query.head_dim > kernel.MAX_DIM:
             return None
-        if (
-            phi_query._forward_hooks
-            or phi_query._forward_pre_hooks
-            or phi_key._forward_hooks
-            or phi_key._forward_pre_hooks
-        ):
+        if any(phi._forward_hooks or phi._forward_pre_hooks for phi in (phi_query, phi_key)):
             return None  # what watches or changes the map shall see it called
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
 
