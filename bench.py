@@ -47,11 +47,11 @@ class BenchConfig:
     contenders: list[str] = field(default_factory=list)  # names from the table; none: all that can run
     n_head: int = 12  # heads up to 8,192 tokens; above, 2
     head_dim: int = 64  # D; Hedgehog has F = 2 D features
-    rounds: int = 7  # turns of each contender, at least 3
+    rounds: int = 7  # turns of each contender
     patience: float = 20.0  # seconds: a contender is left out where a call would need more, by its last length
     max_gb: float = 4.0  # or where it would need more memory
     threads: int = 1  # of PyTorch, on a CPU
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto (cuda, or cpu), cpu or cuda
     dtype: str = "float32"  # float32 or bfloat16
     out: str = "out/bench.json"  # where the numbers go
 
@@ -60,6 +60,8 @@ class BenchConfig:
             raise UserError(f"--what takes {', '.join(PARTS)}, not {', '.join(unknown)}")
         if unknown := set(self.contenders) - set(CONTENDERS):
             raise UserError(f"--contenders takes {', '.join(CONTENDERS)}, not {', '.join(unknown)}")
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device takes auto, cpu or cuda, not {self.device}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype takes float32 or bfloat16, not {self.dtype}")
         for name in ("n_head", "head_dim", "rounds", "threads", "patience", "max_gb"):
@@ -96,34 +98,25 @@ def by_features(form: Callable, config: BenchConfig, heads: int, device) -> Call
 
 
 def softmax(*_) -> Callable:
-    return without_parameters(lambda q, k, v: softmax_attention(q, k, v))
-
-
-def flash_linear_attention(*_) -> Callable:
-    """A peer, if installed: its GPU kernel for features, without Hedgehog's map and normaliser."""
-    from fla.ops.linear_attn import chunk_linear_attn
-
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        return chunk_linear_attn(halves(q), halves(k), v)[0]
+        return softmax_attention(q, k, v)
 
-    return without_parameters(attend)
-
-
-def fast_transformers(*_) -> Callable:
-    """A peer, if installed: its CPU kernel for sum_{j<=i} phi(q_i).phi(k_j) v_j, without map and normaliser."""
-    from fast_transformers.causal_product import causal_dot_product
-
-    return without_parameters(lambda q, k, v: causal_dot_product(halves(q), halves(k), v.contiguous()))
-
-
-def halves(x: Tensor) -> Tensor:
-    return torch.cat([x, -x], -1).softmax(-1)
-
-
-def without_parameters(attend: Callable) -> Callable:
     attend.parameters = []
     return attend
+
+
+def flash_linear_attention(*args) -> Callable:
+    """A peer, if installed: its GPU kernel for features, with our map and without a normaliser."""
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return by_features(lambda *x: chunk_linear_attn(*(t.transpose(1, 2).contiguous() for t in x))[0], *args)
+
+
+def fast_transformers(*args) -> Callable:
+    """A peer, if installed: its CPU kernel for sum_{j<=i} phi(q_i).phi(k_j) v_j, with our map and no normaliser."""
+    from fast_transformers.causal_product import causal_dot_product
+
+    return by_features(lambda phi_q, phi_k, v: causal_dot_product(phi_q, phi_k, v.contiguous()), *args)
 
 
 CONTENDERS: dict[str, Callable[[BenchConfig, int, torch.device], Callable]] = {
@@ -309,7 +302,7 @@ def generation(model: GPT, idx: Tensor) -> Callable:
 def main() -> None:
     config, _ = parse(BenchConfig(), sys.argv[1:], __doc__)
     config.check()
-    device = pick_device(config.device)
+    device = pick_device("cpu" if config.device == "auto" and not torch.cuda.is_available() else config.device)
     torch.set_num_threads(config.threads)
     with as_user_error():
         names, missing = available(config, device)
@@ -319,7 +312,8 @@ def main() -> None:
     facts = {"bench": 1, **provenance(), "config": asdict(config), "missing": missing, "speed": speed}
     print(f"{facts['machine']}, {config.dtype}; matrix products {speed['blas_gflops']:.0f} GFLOP/s, copies "
           f"{speed['copy_gb_s']:.0f} GB/s; {', '.join(names)}")  # fmt: skip
-    print("\n".join(f"without {name}: {why}" for name, why in missing.items()))
+    for name, why in missing.items():
+        print(f"without {name}: {why}")
     if speed.get("vector_gflops", 0) > 1.15 * speed["blas_gflops"]:
         print(f"PyTorch's matrix products reach {speed['blas_gflops'] / speed['vector_gflops']:.0%} of what the same "
               f"processor does in kernels/chunked.cpp ({speed['vector_gflops']:.0f} GFLOP/s): as MKL does on AMD. "

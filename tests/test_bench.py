@@ -46,6 +46,7 @@ def test_every_contender_and_every_part(command, tmp_path):
         ("--what speed", "--what takes forward, training, memory, decode, model, not speed"),
         ("--contenders flash", "--contenders takes softmax, quadratic"),
         ("--dtype float16", "--dtype takes float32 or bfloat16, not float16"),
+        ("--device mps", "--device takes auto, cpu or cuda, not mps"),
         ("--rounds 0", "--rounds must be positive, not 0"),
         ("--lengths 0", "--lengths takes numbers of tokens"),
         ("--length 5", "did you mean --lengths?"),
