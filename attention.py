@@ -40,7 +40,9 @@ from feature_maps import (
     without_autocast,
 )
 from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
+from window import WindowAttention
 
+SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8, forward and backward on a CPU
 PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
 
 
@@ -166,9 +168,13 @@ class SoftmaxAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
 
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """A (B, H, T, T), to look at: forward never makes it."""
+        return softmax_weights(q, k, causal=self.causal, key_mask=key_mask)
+
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
         """Attend from new tokens to `cache` (KV cache: grows with every token) and to each other."""
-        if cache:
+        if "k" in cache:
             k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
         cache.update(k=k, v=v)
         return softmax_attention(q, k, v)
@@ -210,10 +216,17 @@ class LinearAttention(nn.Module):
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
         return self.causal_attention(q, k, v, key_mask=key_mask, carry=False)[0]
 
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """A (B, H, T, T), to look at: forward never makes it."""
+        phi_query, phi_key = self.roles()
+        return linear_weights(phi_query(q), phi_key(k), causal=self.causal, key_mask=key_mask)
+
     @torch.compiler.disable
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
         """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
+        if q.size(2) <= SHORT and state is None and not carry:
+            return linear_attention_quadratic(phi_query(q, offset), phi_key(k, offset), v, key_mask=key_mask), None
         kernel = kernels.fused(q, k, v)
         if kernel is None:
             options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
@@ -235,6 +248,8 @@ class LinearAttention(nn.Module):
         phi_query, phi_key = self.roles()
         if not (type(phi_query) is type(phi_key) is Hedgehog) or phi_query.head_dim > kernel.MAX_DIM:
             return None
+        if any(phi.feature_dim != 2 * phi.head_dim for phi in (phi_query, phi_key)):
+            return None  # kernels take square W
         if any(phi._forward_hooks or phi._forward_pre_hooks for phi in (phi_query, phi_key)):
             return None  # what watches or changes the map shall see it called
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
@@ -257,11 +272,23 @@ class LinearAttention(nn.Module):
         return y
 
 
-def make_attention(name: str, n_head: int, head_dim: int, **options) -> nn.Module:
-    """The causal attention called `name`: "softmax", or linear attention with that feature map.
-    Options go to `make_feature_map`. Raises ValueError for an unknown name."""
+WINDOWS = {"hedgehog_window": True, "softmax_window": False}  # window.py: with the linear branch, and without
+
+
+def attentions() -> list[str]:
+    """Every name that make_attention knows."""
+    return ["softmax", *FEATURE_MAPS, *WINDOWS]
+
+
+def make_attention(name: str, n_head: int, head_dim: int, *, window: int = 32, **options) -> nn.Module:
+    """The causal attention called `name`: "softmax"; linear attention with the feature map of that name;
+    "hedgehog_window": Hedgehog with exact softmax over the last `window` tokens; "softmax_window": those alone.
+    Other options go to `make_feature_map`. Raises ValueError for an unknown name."""
     if name == "softmax":
         return SoftmaxAttention()
+    if name in WINDOWS:
+        phi = make_feature_map("hedgehog", n_head, head_dim, **options)
+        return WindowAttention(phi, n_head, head_dim, window, linear=WINDOWS[name])
     if name not in FEATURE_MAPS:
-        raise ValueError(f"unknown attention {name!r}: choose one of softmax, {', '.join(FEATURE_MAPS)}")
+        raise ValueError(f"unknown attention {name!r}: choose one of {', '.join(attentions())}")
     return LinearAttention(make_feature_map(name, n_head, head_dim, **options))

@@ -190,13 +190,29 @@ class Taylor(FeatureMap):
 
 
 class Learned(FeatureMap):
-    """u = W^T x + b with one W (D, D) and one b (D,) per head, Sec. 3. Starts as W = I, b = 0: at the
-    start phi sees the queries and keys themselves."""
+    """u = W^T x + b with one W (D, d') and one b (d',) per head, Sec. 3. Starts as W = I, b = 0: at the
+    start phi sees the queries and keys themselves.
 
-    def __init__(self, n_head: int, head_dim: int):
+    n_features: d'; D by default.  scale: what the initial W is multiplied with.
+    init: "identity", or "random": Gaussian columns of length 1 in the mean, as a Linear might begin.
+    """
+
+    sides = 2  # F = 2 d': features of u, and of -u
+
+    def __init__(
+        self, n_head: int, head_dim: int, n_features: int | None = None, init: str = "identity", scale: float = 1.0
+    ):
         super().__init__(n_head, head_dim)
-        self.weight = nn.Parameter(torch.eye(head_dim).repeat(n_head, 1, 1))  # (H, D, D)
-        self.bias = nn.Parameter(torch.zeros(n_head, 1, head_dim))  # (H, 1, D)
+        d = n_features or head_dim
+        if init not in ("identity", "random"):
+            raise ValueError(f"a learned map begins as identity or random, not {init!r}")
+        if init == "identity" and d != head_dim:
+            raise ValueError(f"W ({head_dim} x {d}) can only begin as the identity if it is square: use random")
+        I, random = torch.eye(head_dim).repeat(n_head, 1, 1), init == "random"
+        W = torch.randn(n_head, head_dim, d) / head_dim**0.5 if random else I
+        self.weight = nn.Parameter(W * scale)  # (H, D, d')
+        self.bias = nn.Parameter(torch.zeros(n_head, 1, d))  # (H, 1, d')
+        self.feature_dim = self.sides * d
 
     def linear(self, x: Tensor) -> Tensor:
         return x @ self.weight.to(x.dtype) + self.bias.to(x.dtype)
@@ -205,6 +221,8 @@ class Learned(FeatureMap):
 class T2R(Learned):
     """relu(W^T x + b): Transformer-to-RNN (Kasai et al., 2021)."""
 
+    sides = 1
+
     def features(self, x: Tensor, offset: int) -> Tensor:
         return F.relu(self.linear(x)).clamp(max=CEIL) + FLOOR
 
@@ -212,12 +230,8 @@ class T2R(Learned):
 class Hedgehog(Learned):
     """The paper's map as it is used: softmax over the features (Eq. 4) of u and of -u (Eq. 5).
 
-    phi(x) = [softmax(u), softmax(-u)],   u = W^T x + b,   F = 2 D
+    phi(x) = [softmax(u), softmax(-u)],   u = W^T x + b,   F = 2 d'
     """
-
-    def __init__(self, n_head: int, head_dim: int):
-        super().__init__(n_head, head_dim)
-        self.feature_dim = 2 * head_dim
 
     def features(self, x: Tensor, offset: int) -> Tensor:
         u = self.linear(x)
@@ -225,15 +239,11 @@ class Hedgehog(Learned):
 
 
 class HedgehogExp(Learned):
-    """Eq. 5 with the plain exponential: phi(x) = [exp(u), exp(-u)], u = W^T x + b, F = 2 D.
+    """Eq. 5 with the plain exponential: phi(x) = [exp(u), exp(-u)], u = W^T x + b, F = 2 d'.
 
     Exact for |u| <= 34.5, where u saturates. Subtracting each key's maximum instead would be finite
     for all u, but would change the attention weights everywhere.
     """
-
-    def __init__(self, n_head: int, head_dim: int):
-        super().__init__(n_head, head_dim)
-        self.feature_dim = 2 * head_dim
 
     def features(self, x: Tensor, offset: int) -> Tensor:
         u = self.linear(x).clamp(-EXP_MAX, EXP_MAX)
@@ -258,7 +268,7 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
     tie=False gives queries and keys a map each (learned maps only). Other options go to the class:
-    n_features (performer), max_len (cosformer), t (exp_t1, exp_t2).
+    n_features (performer, learned maps), init and scale (learned maps), max_len (cosformer), t (exp_t1, exp_t2).
     Raises ValueError for an unknown name, and for tie=False on a map without parameters.
     """
     if name not in FEATURE_MAPS:

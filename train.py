@@ -89,8 +89,8 @@ class StopSignal:
 
 
 # What a resumed run may set otherwise than the run that was interrupted.
-MAY_CHANGE = """max_steps grad_accum eval_interval save_interval log_interval device out_dir resume kernel compile
-    data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
+MAY_CHANGE = """max_steps stop_loss grad_accum eval_interval save_interval log_interval device out_dir resume kernel
+    compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
 
 
 def fit(
@@ -106,12 +106,13 @@ def fit(
     """The training loop: every script of this repository that trains, trains here.
 
     model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
-    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows: a function of the step
-        alone. Ranks and accumulation steps take their rows of it, so that their number changes nothing
-        (but which units drop out, where there is dropout).
+    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, or of a multiple: a function
+        of the step alone. Ranks and accumulation steps take their rows of it, so that their number changes
+        nothing (but which units drop out, where there is dropout).
     loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
     meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
 
+    Stops at max_steps, or as soon as the validation loss is at most config.stop_loss.
     Writes last.safetensors, best.safetensors and log.jsonl into config.out_dir. Returns the last
     evaluation. Raises RunError when the loss is not finite or a file cannot be written, and
     KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
@@ -147,7 +148,6 @@ def fit(
     if config.compile:
         model.compile()
     ddp = DistributedDataParallel(model) if world.size > 1 else None
-    rows = config.batch_size // world.size
 
     def save(name: str, step: int) -> None:
         if not all(p.isfinite().all() for p in params):
@@ -157,17 +157,20 @@ def fit(
 
     result: dict = {}
     stop, began = StopSignal(), time.perf_counter()
-    clock, clocked = began, start
+    clock, tokens = began, 0
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
     model.train()
     with stop:
         for step in range(start, config.max_steps):
+            if best <= config.stop_loss:
+                break
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * lr_factor(step, config)
             torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
-            mine = [t[world.rank * rows : (world.rank + 1) * rows] for t in batch(step)]
+            mine = [t.chunk(world.size)[world.rank] for t in batch(step)]
             pieces = list(zip(*(t.chunk(n_pieces) for t in mine)))
+            tokens += mine[0].numel() * world.size
             total = torch.zeros((), device=device)
             for i, piece in enumerate(pieces):
                 piece = [t.to(device, non_blocking=True) for t in piece]
@@ -197,8 +200,8 @@ def fit(
             bar.update()
             if is_main and (done % config.log_interval == 0 or done == config.max_steps):
                 now = time.perf_counter()
-                speed = (done - clocked) * config.batch_size * pieces[0][0][0].numel() / (now - clock)
-                clock, clocked = now, done
+                speed = tokens / (now - clock)
+                clock, tokens = now, 0
                 lr = optimizer.param_groups[0]["lr"]
                 log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -211,11 +214,15 @@ def fit(
                 if result["loss"] < best:
                     best = result["loss"]
                     save("best.safetensors", done)
-                clock, clocked = time.perf_counter(), done
-            stopping = bool(asked.item())
-            if is_main and (done % config.save_interval == 0 or done == config.max_steps or stopping):
+                clock, tokens = time.perf_counter(), 0
+            if ddp is not None and done % config.eval_interval == 0:
+                shared = [best]
+                dist.broadcast_object_list(shared)  # rank 0 alone evaluates; all stop together
+                best = shared[0]
+            stopping, last = bool(asked.item()), done == config.max_steps or best <= config.stop_loss
+            if is_main and (done % config.save_interval == 0 or last or stopping):
                 save("last.safetensors", done)
-            if stopping and done < config.max_steps:
+            if stopping and not last:
                 bar.close()
                 why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
                 raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if is_main else "")

@@ -1,0 +1,297 @@
+"""Why it works, measured: how spiky, how monotonic and how faithful the attention weights of a model are.
+
+    python analyze.py                              the first command's checkpoint (Figs. 2, 3, 4 and 6 of the paper)
+    python analyze.py out/RUN --text FILE          any checkpoint of this repository, any text
+    python analyze.py NAME_OR_FOLDER --text FILE   a Hugging Face model: GPT-2, Llama, BERT ... (needs transformers)
+
+For the queries and keys of every layer and head: softmax's weights (Eq. 1) and those of every feature map (Eq. 2).
+
+    spikiness     entropy of a query's weights in nats, averaged over queries: low is spiky
+    monotonicity  Kendall's tau between a query's weights and its q.k, averaged: 1 keeps every pair in order
+    fidelity      KL(softmax || linear) in nats: Eq. 3's cross-entropy minus softmax's entropy; 0 is a perfect mimic
+
+Learned maps are the checkpoint's own, where it has them, and else as they begin (W = I). Nothing is trained. Writes
+analysis.json and PNGs into out/analysis; a minute on a CPU.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import figures
+from attention import LinearAttention, softmax_weights
+from common import (
+    UserError,
+    as_user_error,
+    load_checkpoint,
+    parse,
+    pick_device,
+    provenance,
+    restore,
+    run,
+    write_atomically,
+)
+from feature_maps import FEATURE_MAPS, Learned, make_feature_map
+from model import GPT, GPTConfig
+
+FIRST = "out/stdlib-hedgehog"  # where the first command leaves its checkpoint
+
+
+# ---------------------------------------------------------------- measures
+
+
+def entropy(A: Tensor) -> Tensor:
+    """- sum_j A_ij log A_ij in nats: weights (..., T, T) -> (..., T). A uniform row over n keys has log n."""
+    return -torch.special.xlogy(A, A).sum(-1)
+
+
+def cross_entropy(teacher: Tensor, A: Tensor) -> Tensor:
+    """Eq. 3 in nats: - sum_j teacher_ij log A_ij, (..., T, T) twice -> (..., T). Weights that underflowed to zero
+    count as the smallest number of their dtype."""
+    return -torch.special.xlogy(teacher, A.clamp(min=torch.finfo(A.dtype).tiny)).sum(-1)
+
+
+def kl(teacher: Tensor, A: Tensor) -> Tensor:
+    """KL(teacher || A) in nats: (..., T, T) twice -> (..., T). The part of Eq. 3 that training can remove."""
+    return cross_entropy(teacher, A) - entropy(teacher)
+
+
+def kendall_tau(A: Tensor, scores: Tensor, causal: bool = True, n_queries: int = 16, least: int = 8) -> Tensor:
+    """Monotonicity: Kendall's tau-b between a query's weights and its q.k, over the keys that it sees, averaged over
+    n_queries evenly spaced queries with at least `least` keys: (B, H, T, T) twice -> (B, H).
+    1: every larger q.k has the larger weight; 0: no order; equal weights everywhere count as 0."""
+    from scipy.stats import kendalltau
+
+    B, H, T, _ = A.shape
+    first = min(least, T) - 1 if causal else 0
+    rows = np.unique(np.linspace(first, T - 1, n_queries).astype(int))
+    tau = np.zeros((B, H, len(rows)))
+    for b, h, r in np.ndindex(tau.shape):
+        i = rows[r]
+        seen = slice(0, i + 1) if causal else slice(0, T)
+        tau[b, h, r] = kendalltau(A[b, h, i, seen].numpy(), scores[b, h, i, seen].numpy()).statistic
+    return torch.from_numpy(np.nan_to_num(tau).mean(-1))
+
+
+def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Spearman's rho of two lists, and its 95% interval over bootstrap samples of the pairs."""
+    from scipy.stats import spearmanr
+
+    x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(0)
+    picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
+    found = [spearmanr(x[i], y[i]).statistic for i in picks if len(set(x[i])) > 1 and len(set(y[i])) > 1]
+    low, high = np.quantile(found, [0.025, 0.975]) if found else (math.nan, math.nan)
+    return float(spearmanr(x, y).statistic), float(low), float(high)
+
+
+# ---------------------------------------------------------------- the queries and keys of a model
+
+
+@torch.no_grad()
+def queries_and_keys(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """q, k (B, H, T, D) of every layer, as attention gets them (after RoPE), for token ids (B, T)."""
+    found: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        block.attn.attend.register_forward_pre_hook(lambda _, args: found.append(args[:2]))
+        for block in model.transformer.h
+    ]
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def hugging_face(name: str, text: str, n_tokens: int) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+    """(q, k of every layer, causal?) of a transformers model on the beginning of a text, through transformers' own
+    attention interface: one function serves every architecture. Keys of grouped-query attention are repeated."""
+    try:
+        from transformers import AttentionInterface, AutoModel, AutoTokenizer
+    except ImportError as e:
+        raise UserError(
+            f"there is no checkpoint {name} here, and a Hugging Face model needs: pip install transformers"
+        ) from e
+    found, causal = [], []
+
+    def watch(module, query, key, value, attention_mask, scaling=None, is_causal=None, **_):
+        groups = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        scale = query.size(-1) ** -0.5 if scaling is None else scaling
+        query = query * (scale * query.size(-1) ** 0.5)  # softmax_weights divides by sqrt(D)
+        causal.append(bool(getattr(module, "is_causal", False) if is_causal is None else is_causal))
+        found.append((query, key))
+        A = softmax_weights(query, key, causal=causal[-1])
+        return (A @ value.to(A.dtype)).to(value.dtype).transpose(1, 2), None
+
+    AttentionInterface.register("watch", watch)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, attn_implementation="watch", dtype=torch.float32).eval()
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0][:160]
+        raise UserError(
+            f"{name} is neither a checkpoint of this program nor a Hugging Face model that can be loaded ({reason})"
+        ) from e
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=n_tokens)["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids)
+    if not found:
+        raise UserError(f"{name} does not use transformers' attention interface: its queries and keys are out of reach")
+    return found, causal[0]
+
+
+# ---------------------------------------------------------------- all measures of all maps
+
+
+def all_weights(q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Weights (B, H, T, T) in float64, of softmax and of every attention, for the same queries and keys."""
+    q, k = q.double(), k.double()
+    return {"softmax": softmax_weights(q, k, causal=causal)} | {n: a.weights(q, k) for n, a in attends.items()}
+
+
+@torch.no_grad()
+def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[[int], dict[str, nn.Module]]) -> dict:
+    """Every measure of softmax and of the attentions in attends_of(layer), by layer and head: under "maps", {name:
+    {measure: L x H numbers}}; under "below_minus_one", for each layer the share of scores q.k / sqrt(D) at which
+    1 + x + x^2 / 2 falls."""
+    maps: dict[str, dict] = {}
+    below = []
+    for layer, (q, k) in enumerate(qk):
+        weights = all_weights(q, k, causal, attends_of(layer))
+        teacher, scores = weights["softmax"], q.double() @ k.double().mT / math.sqrt(q.size(-1))
+        for name, A in weights.items():
+            for key, value in {
+                "entropy": entropy(A).mean(-1), "tau": kendall_tau(A, scores, causal),
+                "cross_entropy": cross_entropy(teacher, A).mean(-1), "kl": kl(teacher, A).mean(-1),
+            }.items():  # fmt: skip
+                by_layer = maps.setdefault(name, {}).setdefault(key, [])
+                by_layer.append([round(x, 5) for x in value.mean(0).tolist()])
+        below.append(round((scores < -1)[teacher > 0].double().mean().item(), 5))
+    return {"maps": maps, "below_minus_one": below}
+
+
+def mean(by_layer: list[list[float]]) -> float:
+    return float(np.mean(by_layer))
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass
+class AnalyzeConfig:
+    checkpoint: str = ""  # a run's folder, a .safetensors file, or a Hugging Face name; by default out/stdlib-hedgehog
+    text: str = ""  # UTF-8 file to read; by default the source of feature_maps.py
+    tokens: int = 256  # how many tokens of it
+    maps: list[str] = field(default_factory=lambda: list(FEATURE_MAPS))  # feature maps beside softmax
+    layer: int = -1  # of the pictures of single heads, from 0; -1: the layer with softmax's spikiest head
+    out_dir: str = "out/analysis"  # where the numbers and pictures go
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    seed: int = 1  # of Performer's random features, and of a model made for want of a checkpoint
+
+    def check(self) -> None:
+        if unknown := set(self.maps) - set(FEATURE_MAPS):
+            raise UserError(f"--maps takes {', '.join(FEATURE_MAPS)}, not {', '.join(sorted(unknown))}")
+        if self.tokens < 2:
+            raise UserError(f"tokens must be at least 2, not {self.tokens}")
+
+
+def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
+    """(our model, its tokenizer's name): the checkpoint, or a small random one, aloud."""
+    path = config.checkpoint or FIRST
+    if not config.checkpoint and not Path(path).exists():
+        print(
+            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights (seed {config.seed}), whose "
+            "numbers show the maps as such; python train.py makes a trained one"
+        )
+        torch.manual_seed(config.seed)
+        small = dict(block_size=256, vocab_size=256, n_layer=2, n_head=2, n_embd=128, qk_gain=6.0)
+        return GPT(GPTConfig(**small)).to(device).eval(), "bytes"
+    tensors, meta = load_checkpoint(path)
+    with as_user_error():
+        model = GPT(GPTConfig.of(meta.get("config", {})))
+    restore(tensors, model, path=path)
+    return model.to(device).eval(), meta.get("tokenizer", "")
+
+
+def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> Tensor:
+    """The first tokens of the text (1, T), no more than the model has been trained on."""
+    if tokenizer == "recall":
+        from recall import sequences
+
+        return sequences(np.random.default_rng(config.seed), 1, model.config.block_size, 20)[0]
+    ids = np.asarray(data.get_tokenizer(tokenizer).encode_many([text])[0], np.int64)
+    return torch.from_numpy(ids[: min(config.tokens, model.config.block_size)])[None]
+
+
+def label_of(name: str, attention: str) -> str:
+    """A name with what a reader must know about it."""
+    if name == attention:
+        return f"{name}, this model's"
+    return f"{name}, untrained (W = I)" if issubclass(FEATURE_MAPS.get(name, object), Learned) else name
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--checkpoint")
+    config, _ = parse(AnalyzeConfig(), argv, __doc__)
+    config.check()
+    device = pick_device(config.device)
+    text = data.read_text(Path(config.text) if config.text else Path(__file__).parent / "feature_maps.py")
+    torch.manual_seed(config.seed)
+    own: list[nn.Module] = []
+    attention, causal, name = "softmax", True, config.checkpoint
+    if name and (not Path(name).exists() or (Path(name) / "config.json").exists()):
+        qk, causal = hugging_face(name, text, config.tokens)
+    else:
+        model, tokenizer = load(config, device)
+        idx = tokens_of(config, tokenizer, text, model)
+        if idx.size(1) < 2:
+            raise UserError("the text has fewer than two tokens: give a longer one")
+        qk = [(q.cpu(), k.cpu()) for q, k in queries_and_keys(model, idx.to(device))]
+        own, attention = [block.attn.attend.cpu() for block in model.transformer.h], model.config.attention
+    (_, H, T, D), L = qk[0][0].shape, len(qk)
+    fresh = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # one Performer for all layers
+
+    def attends_of(layer: int) -> dict[str, nn.Module]:
+        return fresh | ({attention: own[layer]} if attention != "softmax" else {})
+
+    print(f"{name or FIRST}: {attention} attention, {L} layers, {H} heads of {D}, {T} tokens")
+    found = measure(qk, causal, attends_of)
+    labels = {m: label_of(m, attention) for m in found["maps"]}
+    print(f"{'':30}{'entropy':>9}{'tau':>8}{'KL':>9}   mean over layers, heads and queries; nats")
+    for m, of_map in found["maps"].items():
+        print(f"{labels[m]:30}{mean(of_map['entropy']):9.3f}{mean(of_map['tau']):8.3f}{mean(of_map['kl']):9.3f}")
+    uniform = np.mean([math.log(i + 1) for i in range(T)]) if causal else math.log(T)
+    print(f"{'uniform weights':30}{uniform:9.3f}")
+    print(f"1 + x + x^2/2 is not monotone below x = -1: there are {np.mean(found['below_minus_one']):.1%} of all "
+          "q.k / sqrt(D)")  # fmt: skip
+
+    out = Path(config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"analysis": 1, **provenance(), "config": asdict(config), "attention": attention, "causal": causal,
+             "tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}  # fmt: skip
+    write_atomically(out / "analysis.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
+    heads = np.asarray(found["maps"]["softmax"]["entropy"])
+    layer = int(heads.min(1).argmin()) if config.layer < 0 else config.layer
+    if layer >= L:
+        raise UserError(f"--layer {layer}: this model has layers 0 to {L - 1}")
+    q, k = qk[layer]
+    with torch.no_grad():
+        weights = {labels[m]: A[0] for m, A in all_weights(q[:1], k[:1], causal, attends_of(layer)).items()}
+    scores = (q[0].double() @ k[0].double().mT) / math.sqrt(D)
+    drawn = figures.analysis(out, facts, labels, weights, scores, layer, facts["command"])
+    print(f"written to {out}: analysis.json, {', '.join(drawn)}")
+
+
+if __name__ == "__main__":
+    run(main)

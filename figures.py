@@ -1,0 +1,225 @@
+"""Every picture: one look, and readable in print: colours of Okabe and Ito, markers that differ, the command below.
+
+Called by analyze.py, recall.py, compare.py and results/render.py.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+STYLE = {  # (colour, marker) of softmax and every feature map, and of every implementation in bench.py
+    "softmax": ("#000000", "o"), "hedgehog": ("#0072b2", "s"), "hedgehog_exp": ("#56b4e9", "D"),
+    "hedgehog_window": ("#00304d", "*"), "elu": ("#d55e00", "^"), "relu": ("#e69f00", "<"),
+    "performer": ("#b8a800", ">"), "cosformer": ("#8c510a", "h"), "exp_t1": ("#999999", "p"),
+    "exp_t2": ("#555555", "P"), "taylor": ("#cc79a7", "v"), "t2r": ("#009e73", "X"),
+    "cpp": ("#0072b2", "s"), "triton": ("#0072b2", "D"), "torch": ("#56b4e9", "P"), "quadratic": ("#999999", "x"),
+    "recurrent": ("#009e73", "+"),
+}  # fmt: skip
+LABELS = {
+    "hedgehog": "Hedgehog", "hedgehog_exp": "Hedgehog, exp", "hedgehog_window": "Hedgehog + window", "elu": "1+ELU",
+    "relu": "ReLU", "performer": "Performer", "cosformer": "cosFormer", "exp_t1": "exp(x)", "exp_t2": "exp(2x)",
+    "taylor": "Taylor", "t2r": "T2R", "cpp": "Hedgehog, C++", "torch": "Hedgehog, PyTorch",
+}  # fmt: skip
+
+
+def style(name: str) -> tuple[str, str]:
+    return STYLE.get(name, ("0.5", "."))
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def plot(path: Path, command: str, draw: Callable, rows: int = 1, cols: int = 1, size=(7, 4.2), **kwargs) -> str:
+    """Make axes, let draw(figure, axes) fill them, write a PNG with the command in its corner; returns its name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", **kwargs)
+    draw(figure, axes)
+    figure.get_layout_engine().set(rect=(0, 0.2 / size[1], 1, 1 - 0.2 / size[1]))  # room for the command
+    figure.text(0.005, 0.005, command, fontsize=6, color="0.3")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path.name
+
+
+# ---------------------------------------------------------------- analyze.py
+
+
+def analysis(out: Path, facts: dict, labels: dict, weights: dict, scores, layer: int, command: str) -> list[str]:
+    """The pictures of analyze.py; returns their names. weights: {label: A (H, T, T)} of one layer; scores: its
+    q.k / sqrt(D)."""
+    return [
+        plot(out / "spikiness.png", command, lambda f, axes: spikiness(axes, facts, labels), 1, 2, (11, 4.4)),
+        monotonicity(out / "monotonicity.png", command, facts, weights, scores, layer),
+        attention_maps(out / "weights.png", command, weights, layer),
+        plot(out / "taylor.png", command, lambda f, axes: taylor(axes, facts, scores), 1, 2, (9.5, 4)),
+    ]
+
+
+def spikiness(axes, facts: dict, labels: dict) -> None:
+    """Figs. 2 and 6: entropy and tau of every map, a mark for each head."""
+    names = list(facts["maps"])
+    for axis, measure in zip(axes, ("entropy", "tau")):
+        for i, name in enumerate(names):
+            values = np.ravel(facts["maps"][name][measure])
+            color, marker = style(name)
+            axis.scatter(values, np.full(len(values), -i), color=color, marker=marker, alpha=0.5, s=28)
+            axis.plot([values.mean()] * 2, [-i - 0.3, -i + 0.3], color=color, linewidth=2.5)
+        axis.grid(alpha=0.3)
+    names_of_maps = [label(n) + labels[n].removeprefix(n) for n in names]
+    axes[0].set_yticks([-i for i in range(len(names))], names_of_maps, fontsize=8)
+    axes[1].set_yticks([-i for i in range(len(names))], [])
+    axes[0].axvline(facts["uniform_entropy"], color="0.4", linestyle=":")
+    entropy = {n: float(np.mean(facts["maps"][n]["entropy"])) for n in names}
+    axes[0].set(
+        xlabel="entropy of the attention weights (nats; dotted: uniform)",
+        title=f"Spikiness: softmax {entropy['softmax']:.2f}, uniform {facts['uniform_entropy']:.2f} nats",
+    )
+    best = max((n for n in names if n != "softmax"), key=lambda n: np.mean(facts["maps"][n]["tau"]), default="softmax")
+    axes[1].set(
+        xlabel="Kendall's tau between weight and q.k", xlim=(-1.05, 1.05),
+        title=f"Monotonicity: softmax 1, then {label(best)} {np.mean(facts['maps'][best]['tau']):.2f}",
+    )  # fmt: skip
+
+
+def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, layer: int) -> str:
+    """Fig. 3: weight against q.k, for one head and a few queries, each map in a panel of its own."""
+    head = int(np.argmin(facts["maps"]["softmax"]["entropy"][layer]))
+    T, cols = scores.shape[-1], 4
+    queries = [T - 1, 3 * T // 4, T // 2]
+    rows = math.ceil(len(weights) / cols)
+
+    def draw(figure, axes) -> None:
+        axes = np.ravel(axes)
+        for axis, (name, A), key in zip(axes, weights.items(), facts["maps"]):
+            tau = facts["maps"][key]["tau"][layer][head]
+            for i, shade in zip(queries, ("#000000", "#0072b2", "#e69f00")):
+                seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
+                axis.scatter(scores[head, i, seen], A[head, i, seen].clamp(min=1e-9), s=7, color=shade, alpha=0.6)
+            axis.set_yscale("log")
+            axis.set_title(f"{name}\ntau {tau:.2f}", fontsize=8)
+            axis.grid(alpha=0.3)
+            axis.tick_params(labelsize=7)
+        for axis in axes[len(weights) :]:
+            axis.axis("off")
+        figure.supxlabel("q.k / sqrt(D)", fontsize=9)
+        figure.supylabel("attention weight", fontsize=9)
+        who = ", ".join(str(i) for i in queries)
+        figure.suptitle(
+            f"Only where points rise from left to right does a larger q.k mean a larger weight "
+            f"(layer {layer}, head {head}, queries {who})", fontsize=9,
+        )  # fmt: skip
+
+    return plot(path, command, draw, rows, cols, (10, 2.4 * rows + 0.6))
+
+
+def attention_maps(path: Path, command: str, weights: dict, layer: int, most_heads: int = 4) -> str:
+    """Figs. 4 and 8: attention weights side by side, a row for each head."""
+    first = next(iter(weights.values()))
+    heads, cols = min(len(first), most_heads), len(weights)
+
+    def draw(figure, axes) -> None:
+        for (name, A), column in zip(weights.items(), axes.T):
+            for h, axis in enumerate(column):
+                row_max = A[h].max(-1, keepdim=True).values
+                axis.imshow((A[h] / row_max).clamp(0, 1).sqrt(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+                spread = -(A[h].clamp(min=1e-30).log() * A[h]).sum(-1).mean()
+                axis.set_xlabel(f"{spread:.2f} nats", fontsize=7)
+                axis.set(xticks=[], yticks=[])
+            column[0].set_title(name.replace(", ", "\n"), fontsize=7)
+        for h, axis in enumerate(axes[:, 0]):
+            axis.set_ylabel(f"head {h}: query", fontsize=8)
+        figure.suptitle(
+            f"Attention weights of layer {layer}, keys from left to right; black is the query's largest weight "
+            "(square root of the ratio); below: mean entropy", fontsize=9,
+        )  # fmt: skip
+
+    return plot(path, command, draw, heads, cols, (1.35 * cols + 0.5, 1.65 * heads + 0.9), squeeze=False)
+
+
+def taylor(axes, facts: dict, scores) -> None:
+    """Fig. 6, and where 1 + x + x^2 / 2 turns."""
+    x = np.linspace(-6, 6, 400)
+    series = 1 + x + x**2 / 2
+    axes[0].plot(x, np.exp(x), color="black", label="exp(x)")
+    axes[0].plot(x, series, color=STYLE["taylor"][0], linewidth=2, label="1 + x + x²/2")
+    axes[0].axvspan(-6, -1, color="0.9")
+    axes[0].text(-5.8, 150, "here a larger q.k\nhas the smaller weight", fontsize=8)
+    axes[0].set(yscale="log", ylim=(1e-3, 1e3), xlabel="x = q.k / sqrt(D)", ylabel="weight before normalisation")
+    T = scores.shape[-1]
+    seen = scores[:, *np.tril_indices(T)].flatten() if facts["causal"] else scores.flatten()
+    twin = axes[0].twinx()
+    twin.hist(seen.clamp(-6, 6), bins=60, color="#0072b2", alpha=0.3)
+    twin.set_yticks([])
+    below = float(np.mean(facts["below_minus_one"]))
+    axes[0].set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9)
+    axes[0].legend(fontsize=8, loc="lower right")
+    teacher = np.ravel(facts["maps"]["softmax"]["entropy"])
+    for name in ("taylor", "hedgehog", "elu"):
+        if name in facts["maps"]:
+            color, marker = style(name)
+            axes[1].scatter(teacher, np.ravel(facts["maps"][name]["entropy"]), color=color, marker=marker, s=28,
+                            label=label(name))  # fmt: skip
+    top = facts["uniform_entropy"]
+    axes[1].plot([0, top], [0, top], color="0.4", linewidth=1)
+    axes[1].axhline(top, color="0.4", linestyle=":")
+    axes[1].set(xlabel="softmax's entropy of a head (nats)", ylabel="the map's entropy (nats; dotted: uniform)")
+    axes[1].set_title("On the line, a head is as spiky as softmax's", fontsize=9)
+    axes[1].legend(fontsize=8)
+    axes[1].grid(alpha=0.3)
+
+
+# ---------------------------------------------------------------- recall.py and compare.py
+
+
+def recall(path: Path, groups: dict[str, list[dict]], command: str) -> str:
+    """Fig. 5: accuracy against mean attention entropy and monotonicity; and the learning curves."""
+
+    def draw(figure, axes) -> None:
+        for name, runs in groups.items():
+            color, marker = style(name)
+            for axis, measure in zip(axes, ("entropy", "tau")):
+                x, y = [r["final"][measure] for r in runs], [100 * r["final"]["accuracy"] for r in runs]
+                axis.scatter(x, y, color=color, marker=marker, s=36, alpha=0.8, label=label(name))
+            for i, r in enumerate(runs):
+                steps, accuracy = zip(*r["curve"])
+                axes[2].plot(steps, [100 * a for a in accuracy], color=color, linewidth=1.2,
+                             label=label(name) if i == 0 else None)  # fmt: skip
+        axes[0].set(xlabel="mean attention entropy (nats)", ylabel="recall accuracy, fresh sequences (%)")
+        axes[1].set(xlabel="monotonicity: Kendall's tau")
+        axes[2].set(xlabel="optimiser step", ylabel="recall accuracy while training (%)")
+        for axis in axes:
+            axis.set_ylim(-3, 103)
+            axis.grid(alpha=0.3)
+        solved = [label(n) for n, runs in groups.items() if statistics.mean(r["final"]["accuracy"] for r in runs) > 0.9]
+        figure.suptitle(f"Associative recall: solved by {', '.join(solved) or 'none'}", fontsize=10)
+        axes[0].legend(fontsize=7, loc="center left")
+
+    return plot(path, command, draw, 1, 3, (12, 4.2))
+
+
+def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, command: str) -> str:
+    """Validation loss against steps, mean over seeds with the range shaded: groups[name] are the seeds' results."""
+
+    def draw(figure, axes) -> None:
+        last = {name: statistics.mean(r["curve"][-1][1] for r in runs) for name, runs in groups.items()}
+        for name in sorted(groups, key=last.get, reverse=True):
+            steps = [step for step, _ in groups[name][0]["curve"]]
+            losses = list(zip(*([loss for _, loss in r["curve"]] for r in groups[name])))
+            color, marker = style(name)
+            means = [statistics.mean(x) for x in losses]
+            axes.plot(steps, means, marker=marker, markersize=5, color=color, label=f"{label(name)}: {last[name]:.3f}")
+            axes.fill_between(steps, [min(x) for x in losses], [max(x) for x in losses], color=color, alpha=0.2)
+        axes.set(xlabel="optimiser step", ylabel=ylabel, title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+    return plot(path, command, draw)

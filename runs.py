@@ -1,0 +1,191 @@
+"""One run of an experiment; and many, side by side in processes of their own: learning rates, then seeds.
+
+Not a command: recall.py and compare.py use it. A finished run is not repeated and an interrupted one goes on, so the
+same command continues an experiment. What a run prints goes to output.txt in its folder.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import kernels
+from common import (
+    Log,
+    RunError,
+    UserError,
+    World,
+    as_user_error,
+    load_checkpoint,
+    pick_device,
+    provenance,
+    restore,
+    write_atomically,
+)
+from model import GPT, GPTConfig
+from train import fit
+
+
+def train_one(config, batch: Callable, evaluate: Callable, final: Callable, tokenizer: str, curve: str) -> dict:
+    """Train a new GPT and measure its best checkpoint; the result is in result.json, too.
+
+    config: a GPTConfig and FitConfig in one.     batch(step), evaluate(model): as for fit, which keeps the checkpoint
+    with the least evaluate(model)["loss"].     final(model): a dict of what is reported, from data that evaluate does
+    not use.     curve: which number of evaluate's is the learning curve.
+    """
+    began, world, out = time.perf_counter(), World(0, 1, pick_device(config.device)), Path(config.out_dir)
+    torch.manual_seed(config.seed)
+    with as_user_error():
+        kernels.use(config.kernel, world.device)
+        model = GPT(GPTConfig.of(asdict(config)))
+    fit(
+        model,
+        model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
+        batch=batch,
+        loss=lambda model, x, y: model(x, y)[1],
+        evaluate=evaluate,
+        config=config,
+        world=world,
+        meta={"config": asdict(config), "tokenizer": tokenizer},
+    )
+    restore(load_checkpoint(out / "best.safetensors")[0], model, path=out)
+    entries = Log(out / "log.jsonl").read()
+    points = [e for e in entries if "val_loss" in e]
+    result = {
+        "config": asdict(config),
+        **provenance(),
+        "parameters": model.num_params(),
+        "steps": points[-1]["step"],
+        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in entries if "tokens_per_s" in e),
+        "dev_loss": min(e["val_loss"] for e in points),
+        "final": final(model.eval()),
+        "curve": [(e["step"], round(e[f"val_{curve}"], 4)) for e in points],
+    }
+    seconds = next(e for e in reversed(entries) if "config" in e)["seconds_before"] + time.perf_counter() - began
+    result["minutes"] = round(seconds / 60, 2)
+    write_json(out / "result.json", result)
+    return result
+
+
+def same_config(a: dict, b: dict) -> bool:
+    """Whether two configurations train the same: all but where, and whether to go on."""
+    return {**a, "resume": None, "out_dir": None} == {**b, "resume": None, "out_dir": None}
+
+
+def finished(config) -> dict | None:
+    """The result of a run that has been made before with the same settings."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        result = json.loads((Path(config.out_dir) / "result.json").read_text())
+        if same_config(result["config"], asdict(config)):
+            return result
+    return None
+
+
+def one(work: Callable, config, threads: int) -> dict:
+    """work(config) in this process; what it prints goes to a file. A loss that is not finite is a result, too."""
+    out = Path(config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        torch.set_num_threads(threads)
+        try:
+            return work(replace(config, resume=not (out / "result.json").exists()))
+        except RunError as e:
+            result = {"config": asdict(config), **provenance(), "failed": str(e)}
+            write_json(out / "result.json", result)
+            return result
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))
+
+
+def progress(config) -> tuple[int, str]:
+    """(steps done, "loss") of a run, from its log."""
+    last = next((e for e in reversed(Log(Path(config.out_dir) / "log.jsonl").read()) if "loss" in e), None)
+    return (last["step"], f"{last['loss']:.2f}") if last else (0, "-")
+
+
+def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict], str]) -> list[dict]:
+    """The result.json of work(config) for every config, each with its own out_dir.
+
+    jobs: how many at a time; 0: one for each core.     describe(result): the line to print when a run ends.
+    Raises what work raises, but for RunError (a loss that is not finite): that run's result then has "failed" with
+    the reason, and the others go on.
+    """
+    results: dict[str, dict] = {}
+    for config in configs:
+        if (result := finished(config)) is not None:
+            results[config.out_dir] = result
+    waiting = [c for c in configs if c.out_dir not in results]
+    if results:
+        print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
+    if not waiting:
+        return [results[c.out_dir] for c in configs]
+    cores = os.cpu_count() or 1
+    jobs = min(jobs or cores, len(waiting))
+    threads = max(1, cores // jobs)
+    spawn = multiprocessing.get_context("spawn")
+    bar = tqdm(total=sum(c.max_steps for c in waiting), unit="step", dynamic_ncols=True)
+    bar.mininterval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
+    with bar, ProcessPoolExecutor(jobs, spawn) as pool:
+        futures = {pool.submit(one, work, config, threads): config for config in waiting}
+        ended = 0
+        try:
+            while futures:
+                done, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    config = futures.pop(future)
+                    results[config.out_dir] = future.result()
+                    ended += config.max_steps
+                    bar.write(describe(results[config.out_dir]))
+                states = {Path(c.out_dir).name: progress(c) for f, c in futures.items() if f.running()}
+                bar.set_postfix_str(", ".join(f"{n}: loss {x}" for n, (step, x) in states.items() if step), False)
+                bar.update(ended + sum(step for step, _ in states.values()) - bar.n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [results[c.out_dir] for c in configs]
+
+
+def sweep_and_seeds(
+    work: Callable, configs: list, lrs: list[float], seeds: int, jobs: int, describe: Callable, loss: Callable,
+    sweep_steps: int = 0,
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """For each config: every learning rate with its own seed, then `seeds` seeds at the best of them.
+
+    loss(result): what the best learning rate has least of; it must not be what is reported. sweep_steps: length of
+    the sweep's runs; 0: that of the others. Returns (the sweep's results, the results at the best learning rates).
+    """
+    if not lrs or seeds < 1:
+        raise UserError("give at least one learning rate and one seed")
+
+    def run_of(config, lr: float, seed: int, steps: int):
+        name = f"{Path(config.out_dir).name}-lr{lr:g}-seed{seed}" + (f"-{steps}" if steps != config.max_steps else "")
+        return replace(config, lr=lr, seed=seed, max_steps=steps, out_dir=str(Path(config.out_dir).with_name(name)))
+
+    sweep, best = [], {config.out_dir: lrs[0] for config in configs}
+    if len(lrs) > 1:
+        trials = [run_of(c, lr, c.seed, sweep_steps or c.max_steps) for c in configs for lr in lrs]
+        sweep = run_all(work, trials, jobs, describe)
+        for i, config in enumerate(configs):
+            tried = [r for r in sweep[i * len(lrs) : (i + 1) * len(lrs)] if "failed" not in r]
+            if tried:
+                best[config.out_dir] = min(tried, key=loss)["config"]["lr"]
+    final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for c in configs for i in range(seeds)]
+    return sweep, run_all(work, final, jobs, describe)
+
+
+def mean_sd(values: list[float], form: str = ".3f") -> str:
+    """mean ± standard deviation, the latter if there are several."""
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"

@@ -1,0 +1,177 @@
+"""The measures are their formulas, as plain loops; the command trains nothing and needs no network."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+import analyze
+from analyze import cross_entropy, entropy, kendall_tau, kl, measure, queries_and_keys, rank_correlation
+from attention import LinearAttention, softmax_weights
+from feature_maps import FEATURE_MAPS, make_feature_map
+from model import GPT, GPTConfig
+
+
+def weights(T=9, seed=0):
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, 2, 2, T, 4, dtype=torch.float64)
+    phi = make_feature_map("hedgehog", 2, 4).double()
+    return q, k, softmax_weights(q, k), LinearAttention(phi).weights(q, k).detach()
+
+
+def pairs_in_order(a, s) -> float:
+    """Kendall's tau-b by its definition: pairs in the same order less pairs in opposite order, over those not tied."""
+    n, m, both = 0, 0, 0
+    for i in range(len(a)):
+        for j in range(i):
+            x, y = (a[i] > a[j]) - (a[i] < a[j]), (s[i] > s[j]) - (s[i] < s[j])
+            both, n, m = both + x * y, n + abs(x), m + abs(y)
+    return both / math.sqrt(n * m) if n * m else 0.0
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_entropy_and_kl_are_their_sums():
+    _, _, A, B = weights()
+    for b, h, i in np.ndindex(2, 2, 9):
+        a, other = A[b, h, i, : i + 1].tolist(), B[b, h, i, : i + 1].tolist()
+        assert entropy(A)[b, h, i] == pytest.approx(-sum(x * math.log(x) for x in a), abs=1e-12)
+        ce = -sum(x * math.log(y) for x, y in zip(a, other))
+        assert cross_entropy(A, B)[b, h, i] == pytest.approx(ce)
+        assert kl(A, B)[b, h, i] == pytest.approx(sum(x * math.log(x / y) for x, y in zip(a, other)), abs=1e-12)
+    torch.testing.assert_close(kl(A, A), torch.zeros(2, 2, 9, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert (kl(A, B)[..., 1:] > 0).all()
+
+
+def test_entropy_of_a_uniform_row_is_the_log_of_its_length_and_of_a_certain_one_zero():
+    A = torch.stack([torch.full((5,), 0.2), torch.tensor([0.0, 0, 1, 0, 0])])
+    torch.testing.assert_close(entropy(A), torch.tensor([math.log(5), 0.0]))
+    assert cross_entropy(A[:1], A[1:]).isfinite().all()  # weights that underflowed to zero
+
+
+def test_tau_is_the_share_of_pairs_in_order_of_every_query():
+    q, k, A, B = weights()
+    scores = q @ k.mT
+    found = kendall_tau(B, scores, n_queries=100, least=3)
+    for b, h in np.ndindex(2, 2):
+        want = [pairs_in_order(B[b, h, i, : i + 1].tolist(), scores[b, h, i, : i + 1].tolist()) for i in range(2, 9)]
+        assert found[b, h] == pytest.approx(np.mean(want))
+    torch.testing.assert_close(kendall_tau(A, scores), torch.ones(2, 2, dtype=torch.float64))  # softmax is monotonic
+    torch.testing.assert_close(kendall_tau(A, -scores), -torch.ones(2, 2, dtype=torch.float64))
+    assert (kendall_tau(torch.ones_like(A), scores) == 0).all()  # equal weights: no order
+    both = kendall_tau(B, scores, causal=False, n_queries=100)
+    want = [pairs_in_order(B[0, 0, i].tolist(), scores[0, 0, i].tolist()) for i in range(9)]
+    assert both[0, 0] == pytest.approx(np.mean(want))
+
+
+def test_taylor_is_monotone_above_minus_one_and_only_there():
+    """1 + x + x^2 / 2 has its least value at x = -1: tau is 1 for scores above it, and below 1 with some under it."""
+    phi = make_feature_map("taylor", 1, 4).double()
+    k = torch.linspace(-0.9, 3, 12, dtype=torch.float64)[None, None, :, None] * torch.eye(4, dtype=torch.float64)[0]
+    for size, is_one in ((2.0, True), (4.0, False)):  # scores q.k / 2: from -0.9 on, or from -1.8
+        q = torch.zeros(1, 1, 12, 4, dtype=torch.float64)
+        q[..., 0] = size
+        A = LinearAttention(phi, causal=False).weights(q, k)
+        assert (kendall_tau(A, q @ k.mT, causal=False)[0, 0].item() == pytest.approx(1.0)) == is_one
+    found = measure([(q, k)], False, lambda layer: {"taylor": LinearAttention(phi, False)})
+    assert found["below_minus_one"][0] == pytest.approx((k[..., 0] < -0.5).double().mean().item())
+
+
+def test_rank_correlation_and_its_interval():
+    rho, low, high = rank_correlation([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36])
+    assert rho == low == high == pytest.approx(1.0)
+    rho, low, high = rank_correlation([1, 2, 3, 4, 5, 6], [3, 1, 2, 6, 4, 5])
+    assert low < rho < high and low < 0.3
+
+
+# ---------------------------------------------------------------- queries and keys
+
+
+def test_captured_queries_and_keys_give_the_models_own_attention():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention="hedgehog")).eval()
+    idx, outputs = torch.randint(20, (2, 16)), []
+    handle = model.transformer.h[1].attn.attend.register_forward_hook(lambda _, args, y: outputs.append((args[2], y)))
+    qk = queries_and_keys(model, idx)
+    handle.remove()
+    (v, y), attend = outputs[0], model.transformer.h[1].attn.attend
+    torch.testing.assert_close(attend.weights(*qk[1]) @ v, y)
+    assert len(qk) == 2 and not attend._forward_pre_hooks
+
+
+def test_every_map_is_measured_against_plain_loops():
+    torch.manual_seed(0)
+    qk = [tuple(torch.randn(2, 1, 2, 9, 4).unbind())]
+    maps = {name: LinearAttention(make_feature_map(name, 2, 4)) for name in FEATURE_MAPS}
+    found = measure(qk, True, lambda layer: maps)["maps"]
+    q, k = (x.double() for x in qk[0])
+    for name in ("elu", "hedgehog", "taylor"):
+        phi = [{"weight": torch.eye(4).double(), "bias": torch.zeros(4)} for _ in range(2)]
+        phi_q, phi_k = reference.features(name, q, phi), reference.features(name, k, phi)
+        A = (phi_q @ phi_k.mT).tril()
+        A = A / A.sum(-1, keepdim=True)
+        assert found[name]["entropy"][0] == pytest.approx(entropy(A).mean(-1)[0].tolist(), abs=1e-5)
+        assert found[name]["kl"][0] == pytest.approx(kl(softmax_weights(q, k), A).mean(-1)[0].tolist(), abs=1e-5)
+    assert np.allclose(found["softmax"]["tau"], 1) and np.allclose(found["softmax"]["kl"], 0)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check_files(out):
+    for name in ("spikiness", "monotonicity", "weights", "taylor"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / "analysis.json").read_text())
+
+
+def test_without_a_checkpoint_it_says_that_the_model_is_random(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "FIRST", str(tmp_path / "none"))
+    code, stdout, stderr = command("analyze", "--tokens", 24, "--out_dir", tmp_path, "--device", "cpu")
+    assert code == 0, stderr
+    assert "RANDOM weights" in stdout and "python train.py" in stdout
+    facts = check_files(tmp_path)
+    assert set(facts["maps"]) == {"softmax", *FEATURE_MAPS}
+    assert np.shape(facts["maps"]["elu"]["tau"]) == (2, 2) and facts["tokens"] == 24
+    assert {"command", "commit", "machine"} <= set(facts)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "t2r", "hedgehog_window"])
+def test_any_checkpoint_and_any_text(train, command, tmp_path, text, attention):
+    assert train("--attention", attention, "--out_dir", tmp_path / "run", "--max_steps", 2)[0] == 0
+    code, stdout, stderr = command(
+        "analyze", tmp_path / "run", "--text", text, "--maps", "elu", "--tokens", 20, "--out_dir", tmp_path / "a"
+    )
+    assert code == 0, stderr
+    facts = check_files(tmp_path / "a")
+    assert list(facts["maps"]) == ["softmax", "elu", *([attention] if attention != "softmax" else [])]
+    assert ("this model's" in stdout) and facts["tokens"] == 20
+
+
+def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
+    from test_recall import TINY
+
+    assert command("recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0] == 0
+    (folder,) = [p for p in tmp_path.iterdir() if p.is_dir()]
+    code, _, stderr = command("analyze", folder, "--maps", "elu", "--out_dir", tmp_path / "a")
+    assert code == 0, stderr
+    assert check_files(tmp_path / "a")["tokens"] == 15
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("no/such/run", "no/such/run"),
+        ("--maps elo", "--maps takes elu, relu"),
+        ("--tokens 1", "tokens must be at least 2"),
+        ("--text no/such/file", "cannot read no/such/file"),
+        ("--layer 7 --tokens 9", "this model has layers 0 to 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, flags, line, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "FIRST", str(tmp_path / "none"))
+    code, _, stderr = command("analyze", *flags.split(), "--out_dir", tmp_path)
+    assert code == 2 and line in stderr and stderr.count("\n") == 1, stderr

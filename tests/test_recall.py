@@ -1,0 +1,121 @@
+"""Associative recall: the task is what the paper says, and the command reports what it measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import recall
+from recall import N_KEYS, RecallConfig, batch_of, fresh, sequences
+
+TINY = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 4 --eval_interval 2 "
+    "--save_interval 2 --log_interval 1 --stage_steps 1 --test_sequences 20 --dtype float32 --device cpu --jobs 1"
+).split()
+
+
+@pytest.mark.parametrize("length, n_keys", [(8, 2), (128, N_KEYS), (32, np.array([2, 5, 8, 3, 2, 4, 7, 6]))])
+def test_every_target_is_the_value_that_its_key_had_before(length, n_keys):
+    """By a dictionary that reads from left to right: it knows exactly what is to be predicted, the last token too."""
+    x, y = sequences(np.random.default_rng(0), 8, length, n_keys)
+    assert x.shape == y.shape == (8, length - 1)
+    for row, (ids, targets) in enumerate(zip(x.tolist(), y.tolist())):
+        known: dict[int, int] = {}
+        for t, (token, target) in enumerate(zip(ids, targets)):
+            assert (token < N_KEYS) == (t % 2 == 0)  # keys and values take turns
+            if t % 2 == 0:
+                assert target == known.get(token, -100)
+                following = ids[t + 1] if t + 1 < len(ids) else target
+                assert known.setdefault(token, following) == following  # a key keeps its value
+            else:
+                assert target == -100
+        assert targets[-1] != -100  # the last key has been seen
+        assert len(known) <= np.broadcast_to(n_keys, 8)[row]
+
+
+def test_at_full_length_a_key_comes_three_times_on_average_as_in_the_paper():
+    x, _ = sequences(np.random.default_rng(0), 500, 128, N_KEYS)
+    keys = x[:, ::2]
+    different = sum(len(set(row)) for row in keys.tolist()) / 500
+    assert 3.0 < keys.size(1) / different < 3.5
+
+
+def test_sequences_for_training_stopping_and_reporting_differ_and_each_is_a_function_of_the_seed():
+    config = RecallConfig(seed=3)
+    sets = [batch_of(config, 500), batch_of(config, 501), fresh(config, 32, 0), fresh(config, 32, 1)]
+    rows = [tuple(r) for x, _ in sets for r in x.tolist()]
+    assert len(set(rows)) == len(rows)
+    assert torch.equal(batch_of(config, 500)[0], sets[0][0]) and torch.equal(fresh(config, 32, 1)[0], sets[3][0])
+    assert not torch.equal(fresh(RecallConfig(seed=4), 32, 1)[0], sets[3][0])
+
+
+def test_stages_double_the_length_at_the_same_number_of_tokens():
+    config = RecallConfig(stage_steps=10)
+    sizes = [tuple(batch_of(config, step)[0].shape) for step in (0, 9, 10, 20, 30, 40, 400)]
+    assert [length + 1 for _, length in sizes] == [8, 8, 16, 32, 64, 128, 128]
+    assert {n * (length + 1) for n, length in sizes} == {config.batch_size * 128}
+    assert tuple(batch_of(RecallConfig(stage_steps=0), 0)[0].shape) == (config.batch_size, 127)
+
+
+def test_accuracy_is_that_of_the_last_token():
+    x, y = sequences(np.random.default_rng(0), 50, 16, 4)
+
+    class Oracle(torch.nn.Module):
+        """Right at the last token of every second sequence, and nowhere else."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            guess = torch.zeros_like(y)
+            guess[::2, -1] = y[::2, -1]
+            return 50.0 * torch.nn.functional.one_hot(guess, 2 * N_KEYS), None
+
+    found = recall.accuracy(Oracle(), x, y)
+    assert found["accuracy"] == 0.5 and found["loss"] == pytest.approx(25.0)
+
+
+def test_the_command_compares_and_keeps_a_curve_for_each_run(command, tmp_path):
+    flags = [*TINY, "--attentions", "softmax", "elu", "--seeds", 2, "--out_dir", tmp_path]
+    code, stdout, stderr = command("recall", *flags)
+    assert code == 0, stderr
+    assert "| softmax |" in stdout and "| 1+ELU |" in stdout and "(2)" in stdout
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert [(r["config"]["attention"], r["config"]["seed"]) for r in report["runs"]] == [
+        ("softmax", 1), ("softmax", 2), ("elu", 1), ("elu", 2),
+    ]  # fmt: skip
+    for r in report["runs"]:
+        assert [step for step, _ in r["curve"]] == [2, 4] and r["steps"] == 4
+        assert {"accuracy", "loss", "entropy", "tau"} <= set(r["final"])
+        assert {"command", "commit", "machine", "minutes"} <= set(r)
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    # the same command makes nothing again, and says so
+    again = command("recall", *flags)
+    assert again[0] == 0 and "4 of 4 runs were made before" in again[1]
+    assert json.loads((tmp_path / "recall.json").read_text())["runs"] == report["runs"]
+
+
+def test_softmax_weights_of_a_run_have_tau_one():
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, attention="softmax"))
+    found = recall.spikiness_and_monotonicity(model, fresh(RecallConfig(block_size=16), 3, 1)[0])
+    assert found["tau"] == pytest.approx(1.0) and np.shape(found["entropy_by_head"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--attentions elo", "--attentions takes softmax, elu"),
+        ("--block_size 7", "block_size must be even"),
+        ("--seeds 0", "seeds and test_sequences must be positive"),
+        ("--lr -1", "lr must be positive"),
+        ("--atentions elu", "did you mean --attentions?"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
+    code, _, stderr = command("recall", *flags.split())
+    assert code == 2 and line in stderr and stderr.count("\n") == 1

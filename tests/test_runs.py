@@ -1,0 +1,83 @@
+"""Many runs at once: each is made once, the best learning rate is chosen without the numbers that are reported."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import RunError
+from runs import finished, mean_sd, one, sweep_and_seeds, write_json
+
+
+@dataclass
+class Config:
+    lr: float = 0.0
+    seed: int = 1
+    max_steps: int = 10
+    out_dir: str = ""
+    resume: bool = False
+
+
+def work(config: Config) -> dict:
+    """A run whose choosing loss is least at lr 2, and whose reported loss is least at lr 3; lr 9 diverges."""
+    if config.lr == 9:
+        raise RunError("step 3: loss nan")
+    count = Path(config.out_dir) / "count"
+    count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+    result = {"config": asdict(config), "dev": abs(config.lr - 2), "final": abs(config.lr - 3)}
+    write_json(Path(config.out_dir) / "result.json", result)
+    return result
+
+
+def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
+    return sweep_and_seeds(
+        work, [Config(out_dir=str(tmp_path / "a"))], list(lrs), seeds, 1, str, lambda r: r["dev"], sweep_steps
+    )
+
+
+def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path):
+    tried, final = sweep(tmp_path)
+    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3]["failed"] == "step 3: loss nan"
+    assert [(r["config"]["lr"], r["config"]["seed"]) for r in final] == [(2, 1), (2, 2)]
+    assert sweep(tmp_path)[1] == final
+    assert {p.read_text() for p in tmp_path.glob("*/count")} == {"1"}
+    assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
+
+
+def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
+    tried, final = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
+    assert {r["config"]["max_steps"] for r in tried} == {3} and {r["config"]["max_steps"] for r in final} == {10}
+
+
+def test_only_a_run_with_the_same_settings_counts_as_made(tmp_path):
+    config = Config(lr=1.0, out_dir=str(tmp_path))
+    assert finished(config) is None
+    work(config)
+    assert finished(replace(config, resume=True))["final"] == 2.0
+    assert finished(replace(config, max_steps=11)) is None
+    (tmp_path / "result.json").write_text("{half a fi")
+    assert finished(config) is None
+
+
+def test_an_interrupted_run_goes_on_and_a_changed_one_begins_anew(tmp_path):
+    seen = []
+
+    def watch(config: Config) -> dict:
+        seen.append(config.resume)
+        return {}
+
+    threads = torch.get_num_threads()
+    one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # no result: resume what may be there
+    write_json(tmp_path / "a" / "result.json", {})
+    one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # a result, but of other settings
+    assert seen == [True, False]
+
+
+def test_mean_and_spread():
+    assert mean_sd([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and mean_sd([1.0], ".1f") == "1.0"
+
+
+def test_no_learning_rate_is_an_error(tmp_path):
+    with pytest.raises(Exception, match="at least one learning rate"):
+        sweep(tmp_path, lrs=())

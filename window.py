@@ -1,0 +1,101 @@
+"""Beyond the paper: linear attention, and exact softmax over the last w tokens, under one denominator.
+
+    A_ij  ~  g exp(q_i.k_j / sqrt(D))    for the last w tokens,  0 <= i - j < w
+             phi(q_i).phi(k_j)           for all before them,    i - j >= w
+
+as in what the authors built later (LoLCATs, Zhang et al., 2024). g is learned, one per head: softmax's weights and
+the map's have no common scale. It begins at 2 / D, Hedgehog's phi(q).phi(k) for flat features: there all tokens
+weigh the same, wherever they are. One function is every form: in chunks of T it is the quadratic definition, in
+chunks of one token the recurrent one, and its state is of constant size. `linear=False` is the control: phi(k) = 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feature_maps import at_least_float32, without_autocast
+from kernels.chunked import CHUNK, normalise
+
+LEAST = -60.0  # smaller scores count as this: a row's denominator is at least exp(LEAST), and never 0
+
+
+class WindowState(NamedTuple):
+    R: Tensor  # (B, H, F, D + 1): [S z] of all tokens before the last w
+    k: Tensor  # (B, H, w or fewer, D): the last w tokens' keys,
+    phi_k: Tensor  # (B, H, w or fewer, F): their features,
+    v: Tensor  # (B, H, w or fewer, D): and values
+
+
+def window_attention(
+    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, log_gain: Tensor, window: int,
+    state: WindowState | None = None, *, key_mask: Tensor | None = None, chunk_size: int = CHUNK,
+) -> tuple[Tensor, WindowState]:  # fmt: skip
+    """q, k, v (B, H, T, D), features (B, H, T, F), log_gain (H,) -> (y (B, H, T, D), state).
+
+    A query sees the keys of its own chunk and of w tokens before it one by one, M, and all others through R.
+    Scores and features are divided by exp(m), m the row's largest score if that is positive: it cancels in the
+    row's denominator. key_mask (B, T): as everywhere, and without a state.
+    """
+    with without_autocast(v):
+        q, k, phi_q, phi_k = (at_least_float32(x) for x in (q, k, phi_q, phi_k))
+        U = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # [V 1]: the denominator is the numerator of 1
+        R = phi_k.new_zeros(*phi_k.shape[:2], phi_k.size(-1), U.size(-1))
+        real = k.new_ones(k.size(0), k.size(2), dtype=torch.bool) if key_mask is None else key_mask
+        phi_k = phi_k.masked_fill(~real[:, None, :, None], 0.0)
+        if state is not None:
+            R, before = state.R, F.pad(state.v.to(U.dtype), (0, 1), value=1.0)
+            k, phi_k, U = (torch.cat(x, 2) for x in ((state.k, k), (state.phi_k, phi_k), (before, U)))
+            real = F.pad(real, (k.size(2) - q.size(2), 0), value=True)
+        n_before, T, ys, summed = k.size(2) - q.size(2), k.size(2), [], 0
+        for start in range(n_before, T, chunk_size):
+            end, first = min(start + chunk_size, T), max(start - window, 0)
+            R = R + phi_k[:, :, summed:first].mT @ U[:, :, summed:first]
+            own, keys, summed = slice(start - n_before, end - n_before), slice(first, end), first
+            behind = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            near = (behind >= 0) & (behind < window)
+            scores = q[:, :, own] @ k[:, :, keys].mT / math.sqrt(q.size(-1)) + log_gain[:, None, None]
+            scores = scores.clamp(min=LEAST).masked_fill(~(near & real[:, None, None, keys]), -math.inf)
+            m = scores.detach().amax(-1, keepdim=True).clamp(min=0.0)
+            Q = phi_q[:, :, own] * (-m).exp()
+            M = (scores - m).exp() + (Q @ phi_k[:, :, keys].mT).masked_fill(behind < window, 0.0)
+            N = Q @ R + M @ U[:, :, keys]
+            ys.append(normalise(N[..., :-1], N[..., -1:]))
+        last = max(T - window, 0)
+        R = R + phi_k[:, :, summed:last].mT @ U[:, :, summed:last]
+        y = torch.cat(ys, 2).to(v.dtype) if ys else v
+        return y, WindowState(R, k[:, :, last:], phi_k[:, :, last:], U[:, :, last:, :-1])
+
+
+class WindowAttention(nn.Module):
+    """attn(q, k, v, key_mask=None) -> y, causal, for n_head heads of head_dim dimensions with the feature map phi.
+    linear=False: the control, softmax over the last `window` tokens and nothing else."""
+
+    def __init__(self, phi: nn.Module, n_head: int, head_dim: int, window: int = 32, linear: bool = True):
+        super().__init__()
+        if window < 1:
+            raise ValueError(f"window must be at least 1 token, not {window}")
+        self.phi, self.window, self.linear = phi, window, linear
+        self.log_gain = nn.Parameter(torch.full((n_head,), math.log(2 / head_dim)))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return self.attend(q, k, v, key_mask=key_mask)[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: WindowState | None = None, **options):
+        """(y, state)."""
+        phi_q, phi_k = self.phi.query(q), self.phi.key(k)
+        phi_k = phi_k if self.linear else torch.zeros_like(phi_k)
+        return window_attention(q, k, phi_q, phi_k, v, self.log_gain, self.window, state, **options)
+
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """A (B, H, T, T), to look at: row i is what query i gives to the unit vectors as values."""
+        unit = torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        return self.attend(q, k, unit, key_mask=key_mask)[0]
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
+        """Attend from new tokens to `cache` (WindowState: of constant size) and to each other."""
+        y, state = self.attend(q, k, v, cache.get("state"))
+        cache.update(state=state)
+        return y
