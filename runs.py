@@ -131,7 +131,7 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
         print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
     if not waiting:
         return [results[c.out_dir] for c in configs]
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(waiting))
     threads = max(1, cores // jobs)
     spawn = multiprocessing.get_context("spawn")
