@@ -57,7 +57,9 @@ ABLATIONS: dict[str, dict] = {
 
 @dataclass
 class CompareConfig(TrainConfig):
-    attentions: list[str] = field(default_factory=lambda: ["softmax", "hedgehog", *PRIOR])  # any; Taylor takes 7x the time
+    attentions: list[str] = field(
+        default_factory=lambda: ["softmax", "hedgehog", *PRIOR]
+    )  # any; Taylor takes 7x the time
     setting: str = "ours"  # ours, or paper: as published, where the paper says anything
     max_steps: int = 1200  # optimiser steps
     lrs: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # learning rates that each attention tries

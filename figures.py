@@ -223,3 +223,28 @@ def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, c
         axes.legend(fontsize=8)
 
     return plot(path, command, draw)
+
+
+# ---------------------------------------------------------------- bench.py
+
+
+def speed(path: Path, rows: list[dict], command: str) -> str:
+    """Fig. 7: time and memory of one head against length."""
+    parts = {"forward": "forward, ms a head", "training": "forward and backward, ms a head",
+             "memory": "extra peak memory, MiB a head"}  # fmt: skip
+
+    def draw(figure, axes) -> None:
+        for axis, (part, title) in zip(axes, parts.items()):
+            for name in dict.fromkeys(r["contender"] for r in rows if r["part"] == part):
+                points = [r for r in rows if r["part"] == part and r["contender"] == name]
+                unit = 1 if part == "memory" else 1e3
+                color, marker = style(name)
+                values = [r["median"] * unit / r["heads"] for r in points]
+                axis.plot([r["T"] for r in points], values, marker=marker, markersize=4, color=color, label=label(name))
+            axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+            axis.set_xticks([128, 512, 2048, 8192, 32768], ["128", "512", "2K", "8K", "32K"], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+
+    return plot(path, command, draw, 1, 3, (11, 4))

@@ -49,7 +49,7 @@ class RecallConfig(GPTConfig, FitConfig):
     seeds: int = 1  # seeds of each, from --seed on
     lrs: list[float] = field(default_factory=list)  # learning rates to try with the first seed; none: lr, or with --all
     jobs: int = 0  # runs at a time, on threads of their own; 0: one for each core
-    stage_steps: int = 60  # steps at each of the lengths 8, 16, 32 ... below block_size; 0: full length from the start
+    stage_steps: int = 50  # steps at each of the lengths 8 (three times as many), 16, 32 ...; 0: block_size at once
     test_sequences: int = 2000  # fresh sequences for the accuracy that is reported
     # the model and its training
     block_size: int = 128  # tokens of a sequence
@@ -57,9 +57,15 @@ class RecallConfig(GPTConfig, FitConfig):
     n_layer: int = 4  # number of blocks
     n_head: int = 4  # heads of each attention
     n_embd: int = 128  # width: C = H D
-    max_steps: int = 600  # optimiser steps, the short phase included
-    stop_loss: float = 0.01  # stop as soon as the validation loss is at most this; 0: never
-    batch_size: int = 32  # sequences an optimiser step sees
+    max_steps: int = 600  # optimiser steps, of all stages together
+    stop_loss: float = 0.02  # stop as soon as the validation loss is at most this; 0: never
+    batch_size: int = 16  # sequences an optimiser step sees, of block_size tokens; of shorter ones as many tokens
+    map_lr_scale: float = 3.0  # the feature maps' learning rate is this times lr
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    warmup_steps: int = 50  # linear warm-up, then cosine decay to zero at max_steps
+    beta2: float = 0.98  # AdamW's memory of the gradient's square
+    embd_std: float = 0.3  # standard deviation of the initial embeddings
+    init_std: float = 0.06  # and of all other matrices: at 0.02, made for wider models, Hedgehog starts too flat
     eval_interval: int = 50  # steps between points of the learning curve
     save_interval: int = 50  # steps between checkpoints
     out_dir: str = "out/recall"  # a folder for each run, the table and the figure
@@ -101,7 +107,7 @@ def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
     the same number of tokens at every length."""
     rng, length = np.random.default_rng(step_seed(config.seed, step)), config.block_size
     if config.stage_steps:
-        length = min(length, SHORTEST * 2 ** (step // config.stage_steps))
+        length = min(length, SHORTEST * 2 ** max(0, step // config.stage_steps - 2))
     n = config.batch_size * (config.block_size // length)
     n_keys = N_KEYS if length == config.block_size else rng.integers(2, min(N_KEYS, length // 4) + 1, n)
     return sequences(rng, n, length, n_keys)

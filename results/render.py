@@ -1,21 +1,29 @@
-"""README's tables and figures, from results/*.json: copies of a run's result.json, and of what bench.py wrote.
+"""README's tables and the figures in docs/figures, from results/*.json: copies of what the commands wrote.
 
-python results/render.py            writes the tables into README.md and draws docs/curves.png, docs/speed.png
-cp out/stdlib-hedgehog/result.json results/stdlib-hedgehog-1.json     adds a run
+python results/render.py            writes the tables into README.md and draws the figures
+cp out/stdlib-hedgehog/result.json results/stdlib-hedgehog-1.json     adds a run of train.py
 cp out/bench.json results/bench-cpu.json                              replaces the benchmark
+cp out/recall/recall.json results/                                    replaces associative recall; and so on
 """
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import compare  # noqa: E402
+import figures  # noqa: E402
+import recall  # noqa: E402
+
+FIGURES = HERE.parent / "docs" / "figures"
 BENCH = HERE / "bench-cpu.json"
-STYLE = {  # of softmax, of every feature map, and of every implementation
-    "softmax": ("#000000", "o"), "hedgehog": ("#0b5394", "s"), "elu": ("#d55e00", "^"), "taylor": ("#cc79a7", "v"),
-    "cpp": ("#0b5394", "s"), "triton": ("#0b5394", "D"), "torch": ("#56b4e9", "P"), "quadratic": ("#999999", "x"),
-    "recurrent": ("#009e73", "+"),
-}  # fmt: skip
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / name).read_text())
 
 
 def read_runs() -> dict[tuple[str, str], list[dict]]:
@@ -23,8 +31,8 @@ def read_runs() -> dict[tuple[str, str], list[dict]]:
     runs: dict[tuple[str, str], list[dict]] = {}
     for path in sorted(HERE.glob("*.json")):
         result = json.loads(path.read_text())
-        if "bench" in result:
-            continue
+        if "parameters" not in result:
+            continue  # of another command
         runs.setdefault((result["config"]["dataset"], result["config"]["attention"]), []).append(result)
     return runs
 
@@ -56,12 +64,38 @@ def mean(group: list[dict], key: str) -> float:
     return statistics.mean(r["final"][key] for r in group)
 
 
+def provenance(facts: dict) -> str:
+    """Where a table comes from, in one line."""
+    runs = facts["runs"]
+    minutes = (
+        f"{facts['minutes']:.0f} minutes" if facts["minutes"] else f"{sum(r['minutes'] for r in runs):.0f} minutes"
+    )
+    return f"`{facts['command']}`, {minutes}, {facts['machine']}, commit {facts['commit']}."
+
+
+def experiment(name: str, table) -> str:
+    """A table of an experiment that was kept in results/, and its provenance."""
+    facts = read(name)
+    return f"{table(facts['runs'])}\n\n{provenance(facts)}"
+
+
+TABLES = {
+    "results": lambda: table(),
+    "speed": lambda: speed_table(),
+    "recall": lambda: experiment("recall.json", recall.table),
+    "paper": lambda: experiment("compare-stdlib-paper.json", compare.table),
+    "compare": lambda: experiment("compare-stdlib.json", compare.table),
+    "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table),
+    "ablations": lambda: experiment("ablations.json", compare.ablation_table),
+}
+
+
 def rendered(readme: str) -> str:
     """README with the tables between their marks brought up to date."""
-    for name, text in (("results", table()), ("speed", speed_table())):
+    for name, text in TABLES.items():
         begin, end = f"<!-- {name}: python results/render.py -->", f"<!-- end of {name} -->"
         before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+        readme = f"{before}{begin}\n\n{text()}\n\n{end}{rest.split(end)[1]}"
     return readme
 
 
@@ -119,66 +153,16 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-def draw_speed(path: Path) -> None:
-    """Fig. 7: time and memory of one head against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = json.loads(BENCH.read_text())["rows"]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    titles = ("forward, ms a head", "forward and backward, ms a head", "extra peak memory, MiB a head")
-    for axis, part, title in zip(axes, ("forward", "training", "memory"), titles):
-        for name in dict.fromkeys(r["contender"] for r in rows if r["part"] == part):
-            points = [r for r in rows if r["part"] == part and r["contender"] == name]
-            unit = 1 if part == "memory" else 1e3
-            color, marker = STYLE.get(name, ("0.5", "."))
-            label = {"cpp": "Hedgehog, C++", "torch": "Hedgehog, PyTorch", "elu": "1+ELU", "taylor": "Taylor"}.get(
-                name, name
-            )
-            values = [r["median"] * unit / r["heads"] for r in points]
-            axis.plot([r["T"] for r in points], values, marker=marker, markersize=4, color=color, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axis.set_xticks([128, 512, 2048, 8192, 32768], ["128", "512", "2K", "8K", "32K"], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    figure.text(0.01, 0.005, "python bench.py; python results/render.py", fontsize=6)
-    figure.savefig(path, dpi=150)
-
-
-def draw(path: Path) -> None:
-    """Validation loss against steps on the standard library, mean over seeds with the range shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (dataset, attention), group in read_runs().items():
-        if dataset == "stdlib":
-            steps = [step for step, _ in group[0]["curve"]]
-            losses = list(zip(*([loss for _, loss in r["curve"]] for r in group)))
-            color, marker = STYLE.get(attention, ("0.5", "x"))
-            label = f"{attention}: {statistics.mean(losses[-1]):.3f}"
-            axes.plot(steps, [statistics.mean(x) for x in losses], marker=marker, color=color, label=label)
-            axes.fill_between(steps, [min(x) for x in losses], [max(x) for x in losses], color=color, alpha=0.2)
-    axes.set(
-        xlabel="optimiser step",
-        ylabel="validation loss (nats per byte)",
-        title="On Python's standard library Hedgehog learns nearly as softmax does",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the command below
-    figure.text(0.01, 0.005, "python train.py --attention NAME --seed 1, 2, 3; python results/render.py", fontsize=6)
-    figure.savefig(path, dpi=150)
-
-
 if __name__ == "__main__":
-    draw(HERE.parent / "docs" / "curves.png")
-    draw_speed(HERE.parent / "docs" / "speed.png")
+    runs = {name: group for (dataset, name), group in read_runs().items() if dataset == "stdlib"}
+    title, axis = (
+        "On Python's standard library Hedgehog learns nearly as softmax does",
+        "validation loss (nats per byte)",
+    )
+    figures.curves(FIGURES / "curves.png", runs, title, axis, "python train.py --attention NAME --seed 1, 2, 3")
+    figures.speed(FIGURES / "speed.png", json.loads(BENCH.read_text())["rows"], "python bench.py")
+    facts = read("recall.json")
+    figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
+    compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))

@@ -8,7 +8,8 @@ FILES = {
     p.relative_to(ROOT).as_posix(): p.read_text()
     for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("kernels/*.py")]
 }
-ROOMS = "feature_maps kernels attention model configs common data evaluate train measure bench".split()
+ROOMS = """feature_maps kernels window attention model configs common data evaluate train measure bench figures analyze
+    runs recall compare sample""".split()
 
 
 def users_of(pattern: str) -> set[str]:
@@ -19,7 +20,7 @@ def test_one_place_for_each_idea():
     assert users_of(r"(?<!kernel)\.backward\(") == {"train.py"}
     assert users_of(r"save_file\(|safe_open\(|torch\.(load|save)\(") == {"common.py"}
     assert users_of(r"^class \w+\((FeatureMap|Learned)\)") == {"feature_maps.py"}
-    assert users_of(r"\bnormalise\(") == {"attention.py", "kernels/chunked.py"}
+    assert users_of(r"\bnormalise\(") == {"attention.py", "window.py", "kernels/chunked.py"}
     assert users_of(r"^def normalise\(") == {"kernels/chunked.py"}
     assert users_of(r"scaled_dot_product_attention\(") == {"attention.py"}
 
@@ -28,9 +29,11 @@ def test_imports_go_one_way():
     allowed = {
         "feature_maps": set(), "kernels": set(), "kernels/chunked": {"feature_maps"},
         "kernels/chunked_triton": {"feature_maps"},
-        "attention": {"feature_maps", "kernels"}, "measure": {"kernels"}, "model": {"attention", "feature_maps"},
+        "window": {"feature_maps", "kernels"}, "attention": {"feature_maps", "kernels", "window"}, "figures": set(), "measure": {"kernels"}, "model": {"attention", "feature_maps"},
         "common": set(), "data": {"common"}, "evaluate": {"common", "model"},
         "configs": {"common", "model"},
+        "analyze": {"attention", "common", "data", "feature_maps", "figures", "model"},
+        "runs": {"common", "kernels", "model", "train"},
     }  # fmt: skip
     for room, may in allowed.items():
         text = FILES.get(f"{room}.py") or FILES[f"{room}/__init__.py"]

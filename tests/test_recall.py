@@ -52,7 +52,7 @@ def test_sequences_for_training_stopping_and_reporting_differ_and_each_is_a_func
 
 def test_stages_double_the_length_at_the_same_number_of_tokens():
     config = RecallConfig(stage_steps=10)
-    sizes = [tuple(batch_of(config, step)[0].shape) for step in (0, 9, 10, 20, 30, 40, 400)]
+    sizes = [tuple(batch_of(config, step)[0].shape) for step in (0, 29, 30, 40, 50, 60, 400)]
     assert [length + 1 for _, length in sizes] == [8, 8, 16, 32, 64, 128, 128]
     assert {n * (length + 1) for n, length in sizes} == {config.batch_size * 128}
     assert tuple(batch_of(RecallConfig(stage_steps=0), 0)[0].shape) == (config.batch_size, 127)

@@ -1,0 +1,108 @@
+"""The comparison from scratch: chosen on one half of the validation text, reported on the other, gaps as defined."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+import compare
+from compare import ABLATIONS, CompareConfig, gap_closed, one_run, table
+from configs import TrainConfig
+from model import GPTConfig
+
+FLAGS = [f for f in TINY if f != "--sample_tokens"]
+FLAGS.remove("5")
+
+
+def run_of(attention, seed, loss, lr=0.001):
+    config = {"attention": attention, "seed": seed, "lr": lr, "vocab_size": 256}
+    final = {"loss": loss, "bits_per_byte": loss * 1.44, "perplexity": np.exp(loss)}
+    return {"config": config, "final": final, "tokens_per_s": 10.0, "minutes": 1.0}
+
+
+def test_the_gap_is_closed_seed_by_seed_against_the_best_prior_map():
+    runs = [run_of("softmax", s, 1.0 + 0.1 * s) for s in (1, 2)] + [run_of("elu", s, 2.0 + 0.1 * s) for s in (1, 2)]
+    runs += [run_of("relu", s, 3.0) for s in (1, 2)] + [run_of("hedgehog", 1, 1.3), run_of("hedgehog", 2, 1.4)]
+    groups = compare.by_attention(runs)
+    assert list(groups) == ["softmax", "hedgehog", "elu", "relu"]
+    assert gap_closed(groups, "hedgehog", "elu") == pytest.approx([0.8, 0.8])
+    assert "| Hedgehog | 1.350 ± 0.071 (2) | 1.944 | 80.0 ± 0.0 |" in table(runs)
+    assert "| 1+ELU | 2.150 ± 0.071 (2) | 3.096 |  |" in table(runs)
+
+
+def test_a_run_that_failed_is_left_out_and_a_table_of_one_run_has_no_spread():
+    text = table([run_of("softmax", 1, 1.0), {"config": {}, "failed": "step 3: loss nan"}])
+    assert "| softmax | 1.000 (1) |" in text and text.count("\n") == 2
+
+
+def test_stopping_and_reporting_use_different_halves_of_the_validation_text(monkeypatch, tmp_path, text):
+    """Every token of the second half is scored by the report alone, and every one of the first by stopping alone."""
+    seen = {}
+
+    def train_one(config, batch, evaluate, final, tokenizer, curve):
+        monkeypatch.setattr(compare, "perplexity", lambda m, ids, *rest: ids)
+        seen.update(dev=evaluate(None), test=final(None), train=batch(0)[0])
+        return {}
+
+    monkeypatch.setattr(compare, "train_one", train_one)
+    config = TrainConfig(dataset="text", data_dir=str(text), block_size=32, batch_size=4, out_dir=str(tmp_path))
+    one_run(config)
+    tokens = compare.data.prepare("text", str(text), "auto")
+    assert np.array_equal(np.concatenate([seen["dev"], seen["test"]]), tokens.splits["validation"])
+    assert abs(len(seen["dev"]) - len(seen["test"])) <= 1 and seen["train"].shape == (4, 32)
+
+
+def test_every_ablation_is_a_model_that_can_be_built_and_changes_something():
+    """One thing at a time: no two are the same, and none but the first is the setting itself."""
+    base = TrainConfig(vocab_size=256)
+    configs = [{**vars(base), **change} for change in ABLATIONS.values()]
+    for config in configs:
+        GPTConfig.of(config)
+    assert len({str(c) for c in configs}) == len(configs) and ABLATIONS["as set"] == {}
+
+
+def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, text):
+    code, stdout, stderr = command(
+        "compare", "--dataset", "text", "--data_dir", text, *FLAGS, "--attentions", "softmax", "elu", "--lrs", 0.001,
+        0.01, "--sweep_steps", 3, "--seeds", 2, "--jobs", 1, "--setting", "paper", "--out_dir", tmp_path,
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert report["setting"] == "paper" and len(report["sweep"]) == 4
+    assert [(r["config"]["attention"], r["config"]["seed"]) for r in report["runs"]] == [
+        ("softmax", 1), ("softmax", 2), ("elu", 1), ("elu", 2),
+    ]  # fmt: skip
+    assert all(r["config"]["qk_gain"] == 1.0 and r["config"]["map_lr_scale"] == 1.0 for r in report["runs"])
+    assert "| softmax |" in stdout and "| 1+ELU |" in stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablations_are_one_run_each_with_a_table_of_differences():
+    rows = [{"name": name, **run_of("hedgehog", 1, loss), "parameters": 1000} for name, loss in
+            (("as set", 1.5), ("W = 3 I", 1.75))] + [{"name": "W random", "failed": "step 3: loss nan"}]  # fmt: skip
+    text = compare.ablation_table(rows)
+    assert "| as set | 1.500 | +0.000 | 1,000 | 1.0 |" in text and "| W = 3 I | 1.750 | +0.250 |" in text
+    assert "| W random | step 3: loss nan |" in text
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--attentions elo", "--attentions takes softmax, elu"),
+        ("--setting mine", "unknown setting 'mine': choose one of ours, paper"),
+        ("--seeds 0", "must be positive"),
+        ("--dataset stdlibb", "unknown data set 'stdlibb'"),
+        ("--lrs 0", "must be positive"),
+        ("--map_init none", "unknown map_init 'none'"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
+    code, _, stderr = command("compare", *flags.split())
+    assert code == 2 and line in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_defaults_are_the_first_commands_model_at_half_its_steps():
+    ours, first = vars(CompareConfig()), vars(TrainConfig())
+    changed = {name for name in first if ours[name] != first[name]}
+    assert changed == {"max_steps"}
