@@ -143,6 +143,7 @@ def one_run(config: RecallConfig) -> dict:
     )
 
 
+@torch.no_grad()
 def spikiness_and_monotonicity(model: GPT, x: Tensor) -> dict:
     """Entropy and Kendall's tau of the model's own weights, averaged over layers, heads and queries, and the
     entropy of each head."""

@@ -181,8 +181,9 @@ def sweep_and_seeds(
             tried = [r for r in sweep[i * len(lrs) : (i + 1) * len(lrs)] if "failed" not in r]
             if tried:
                 best[config.out_dir] = min(tried, key=loss)["config"]["lr"]
-    final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for c in configs for i in range(seeds)]
-    return sweep, run_all(work, final, jobs, describe)
+    final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for i in range(seeds) for c in configs]
+    results = run_all(work, final, jobs, describe)  # one seed of all, then the next
+    return sweep, [r for i in range(len(configs)) for r in results[i :: len(configs)]]
 
 
 def mean_sd(values: list[float], form: str = ".3f") -> str:

@@ -112,10 +112,9 @@ def fit(
     loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
     meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
 
-    Stops at max_steps, or as soon as the validation loss is at most config.stop_loss.
-    Writes last.safetensors, best.safetensors and log.jsonl into config.out_dir. Returns the last
-    evaluation. Raises RunError when the loss is not finite or a file cannot be written, and
-    KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
+    Stops at max_steps, or as soon as the validation loss is at most config.stop_loss. Writes last.safetensors,
+    best.safetensors and log.jsonl into config.out_dir. Returns the last evaluation. Raises RunError when the loss is
+    not finite or a file cannot be written, and KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
     """
     n_pieces = max(1, config.grad_accum // world.size)  # on each device
     if config.batch_size % (world.size * n_pieces) or (config.grad_accum > 1 and config.grad_accum % world.size):
@@ -200,9 +199,7 @@ def fit(
             bar.update()
             if is_main and (done % config.log_interval == 0 or done == config.max_steps):
                 now = time.perf_counter()
-                speed = tokens / (now - clock)
-                clock, tokens = now, 0
-                lr = optimizer.param_groups[0]["lr"]
+                speed, clock, tokens, lr = tokens / (now - clock), now, 0, optimizer.param_groups[0]["lr"]
                 log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             if is_main and (done % config.eval_interval == 0 or done == config.max_steps):

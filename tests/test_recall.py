@@ -78,13 +78,13 @@ def test_accuracy_is_that_of_the_last_token():
 
 
 def test_the_command_compares_and_keeps_a_curve_for_each_run(command, tmp_path):
-    flags = [*TINY, "--attentions", "softmax", "elu", "--seeds", 2, "--out_dir", tmp_path]
+    flags = [*TINY, "--attentions", "softmax", "hedgehog", "--seeds", 2, "--out_dir", tmp_path]
     code, stdout, stderr = command("recall", *flags)
     assert code == 0, stderr
-    assert "| softmax |" in stdout and "| 1+ELU |" in stdout and "(2)" in stdout
+    assert "| softmax |" in stdout and "| Hedgehog |" in stdout and "(2)" in stdout
     report = json.loads((tmp_path / "recall.json").read_text())
     assert [(r["config"]["attention"], r["config"]["seed"]) for r in report["runs"]] == [
-        ("softmax", 1), ("softmax", 2), ("elu", 1), ("elu", 2),
+        ("softmax", 1), ("softmax", 2), ("hedgehog", 1), ("hedgehog", 2),
     ]  # fmt: skip
     for r in report["runs"]:
         assert [step for step, _ in r["curve"]] == [2, 4] and r["steps"] == 4

@@ -133,6 +133,22 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(tra
     assert code == 0 and "resuming" in stdout  # a checkpoint of two processes loads in one
 
 
+def test_training_stops_at_the_first_validation_loss_that_is_low_enough_in_all_processes(train, text, tmp_path):
+    process = start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--dataset", "text",
+        "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--stop_loss", 100, "--max_steps", 90,
+    )  # fmt: skip
+    assert train("--out_dir", tmp_path / "one", "--stop_loss", 100, "--max_steps", 90)[0] == 0
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, stderr
+    for name in ("one", "two"):
+        assert load_checkpoint(tmp_path / name / "last.safetensors")[1]["step"] == 3
+        assert max(losses(tmp_path / name)) == 3 and (tmp_path / name / "result.json").exists()
+    code, stdout, _ = train("--out_dir", tmp_path / "one", "--stop_loss", 100, "--max_steps", 90, "--resume")
+    assert code == 0 and "resuming" in stdout and max(losses(tmp_path / "one")) == 3
+    assert train("--out_dir", tmp_path / "on", "--max_steps", 6)[0] == 0 and max(losses(tmp_path / "on")) == 6
+
+
 # ---------------------------------------------------------------- resume
 
 

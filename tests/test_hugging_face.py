@@ -1,0 +1,64 @@
+"""analyze.py on models of transformers: queries, keys and masks are those that the model itself uses."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from analyze import hugging_face  # noqa: E402
+from attention import softmax_weights  # noqa: E402
+
+SMALL = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=300)
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=64, vocab_size=300),
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **SMALL),
+    "bert": lambda: transformers.BertConfig(max_position_embeddings=64, **SMALL),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    """A random model and a byte tokenizer in a folder, as `save_pretrained` leaves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    config = CONFIGS[request.param]()
+    config.initializer_range = 0.5
+    transformers.AutoModel.from_config(config).eval().save_pretrained(tmp_path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path)
+    return request.param, tmp_path
+
+
+def test_captured_queries_and_keys_give_the_models_own_attention_weights(folder):
+    name, path = folder
+    qk, causal = hugging_face(str(path), "Linear attention, measured.", 20)
+    assert causal == (name != "bert") and len(qk) == 2
+    model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    ids = transformers.AutoTokenizer.from_pretrained(path)("Linear attention, measured.", return_tensors="pt")
+    with torch.no_grad():
+        wanted = model(input_ids=ids["input_ids"][:, :20], output_attentions=True).attentions
+    for (q, k), A in zip(qk, wanted):
+        assert q.shape == k.shape == (1, 4, 20, 8)
+        torch.testing.assert_close(softmax_weights(q, k, causal=causal), A, atol=1e-5, rtol=1e-4)
+        assert A[0, :, 19].amax() > 0.2  # far from uniform: a wrong scale or mask would show
+
+
+def test_the_command_analyses_a_hugging_face_folder(folder, command, tmp_path):
+    _, path = folder
+    code, stdout, stderr = command(
+        "analyze", path, "--maps", "elu", "hedgehog", "--tokens", 20, "--out_dir", tmp_path / "out"
+    )
+    assert code == 0, stderr
+    facts = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert facts["causal"] == (folder[0] != "bert") and list(facts["maps"]) == ["softmax", "elu", "hedgehog"]
+    assert "hedgehog, untrained (W = I)" in stdout
+
+
+def test_a_name_that_is_nothing_is_one_line_and_exit_code_2(command):
+    code, _, stderr = command("analyze", "no-such-name/at-all")
+    assert code == 2 and stderr.count("\n") == 1 and "neither a checkpoint of this program nor" in stderr
