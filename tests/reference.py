@@ -54,7 +54,7 @@ def linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor, causal: bool = Tru
 
 
 def feature(name: str, x: Tensor, position: int, phi) -> list:
-    """phi(x) of one vector x (D,) by its formula; learned maps get W (D, D), b (D,) of the head from `phi`."""
+    """phi(x) of one vector x (D,) by its formula; learned maps get W (D, d'), b (d',) of the head from `phi`."""
     D = len(x)
     if name == "elu":
         return [xi + 1 if xi > 0 else xi.exp() for xi in x]
@@ -72,7 +72,7 @@ def feature(name: str, x: Tensor, position: int, phi) -> list:
     if name == "taylor":  # all D^2 second-order features; the repository keeps half of them
         x = x / D**0.25
         return [1 + 0 * x[0], *x, *(x[a] * x[b] / math.sqrt(2) for a in range(D) for b in range(D))]
-    u = [sum(phi["weight"][d, f] * x[d] for d in range(D)) + phi["bias"][f] for f in range(D)]
+    u = [sum(phi["weight"][d, f] * x[d] for d in range(D)) + phi["bias"][f] for f in range(len(phi["bias"]))]
     if name == "t2r":
         return [ui if ui > 0 else 0 * ui for ui in u]
     plus, minus = [ui.exp() for ui in u], [(-ui).exp() for ui in u]

@@ -35,6 +35,28 @@ def parameters_of(phi, leaves: dict) -> list[dict]:
     return heads
 
 
+@pytest.mark.parametrize("n_features", [3, 9])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_map_to_another_dimension_is_the_formula(name, n_features):
+    phi, x = random_map(name, 2, 6, n_features=n_features, init="random"), torch.randn(2, 2, 5, 6).double()
+    want = reference.features(name, x, parameters_of(phi, dict(phi.named_parameters())))
+    assert phi.feature_dim == want.size(-1) == n_features * (1 if name == "t2r" else 2)
+    torch.testing.assert_close(phi(x), want, rtol=1e-9, atol=1e-9)
+
+
+def test_learned_maps_begin_as_they_are_told():
+    assert torch.equal(make_feature_map("hedgehog", 2, 4).weight, torch.eye(4).repeat(2, 1, 1))
+    assert torch.equal(make_feature_map("t2r", 2, 4, scale=3.0).weight, 3 * torch.eye(4).repeat(2, 1, 1))
+    torch.manual_seed(0)
+    W = make_feature_map("hedgehog", 3, 64, init="random", n_features=128).weight
+    assert W.shape == (3, 64, 128) and W.square().sum(1).mean().item() == pytest.approx(1.0, abs=0.02)
+    assert not torch.equal(W[0], W[1])
+    with pytest.raises(ValueError, match="only begin as the identity if it is square"):
+        make_feature_map("hedgehog", 2, 4, n_features=8)
+    with pytest.raises(ValueError, match="identity or random, not 'zero'"):
+        make_feature_map("hedgehog", 2, 4, init="zero")
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_of_every_map_equals_the_formula_in_values_and_all_gradients(name, scale):

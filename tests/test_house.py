@@ -29,7 +29,8 @@ def test_imports_go_one_way():
     allowed = {
         "feature_maps": set(), "kernels": set(), "kernels/chunked": {"feature_maps"},
         "kernels/chunked_triton": {"feature_maps"},
-        "window": {"feature_maps", "kernels"}, "attention": {"feature_maps", "kernels", "window"}, "figures": set(), "measure": {"kernels"}, "model": {"attention", "feature_maps"},
+        "window": {"feature_maps", "kernels"}, "attention": {"feature_maps", "kernels", "window"}, "figures": set(),
+        "measure": {"kernels"}, "model": {"attention", "feature_maps"},
         "common": set(), "data": {"common"}, "evaluate": {"common", "model"},
         "configs": {"common", "model"},
         "analyze": {"attention", "common", "data", "feature_maps", "figures", "model"},

@@ -215,3 +215,66 @@ def test_gelu_is_gpt2s_tanh_approximation():
     mlp, x = tiny().transformer.h[0].mlp, torch.randn(3, 16)
     torch.testing.assert_close(mlp(x), mlp.c_proj(F.gelu(mlp.c_fc(x), approximate="tanh")))
     assert not torch.equal(mlp(x), mlp.c_proj(F.gelu(mlp.c_fc(x))))
+
+
+# ---------------------------------------------------------------- beyond the paper
+
+
+def test_the_convolution_is_its_sum_and_begins_as_none():
+    """y_i = sum_t conv_t x_{i - taps + 1 + t}, coordinate by coordinate."""
+    attn = tiny(conv=3).transformer.h[0].attn
+    x, conv = torch.randn(2, 7, 48), attn.conv
+    y = attn.convolve(x, None)
+    for i in range(7):
+        want = sum(conv[t] * x[:, i - 2 + t] for t in range(3) if i - 2 + t >= 0)
+        torch.testing.assert_close(y[:, i], want)
+    with torch.no_grad():
+        conv.copy_(GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, conv=3)).transformer.h[0].attn.conv)
+    torch.testing.assert_close(attn.convolve(x, None), x)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog", "hedgehog_window"])
+def test_text_with_a_convolution_continues_in_pieces_as_at_once(attention):
+    model, idx = tiny(attention, conv=4, window=5), torch.randint(50, (2, 23))
+    with torch.no_grad():
+        want, caches, got, done = model.hidden(idx), [{} for _ in model.transformer.h], [], 0
+        for n in (1, 2, 1, 12, 7):
+            got.append(model.hidden(idx[:, done : done + n], caches, done))
+            done += n
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-4, rtol=1e-4)
+
+
+def test_configurations_of_the_first_checkpoints_are_read_with_defaults_for_later_fields():
+    from model import LATER
+
+    old = {k: v for k, v in vars(GPTConfig(n_layer=3)).items() if k not in LATER}
+    assert GPTConfig.of(old) == GPTConfig(n_layer=3)
+    with pytest.raises(ValueError, match="not the configuration of a GPT"):
+        GPTConfig.of({k: v for k, v in old.items() if k != "n_embd"})
+
+
+@pytest.mark.parametrize(
+    "field, value, line",
+    [
+        ("map_init", "zeros", "unknown map_init 'zeros'"),
+        ("map_features", 128, "cannot begin as the identity"),
+        ("conv", 1, "conv zero or at least 2 taps"),
+        ("window", 0, "window must be positive"),
+        ("init_std", 0.0, "init_std must be positive"),
+    ],
+)
+def test_what_makes_no_model_is_said(field, value, line):
+    with pytest.raises(ValueError, match=line):
+        GPTConfig(**{field: value})
+
+
+def test_the_options_of_learned_maps_reach_them():
+    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, map_init="random", map_features=12))
+    assert model.transformer.h[0].attn.attend.phi.weight.shape == (2, 8, 12)
+    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, attention="t2r", map_scale=3.0))
+    assert torch.equal(model.transformer.h[0].attn.attend.phi.weight[0], 3 * torch.eye(8))
+    idx = torch.randint(50, (1, 40))
+    wide = tiny(map_init="random", map_features=12, n_layer=1)
+    attn, (q, k) = wide.transformer.h[0].attn.attend, torch.randn(2, 1, 2, 40, 8)
+    torch.testing.assert_close(attn(q, k, k), attn.weights(q, k) @ k)  # kernels take square W, and are given features
+    assert wide(idx)[0].isfinite().all()
