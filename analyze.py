@@ -179,10 +179,6 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[
     return {"maps": maps, "below_minus_one": below}
 
 
-def mean(by_layer: list[list[float]]) -> float:
-    return float(np.mean(by_layer))
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -235,8 +231,20 @@ def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> T
 def label_of(name: str, attention: str) -> str:
     """A name with what a reader must know about it."""
     if name == attention:
-        return f"{name}, this model's"
-    return f"{name}, untrained (W = I)" if issubclass(FEATURE_MAPS.get(name, object), Learned) else name
+        return f"{figures.label(name)}, this model's"
+    learned = issubclass(FEATURE_MAPS.get(name, object), Learned)
+    return f"{figures.label(name)}, untrained (W = I)" if learned else figures.label(name)
+
+
+def table(facts: dict) -> str:
+    """Entropy, tau and KL of every attention, averaged over layers, heads and queries, in Markdown."""
+    lines = ["| attention weights | entropy, nats | Kendall's tau | KL(softmax, it), nats |", "|---|---|---|---|"]
+    for name, of_map in facts["maps"].items():
+        cells = (f"{np.mean(of_map[key]):.3f}" for key in ("entropy", "tau", "kl"))
+        lines.append(f"| {label_of(name, facts['attention'])} | {' | '.join(cells)} |")
+    lines += [f"| uniform | {facts['uniform_entropy']:.3f} | | |", "", "1 + x + x²/2, Taylor's weight, falls below "
+              f"x = -1: there are {np.mean(facts['below_minus_one']):.0%} of all q.k / sqrt(D)."]  # fmt: skip
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -267,25 +275,20 @@ def main() -> None:
 
     print(f"{name or FIRST}: {attention} attention, {L} layers, {H} heads of {D}, {T} tokens")
     found = measure(qk, causal, attends_of)
-    labels = {m: label_of(m, attention) for m in found["maps"]}
-    print(f"{'':30}{'entropy':>9}{'tau':>8}{'KL':>9}   mean over layers, heads and queries; nats")
-    for m, of_map in found["maps"].items():
-        print(f"{labels[m]:30}{mean(of_map['entropy']):9.3f}{mean(of_map['tau']):8.3f}{mean(of_map['kl']):9.3f}")
     uniform = np.mean([math.log(i + 1) for i in range(T)]) if causal else math.log(T)
-    print(f"{'uniform weights':30}{uniform:9.3f}")
-    print(f"1 + x + x^2/2 is not monotone below x = -1: there are {np.mean(found['below_minus_one']):.1%} of all "
-          "q.k / sqrt(D)")  # fmt: skip
+    facts = {"analysis": 1, **provenance(), "config": asdict(config), "attention": attention, "causal": causal,
+             "tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}  # fmt: skip
+    print(table(facts))
 
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"analysis": 1, **provenance(), "config": asdict(config), "attention": attention, "causal": causal,
-             "tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}  # fmt: skip
     write_atomically(out / "analysis.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
     heads = np.asarray(found["maps"]["softmax"]["entropy"])
     layer = int(heads.min(1).argmin()) if config.layer < 0 else config.layer
     if layer >= L:
         raise UserError(f"--layer {layer}: this model has layers 0 to {L - 1}")
     q, k = qk[layer]
+    labels = {m: label_of(m, attention) for m in found["maps"]}
     with torch.no_grad():
         weights = {labels[m]: A[0] for m, A in all_weights(q[:1], k[:1], causal, attends_of(layer)).items()}
     scores = (q[0].double() @ k[0].double().mT) / math.sqrt(D)

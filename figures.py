@@ -74,8 +74,7 @@ def spikiness(axes, facts: dict, labels: dict) -> None:
             axis.scatter(values, np.full(len(values), -i), color=color, marker=marker, alpha=0.5, s=28)
             axis.plot([values.mean()] * 2, [-i - 0.3, -i + 0.3], color=color, linewidth=2.5)
         axis.grid(alpha=0.3)
-    names_of_maps = [label(n) + labels[n].removeprefix(n) for n in names]
-    axes[0].set_yticks([-i for i in range(len(names))], names_of_maps, fontsize=8)
+    axes[0].set_yticks([-i for i in range(len(names))], [labels[n] for n in names], fontsize=8)
     axes[1].set_yticks([-i for i in range(len(names))], [])
     axes[0].axvline(facts["uniform_entropy"], color="0.4", linestyle=":")
     entropy = {n: float(np.mean(facts["maps"][n]["entropy"])) for n in names}
@@ -105,6 +104,7 @@ def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, l
                 seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
                 axis.scatter(scores[head, i, seen], A[head, i, seen].clamp(min=1e-9), s=7, color=shade, alpha=0.6)
             axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter("")
             axis.set_title(f"{name}\ntau {tau:.2f}", fontsize=8)
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)

@@ -19,6 +19,7 @@ import torch
 import kernels
 from common import UserError, as_user_error, load_checkpoint, parse, pick_device, restore, run
 from data import get_tokenizer, read_text
+from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 
 
@@ -87,7 +88,7 @@ def main() -> None:
             f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the "
             f"{model.config.max_length} positions of this model: shorten the prompt or lower --max_new_tokens"
         )
-    if model.config.attention != "softmax":
+    if model.config.attention in FEATURE_MAPS:
         print(kernels.describe(device), file=sys.stderr)
     out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
     print(prompt, end="", flush=True)

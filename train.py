@@ -45,6 +45,7 @@ from common import (
 )
 from configs import FitConfig, TrainConfig, read_config
 from evaluate import perplexity, report
+from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 
 
@@ -304,7 +305,7 @@ def main() -> None:
         dist.barrier()  # rank 0 prepares kernel and data, the others find them prepared
     with as_user_error():
         kernels.use(config.kernel, world.device)
-    kernel = "" if config.attention == "softmax" else f", {kernels.describe(world.device)}"
+    kernel = f", {kernels.describe(world.device)}" if config.attention in FEATURE_MAPS else ""
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
     if is_main and world.size > 1:
         dist.barrier()

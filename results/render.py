@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import analyze  # noqa: E402
 import compare  # noqa: E402
 import figures  # noqa: E402
 import recall  # noqa: E402
@@ -64,29 +65,26 @@ def mean(group: list[dict], key: str) -> float:
     return statistics.mean(r["final"][key] for r in group)
 
 
-def provenance(facts: dict) -> str:
-    """Where a table comes from, in one line."""
-    runs = facts["runs"]
-    minutes = (
-        f"{facts['minutes']:.0f} minutes" if facts["minutes"] else f"{sum(r['minutes'] for r in runs):.0f} minutes"
-    )
-    return f"`{facts['command']}`, {minutes}, {facts['machine']}, commit {facts['commit']}."
-
-
-def experiment(name: str, table) -> str:
-    """A table of an experiment that was kept in results/, and its provenance."""
+def experiment(name: str, table, command: str) -> str:
+    """The table of an experiment whose file is in results/, and where it comes from; or the command that makes it."""
+    if not (HERE / name).exists():
+        return f"Not run yet: `{command}`."
     facts = read(name)
-    return f"{table(facts['runs'])}\n\n{provenance(facts)}"
+    minutes = f", {facts['minutes']:.0f} minutes" if "minutes" in facts else ""
+    source = f"`{facts['command']}`{minutes}, {facts['machine']}, commit {facts['commit']}."
+    return f"{table(facts.get('runs', facts))}\n\n{source}"
 
 
+COMPARE = "python compare.py"
 TABLES = {
     "results": lambda: table(),
     "speed": lambda: speed_table(),
-    "recall": lambda: experiment("recall.json", recall.table),
-    "paper": lambda: experiment("compare-stdlib-paper.json", compare.table),
-    "compare": lambda: experiment("compare-stdlib.json", compare.table),
-    "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table),
-    "ablations": lambda: experiment("ablations.json", compare.ablation_table),
+    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all --seeds 3"),
+    "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
+    "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
+    "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
+    "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table, f"{COMPARE} --dataset wikitext2"),
+    "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
 }
 
 
@@ -161,8 +159,10 @@ if __name__ == "__main__":
     )
     figures.curves(FIGURES / "curves.png", runs, title, axis, "python train.py --attention NAME --seed 1, 2, 3")
     figures.speed(FIGURES / "speed.png", json.loads(BENCH.read_text())["rows"], "python bench.py")
-    facts = read("recall.json")
-    figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
-    compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
+    if (HERE / "recall.json").exists():
+        facts = read("recall.json")
+        figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
+    if (HERE / "compare-stdlib.json").exists():
+        compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))

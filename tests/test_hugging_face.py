@@ -56,7 +56,7 @@ def test_the_command_analyses_a_hugging_face_folder(folder, command, tmp_path):
     assert code == 0, stderr
     facts = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert facts["causal"] == (folder[0] != "bert") and list(facts["maps"]) == ["softmax", "elu", "hedgehog"]
-    assert "hedgehog, untrained (W = I)" in stdout
+    assert "Hedgehog, untrained (W = I)" in stdout
 
 
 def test_a_name_that_is_nothing_is_one_line_and_exit_code_2(command):

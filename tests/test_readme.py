@@ -6,9 +6,12 @@ import shlex
 
 from conftest import ROOT
 
+from analyze import AnalyzeConfig
 from bench import BenchConfig
 from common import parse
+from compare import CompareConfig
 from configs import read_config
+from recall import RecallConfig
 from sample import SampleConfig
 
 README = (ROOT / "README.md").read_text()
@@ -31,6 +34,10 @@ def test_the_python_example_runs_as_printed():
 def test_every_command_is_understood():
     """Flags and recipes are read by the commands' own parsers; nothing is trained."""
     seen = set()
+    configs = {
+        "bench.py": BenchConfig(), "sample.py": SampleConfig(), "analyze.py": AnalyzeConfig(),
+        "recall.py": RecallConfig(), "compare.py": CompareConfig(),
+    }  # fmt: skip
     for block in (code for language, code in BLOCKS if language == "bash"):
         for line in block.splitlines():
             words = shlex.split(line.split("#")[0].split("&&")[-1])
@@ -40,14 +47,14 @@ def test_every_command_is_understood():
                 continue
             if script == "train.py":
                 read_config([a for a in argv if a not in ("--eval_only", "--init_from", "out/stdlib-hedgehog")], "")
-            elif script == "bench.py":
-                parse(BenchConfig(), argv, "")[0].check()
-            elif script == "sample.py":
-                parse(SampleConfig(), ["--checkpoint", *argv], "")
+            elif script in configs:
+                if argv and not argv[0].startswith("-"):
+                    argv.insert(0, "--checkpoint")
+                parse(configs[script], argv, "")[0].check()
             else:
                 assert words == [] or words[0] == "pytest", line
             seen.add(script)
-    assert {"train.py", "sample.py", "bench.py"} <= seen
+    assert {"train.py", *configs} <= seen
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
