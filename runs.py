@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -105,6 +106,16 @@ def one(work: Callable, config, threads: int) -> dict:
             return result
 
 
+def end_with_parent() -> None:
+    """A worker ends when the command that started it has ended, however it did."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))
 
@@ -137,7 +148,7 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
     spawn = multiprocessing.get_context("spawn")
     bar = tqdm(total=sum(c.max_steps for c in waiting), unit="step", dynamic_ncols=True)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
-    with bar, ProcessPoolExecutor(jobs, spawn) as pool:
+    with bar, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         futures = {pool.submit(one, work, config, threads): config for config in waiting}
         ended = 0
         try:
@@ -151,8 +162,10 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
                 states = {Path(c.out_dir).name: progress(c) for f, c in futures.items() if f.running()}
                 bar.set_postfix_str(", ".join(f"{n}: loss {x}" for n, (step, x) in states.items() if step), False)
                 bar.update(ended + sum(step for step, _ in states.values()) - bar.n)
-        except BaseException:
+        except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(e, KeyboardInterrupt):  # the workers had it, too: fit saves, then they end
+                raise KeyboardInterrupt("stopped: the same command goes on from where it was") from e
             raise
     return [results[c.out_dir] for c in configs]
 

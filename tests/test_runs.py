@@ -1,12 +1,17 @@
 """Many runs at once: each is made once, the best learning rate is chosen without the numbers that are reported."""
 
+import os
+import signal
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, start
+from test_recall import TINY as RECALL
 
-from common import RunError
+from common import RunError, load_checkpoint
 from runs import finished, mean_sd, one, sweep_and_seeds, write_json
 
 
@@ -72,6 +77,37 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_begins_anew(tmp_path):
     write_json(tmp_path / "a" / "result.json", {})
     one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # a result, but of other settings
     assert seen == [True, False]
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how):
+    """Ctrl-C (to all processes, as a terminal sends it) saves first; after kill -9 no worker is left behind."""
+    argv = [ROOT / "recall.py", *RECALL, "--attentions", "softmax", "--max_steps", 100000, "--out_dir", tmp_path]
+    process = start(*argv, start_new_session=True)
+    log = tmp_path / "softmax-lr0.002-seed1" / "log.jsonl"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert workers
+    os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
+    stderr = process.communicate(timeout=60)[1]
+    while not all(ended(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "the same command goes on" in stderr
+    assert load_checkpoint(log.parent / "last.safetensors")[1]["step"] >= 2
 
 
 def test_mean_and_spread():
