@@ -225,9 +225,9 @@ class LinearAttention(nn.Module):
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
         """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
+        kernel = kernels.fused(q, k, v)
         if q.size(2) <= SHORT and state is None and not carry:
             return linear_attention_quadratic(phi_query(q, offset), phi_key(k, offset), v, key_mask=key_mask), None
-        kernel = kernels.fused(q, k, v)
         if kernel is None:
             options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
             return chunked_with_maps(phi_query, phi_key, q, k, v, state, **options)
