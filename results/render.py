@@ -70,7 +70,8 @@ def experiment(name: str, table, command: str) -> str:
     if not (HERE / name).exists():
         return f"Not run yet: `{command}`."
     facts = read(name)
-    minutes = f", {facts['minutes']:.0f} minutes" if "minutes" in facts else ""
+    runs = facts.get("runs", [])
+    minutes = f", {len(runs)} runs of together {sum(r['minutes'] for r in runs):.0f} minutes" if runs else ""
     source = f"`{facts['command']}`{minutes}, {facts['machine']}, commit {facts['commit']}."
     return f"{table(facts.get('runs', facts))}\n\n{source}"
 
@@ -83,6 +84,7 @@ TABLES = {
     "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
     "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
     "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
+    "seeds": lambda: experiment("compare-stdlib-seeds.json", compare.table, COMPARE),
     "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table, f"{COMPARE} --dataset wikitext2"),
     "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
 }
