@@ -5,7 +5,7 @@
     python compare.py --setting paper                     with nothing that we add
     python compare.py --ablations                         what each addition is worth
 
-Every attention has the same sweep: each of --lrs for --sweep_steps with the first seed. The one with the least loss on
+Every attention has the same sweep: each of --lrs with the first seed. The one with the least loss on
 the first half of the validation text is trained in full with every seed, and its best checkpoint by that half is
 measured on the second half, which nothing else has seen. Interrupted, the same command goes on.
 """
@@ -62,8 +62,8 @@ class CompareConfig(TrainConfig):
     )  # any; Taylor takes 7x the time
     setting: str = "ours"  # ours, or paper: as published, where the paper says anything
     max_steps: int = 1200  # optimiser steps
-    lrs: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # learning rates that each attention tries
-    sweep_steps: int = 300  # steps of these trials
+    lrs: list[float] = field(default_factory=lambda: [2e-3, 4e-3])  # learning rates that each attention tries
+    sweep_steps: int = 0  # steps of these trials; 0: max_steps, and the best one's is the first seed's run
     seeds: int = 3  # seeds of each attention at its best learning rate, from --seed on
     ablations: bool = False  # instead: Hedgehog with one thing changed at a time, one seed, at --lr
     jobs: int = 0  # runs at a time, on threads of their own; 0: one for each core
@@ -75,8 +75,8 @@ class CompareConfig(TrainConfig):
             raise UserError(f"--attentions takes {', '.join(attentions())}, not {', '.join(sorted(unknown))}")
         if self.setting not in SETTINGS:
             raise UserError(f"unknown setting {self.setting!r}: choose one of {', '.join(SETTINGS)}")
-        if self.seeds < 1 or self.sweep_steps < 1 or self.jobs < 0 or not self.lrs or min(self.lrs) <= 0:
-            raise UserError("seeds, sweep_steps and lrs must be positive, jobs zero or more")
+        if self.seeds < 1 or min(self.sweep_steps, self.jobs) < 0 or not self.lrs or min(self.lrs) <= 0:
+            raise UserError("seeds and lrs must be positive, sweep_steps and jobs zero or more")
         if self.init_from or self.eval_only:
             raise UserError("compare.py trains from scratch: --init_from and --eval_only are train.py's")
 
