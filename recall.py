@@ -57,8 +57,8 @@ class RecallConfig(GPTConfig, FitConfig):
     n_layer: int = 4  # number of blocks
     n_head: int = 4  # heads of each attention
     n_embd: int = 128  # width: C = H D
-    max_steps: int = 600  # optimiser steps, of all stages together
-    stop_loss: float = 0.02  # stop as soon as the validation loss is at most this; 0: never
+    max_steps: int = 800  # optimiser steps, of all stages together
+    stop_loss: float = 0.005  # stop as soon as the validation loss is at most this; 0: never
     batch_size: int = 16  # sequences an optimiser step sees, of block_size tokens; of shorter ones as many tokens
     map_lr_scale: float = 3.0  # the feature maps' learning rate is this times lr
     weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
