@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import data
 import figures
-from attention import LinearAttention, softmax_weights
+from attention import LinearAttention, learns_map, softmax_weights
 from common import (
     UserError,
     as_user_error,
@@ -39,7 +39,7 @@ from common import (
     run,
     write_atomically,
 )
-from feature_maps import FEATURE_MAPS, Learned, make_feature_map
+from feature_maps import FEATURE_MAPS, make_feature_map
 from model import GPT, GPTConfig
 
 FIRST = "out/stdlib-hedgehog"  # where the first command leaves its checkpoint
@@ -232,8 +232,7 @@ def label_of(name: str, attention: str) -> str:
     """A name with what a reader must know about it."""
     if name == attention:
         return f"{figures.label(name)}, this model's"
-    learned = issubclass(FEATURE_MAPS.get(name, object), Learned)
-    return f"{figures.label(name)}, untrained (W = I)" if learned else figures.label(name)
+    return figures.label(name) + (", untrained (W = I)" if learns_map(name) else "")
 
 
 def table(facts: dict) -> str:

@@ -34,6 +34,7 @@ from feature_maps import (
     FEATURE_MAPS,
     FeatureMap,
     Hedgehog,
+    Learned,
     Untied,
     at_least_float32,
     make_feature_map,
@@ -278,6 +279,11 @@ WINDOWS = {"hedgehog_window": True, "softmax_window": False}  # window.py: with 
 def attentions() -> list[str]:
     """Every name that make_attention knows."""
     return ["softmax", *FEATURE_MAPS, *WINDOWS]
+
+
+def learns_map(name: str) -> bool:
+    """Whether the attention called `name` has a feature map with parameters."""
+    return name in WINDOWS or issubclass(FEATURE_MAPS.get(name, object), Learned)
 
 
 def make_attention(name: str, n_head: int, head_dim: int, *, window: int = 32, **options) -> nn.Module:

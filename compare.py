@@ -5,7 +5,8 @@
     python compare.py --setting paper                     with nothing that we add
     python compare.py --ablations                         what each addition is worth
 
-Every attention has the same sweep: each of --lrs with the first seed. The one with the least loss on
+Every attention has the same sweep: each of --lrs with the first seed; where maps are learned, each with each of
+--map_lr_scales. The one with the least loss on
 the first half of the validation text is trained in full with every seed, and its best checkpoint by that half is
 measured on the second half, which nothing else has seen. Interrupted, the same command goes on.
 """
@@ -20,7 +21,7 @@ import torch
 
 import data
 import figures
-from attention import attentions
+from attention import attentions, learns_map
 from common import UserError, as_user_error, parse, pick_dtype, provenance, run
 from configs import TrainConfig
 from evaluate import perplexity
@@ -29,7 +30,9 @@ from runs import mean_sd, run_all, sweep_and_seeds, train_one, write_json
 PRIOR = ("elu", "relu", "performer", "cosformer", "t2r")  # linear attentions before Hedgehog, but for Taylor's series
 SETTINGS = {  # changes of TrainConfig's defaults
     "ours": {},
-    "paper": dict(qk_gain=1.0, qk_bias=0.0, rope_base=10000.0, map_lr_scale=1.0, weight_decay=0.01),
+    "paper": dict(
+        qk_gain=1.0, qk_bias=0.0, rope_base=10000.0, map_lr_scale=1.0, map_lr_scales=[1.0], weight_decay=0.01
+    ),
 }
 # Hedgehog, one thing changed at a time; the first row is the setting they change.
 ABLATIONS: dict[str, dict] = {
@@ -63,6 +66,7 @@ class CompareConfig(TrainConfig):
     setting: str = "ours"  # ours, or paper: as published, where the paper says anything
     max_steps: int = 1200  # optimiser steps
     lrs: list[float] = field(default_factory=lambda: [2e-3, 4e-3])  # learning rates that each attention tries
+    map_lr_scales: list[float] = field(default_factory=lambda: [2.5, 10.0])  # with each lr, where maps are learned
     sweep_steps: int = 0  # steps of these trials; 0: max_steps, and the best one's is the first seed's run
     seeds: int = 3  # seeds of each attention at its best learning rate, from --seed on
     ablations: bool = False  # instead: Hedgehog with one thing changed at a time, one seed, at --lr
@@ -75,8 +79,10 @@ class CompareConfig(TrainConfig):
             raise UserError(f"--attentions takes {', '.join(attentions())}, not {', '.join(sorted(unknown))}")
         if self.setting not in SETTINGS:
             raise UserError(f"unknown setting {self.setting!r}: choose one of {', '.join(SETTINGS)}")
-        if self.seeds < 1 or min(self.sweep_steps, self.jobs) < 0 or not self.lrs or min(self.lrs) <= 0:
-            raise UserError("seeds and lrs must be positive, sweep_steps and jobs zero or more")
+        if self.seeds < 1 or min(self.sweep_steps, self.jobs) < 0 or min([0.0, *self.lrs, *self.map_lr_scales]) < 0:
+            raise UserError("seeds, lrs and map_lr_scales must be positive, sweep_steps and jobs zero or more")
+        if not self.lrs or not self.map_lr_scales or 0 in self.lrs + self.map_lr_scales:
+            raise UserError("give at least one of lrs and of map_lr_scales, all positive")
         if self.init_from or self.eval_only:
             raise UserError("compare.py trains from scratch: --init_from and --eval_only are train.py's")
 
@@ -152,11 +158,16 @@ def table(results: list[dict]) -> str:
             f"{mean_sd([r['final']['loss'] for r in runs])} ({len(runs)})",
             f"{np.mean([r['final'][key] for r in runs]):.3f}",
             mean_sd([100 * c for c in closed], ".1f") if closed and name not in PRIOR else "",
-            f"{runs[0]['config']['lr']:g}", f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
+            lr_of(runs[0]["config"]), f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
             f"{np.mean([r['minutes'] for r in runs]):.1f}",
         ]  # fmt: skip
         lines.append(f"| {figures.label(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def lr_of(config: dict) -> str:
+    maps = f", maps {config['lr'] * config['map_lr_scale']:g}" if learns_map(config["attention"]) else ""
+    return f"{config['lr']:g}{maps}"
 
 
 def ablation_table(results: list[dict]) -> str:
@@ -194,8 +205,13 @@ def main() -> None:
         text, name = ablation_table(facts["runs"]), "ablations.json"
     else:
         configs = [replace(base, attention=a, out_dir=str(out / a)) for a in config.attentions]
+
+        def trials(run: TrainConfig) -> list[dict]:
+            scales = config.map_lr_scales if learns_map(run.attention) else [config.map_lr_scale]
+            return [{"lr": lr} | ({"map_lr_scale": x} if len(scales) > 1 else {}) for lr in config.lrs for x in scales]
+
         sweep, results = sweep_and_seeds(
-            one_run, configs, config.lrs, config.seeds, config.jobs, describe, lambda r: r["dev_loss"],
+            one_run, configs, trials, config.seeds, config.jobs, describe, lambda r: r["dev_loss"],
             config.sweep_steps,
         )  # fmt: skip
         facts |= {"runs": results, "sweep": [describe(r) for r in sweep]}

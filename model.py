@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attentions, make_attention
-from feature_maps import FEATURE_MAPS, FeatureMap, Learned
+from attention import WINDOWS, attentions, learns_map, make_attention
+from feature_maps import FeatureMap
 
 
 @dataclass
@@ -144,10 +144,9 @@ def map_options(config: GPTConfig) -> dict:
     options: dict = {} if config.tie else {"tie": False}
     if config.attention == "cosformer":
         options["max_len"] = config.block_size
-    window = config.attention.endswith("_window")
-    if window:
+    if config.attention in WINDOWS:
         options["window"] = config.window
-    if window or issubclass(FEATURE_MAPS.get(config.attention, object), Learned):
+    if learns_map(config.attention):
         options |= {"init": config.map_init, "scale": config.map_scale, "n_features": config.map_features or None}
     return options
 

@@ -226,8 +226,9 @@ def main() -> None:
         config, attentions=[], all=False, seeds=1, lrs=[], jobs=0
     )  # what a run's configuration need not say
     configs = [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    trials = [{"lr": lr} for lr in config.lrs or [config.lr]]
     sweep, results = sweep_and_seeds(
-        one_run, configs, config.lrs or [config.lr], config.seeds, config.jobs, describe, loss=lambda r: r["dev_loss"]
+        one_run, configs, lambda _: trials, config.seeds, config.jobs, describe, lambda r: r["dev_loss"]
     )
     minutes = (time.perf_counter() - began) / 60
     write_json(out / "recall.json", {"recall": 1, **provenance(), "minutes": round(minutes, 1), "runs": results,

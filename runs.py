@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,6 @@ import kernels
 from common import (
     Log,
     RunError,
-    UserError,
     World,
     as_user_error,
     load_checkpoint,
@@ -171,29 +171,28 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
 
 
 def sweep_and_seeds(
-    work: Callable, configs: list, lrs: list[float], seeds: int, jobs: int, describe: Callable, loss: Callable,
-    sweep_steps: int = 0,
+    work: Callable, configs: list, trials: Callable[[Any], list[dict]], seeds: int, jobs: int, describe: Callable,
+    loss: Callable, sweep_steps: int = 0,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
-    """For each config: every learning rate with its own seed, then `seeds` seeds at the best of them.
+    """For each config: every one of its trials with its own seed, then `seeds` seeds of the best of them.
 
-    loss(result): what the best learning rate has least of; it must not be what is reported. sweep_steps: length of
-    the sweep's runs; 0: that of the others. Returns (the sweep's results, the results at the best learning rates).
+    trials(config): what to change, e.g. [{"lr": 1e-3}, {"lr": 3e-3}]. loss(result): what the best trial has least of;
+    it must not be what is reported. sweep_steps: length of the trials; 0: that of the others, and the best one is its
+    seed's run. Returns (the trials' results, the results with the best settings).
     """
-    if not lrs or seeds < 1:
-        raise UserError("give at least one learning rate and one seed")
 
-    def run_of(config, lr: float, seed: int, steps: int):
-        name = f"{Path(config.out_dir).name}-lr{lr:g}-seed{seed}" + (f"-{steps}" if steps != config.max_steps else "")
-        return replace(config, lr=lr, seed=seed, max_steps=steps, out_dir=str(Path(config.out_dir).with_name(name)))
+    def run_of(config, changes: dict, seed: int, steps: int):
+        parts = [Path(config.out_dir).name, *(f"{name}{value:g}" for name, value in changes.items()), f"seed{seed}"]
+        name = "-".join(parts + ([str(steps)] if steps != config.max_steps else []))
+        return replace(config, **changes, seed=seed, max_steps=steps, out_dir=str(Path(config.out_dir).with_name(name)))
 
-    sweep, best = [], {config.out_dir: lrs[0] for config in configs}
-    if len(lrs) > 1:
-        trials = [run_of(c, lr, c.seed, sweep_steps or c.max_steps) for c in configs for lr in lrs]
-        sweep = run_all(work, trials, jobs, describe)
-        for i, config in enumerate(configs):
-            tried = [r for r in sweep[i * len(lrs) : (i + 1) * len(lrs)] if "failed" not in r]
-            if tried:
-                best[config.out_dir] = min(tried, key=loss)["config"]["lr"]
+    tried = [(c, changes) for c in configs if len(trials(c)) > 1 for changes in trials(c)]
+    sweep = run_all(work, [run_of(c, x, c.seed, sweep_steps or c.max_steps) for c, x in tried], jobs, describe)
+    best = {c.out_dir: trials(c)[0] for c in configs}
+    for config in configs:
+        ended = [(loss(r), i) for i, ((c, _), r) in enumerate(zip(tried, sweep)) if c is config and "failed" not in r]
+        if ended:
+            best[config.out_dir] = tried[min(ended)[1]][1]
     final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for i in range(seeds) for c in configs]
     results = run_all(work, final, jobs, describe)  # one seed of all, then the next
     return sweep, [r for i in range(len(configs)) for r in results[i :: len(configs)]]

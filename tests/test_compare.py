@@ -16,7 +16,7 @@ FLAGS.remove("5")
 
 
 def run_of(attention, seed, loss, lr=0.001):
-    config = {"attention": attention, "seed": seed, "lr": lr, "vocab_size": 256}
+    config = {"attention": attention, "seed": seed, "lr": lr, "vocab_size": 256, "map_lr_scale": 10.0}
     final = {"loss": loss, "bits_per_byte": loss * 1.44, "perplexity": np.exp(loss)}
     return {"config": config, "final": final, "tokens_per_s": 10.0, "minutes": 1.0}
 
@@ -93,7 +93,8 @@ def test_ablations_are_one_run_each_with_a_table_of_differences():
         ("--setting mine", "unknown setting 'mine': choose one of ours, paper"),
         ("--seeds 0", "must be positive"),
         ("--dataset stdlibb", "unknown data set 'stdlibb'"),
-        ("--lrs 0", "must be positive"),
+        ("--lrs 0", "give at least one of lrs"),
+        ("--map_lr_scales -1", "must be positive"),
         ("--map_init none", "unknown map_init 'none'"),
     ],
 )
@@ -106,3 +107,16 @@ def test_defaults_are_the_first_commands_model_at_half_its_steps():
     ours, first = vars(CompareConfig()), vars(TrainConfig())
     changed = {name for name in first if ours[name] != first[name]}
     assert changed == {"max_steps"}
+
+
+def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_lr(command, tmp_path, text):
+    code, stdout, stderr = command(
+        "compare", "--dataset", "text", "--data_dir", text, *FLAGS, "--attentions", "t2r", "elu", "--lrs", 0.001, 0.01,
+        "--map_lr_scales", 1, 5, "--max_steps", 3, "--seeds", 1, "--jobs", 1, "--out_dir", tmp_path,
+    )  # fmt: skip
+    assert code == 0, stderr
+    names = {p.name for p in tmp_path.iterdir() if p.is_dir()}
+    assert names == {f"t2r-lr{lr}-map_lr_scale{x}-seed1" for lr in ("0.001", "0.01") for x in (1, 5)} | {
+        "elu-lr0.001-seed1", "elu-lr0.01-seed1"
+    }  # fmt: skip
+    assert ", maps 0.0" in stdout
