@@ -138,8 +138,8 @@ def attention_maps(path: Path, command: str, weights: dict, layer: int, most_hea
         for h, axis in enumerate(axes[:, 0]):
             axis.set_ylabel(f"head {h}: query", fontsize=8)
         figure.suptitle(
-            f"Attention weights of layer {layer}, keys from left to right; black is the query's largest weight "
-            "(square root of the ratio); below: mean entropy", fontsize=9,
+            f"Attention weights of layer {layer}: keys from left to right, black where a query's weight is largest\n"
+            "(square root of weight / largest weight); below: mean entropy", fontsize=8,
         )  # fmt: skip
 
     return plot(path, command, draw, heads, cols, (1.35 * cols + 0.5, 1.65 * heads + 0.9), squeeze=False)

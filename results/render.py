@@ -84,8 +84,6 @@ TABLES = {
     "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
     "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
     "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
-    "seeds": lambda: experiment("compare-stdlib-seeds.json", compare.table, COMPARE),
-    "same": lambda: experiment("compare-stdlib-same-lr.json", compare.table, f"{COMPARE} --lrs 2e-3"),
     "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table, f"{COMPARE} --dataset wikitext2"),
     "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
 }
