@@ -220,7 +220,7 @@ def main() -> None:
         config.check()
     if config.all:
         config.attentions = config.attentions if "attentions" in given else ["softmax", *FEATURE_MAPS]
-        config.lrs = config.lrs or ([config.lr] if "lr" in given else [1.5e-3, 3e-3])
+        config.lrs = config.lrs or ([config.lr] if "lr" in given else [2e-3, 4e-3])
     began, out = time.perf_counter(), Path(config.out_dir)
     single = replace(
         config, attentions=[], all=False, seeds=1, lrs=[], jobs=0
