@@ -255,11 +255,11 @@ class LinearAttention(nn.Module):
             return None  # what watches or changes the map shall see it called
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
-        """Attend from new tokens to `cache` (State: of constant size) and to each other."""
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:
+        """Attend from new tokens to `cache` (State: of constant size) and to each other; key_mask is theirs."""
         state, offset, T = cache.get("state"), cache.get("length", 0), q.size(2)
-        if T != 1 or state is None:
-            y, state = self.causal_attention(q, k, v, state, offset=offset)
+        if T != 1 or state is None or key_mask is not None:
+            y, state = self.causal_attention(q, k, v, state, key_mask=key_mask, offset=offset)
         else:
             kernel = None if torch.is_grad_enabled() else kernels.fused(q, k, v)
             maps = kernel and self.hedgehog(kernel)

@@ -193,11 +193,14 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 # ---------------------------------------------------------------- checkpoints
 
 
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """state_dict without the second names of tied weights (lm_head.weight is transformer.wte.weight)."""
+def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
+    """state_dict without the second names of tied weights (lm_head.weight is transformer.wte.weight), and without
+    frozen parameters: those are where they came from."""
     first: dict[int, str] = {}
+    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and not frozen_too}
     for name, tensor in model.state_dict().items():
-        first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
+        if tensor.data_ptr() not in frozen:
+            first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
     return {name: model.state_dict()[name] for name in first.values()}
 
 

@@ -180,6 +180,21 @@ def taylor(axes, facts: dict, scores) -> None:
 # ---------------------------------------------------------------- recall.py and compare.py
 
 
+def heads(path: Path, values: np.ndarray, title: str, command: str) -> str:
+    """A number for every layer and head (L, H) as a heat map."""
+
+    def draw(figure, axes):
+        L, H = values.shape
+        image = axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
+        figure.colorbar(image, label="nats")
+        axes.set(xlabel="head", ylabel="layer", title=title, xticks=range(H), yticks=range(L))
+        for (layer, head), value in np.ndenumerate(values if L * H <= 150 else np.zeros((0, 0))):
+            dark = value < 0.6 * values.max()
+            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+
+    return plot(path, command, draw, size=(1.8 + 0.5 * values.shape[1], 1.8 + 0.3 * values.shape[0]))
+
+
 def recall(path: Path, groups: dict[str, list[dict]], command: str) -> str:
     """Fig. 5: accuracy against mean attention entropy and monotonicity; and the learning curves."""
 

@@ -90,8 +90,8 @@ class StopSignal:
 
 
 # What a resumed run may set otherwise than the run that was interrupted.
-MAY_CHANGE = """max_steps stop_loss grad_accum eval_interval save_interval log_interval device out_dir resume kernel
-    compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
+MAY_CHANGE = """max_steps stop_loss patience grad_accum eval_interval save_interval log_interval device out_dir resume
+    kernel compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
 
 
 def fit(
@@ -113,9 +113,9 @@ def fit(
     loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
     meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
 
-    Stops at max_steps, or as soon as the validation loss is at most config.stop_loss. Writes last.safetensors,
-    best.safetensors and log.jsonl into config.out_dir. Returns the last evaluation. Raises RunError when the loss is
-    not finite or a file cannot be written, and KeyboardInterrupt, after saving, on Ctrl-C or SIGTERM.
+    Stops at max_steps, once the validation loss is at most stop_loss, or after `patience` validations without a better
+    one. Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Returns the
+    last evaluation. Raises RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
     """
     n_pieces = max(1, config.grad_accum // world.size)  # on each device
     if config.batch_size % (world.size * n_pieces) or (config.grad_accum > 1 and config.grad_accum % world.size):
@@ -132,12 +132,12 @@ def fit(
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    start, best, seconds, log = 0, math.inf, 0.0, Log(out / "log.jsonl")
+    start, best, since, seconds, log = 0, math.inf, 0, 0.0, Log(out / "log.jsonl")
     if config.resume and (out / "last.safetensors").exists():
         tensors, saved = load_checkpoint(out / "last.safetensors")
         check_same_run(saved, meta, out, say)
         restore(tensors, model, optimizer, out / "last.safetensors")
-        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        start, best, since, seconds = saved["step"], saved["best"], saved.get("since", 0), saved["seconds"]
         say(f"resuming {out} at step {start}")
     elif config.resume:
         say(f"nothing to resume in {out}: starting at step 0")
@@ -153,7 +153,10 @@ def fit(
         if not all(p.isfinite().all() for p in params):
             raise RunError(f"step {step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
         spent = seconds + time.perf_counter() - began
-        save_checkpoint(out / name, model, optimizer, step=step, best=best, seconds=spent, **meta)
+        save_checkpoint(out / name, model, optimizer, step=step, best=best, since=since, seconds=spent, **meta)
+
+    def enough() -> bool:
+        return best <= config.stop_loss or 0 < config.patience <= since
 
     result: dict = {}
     stop, began = StopSignal(), time.perf_counter()
@@ -163,7 +166,7 @@ def fit(
     model.train()
     with stop:
         for step in range(start, config.max_steps):
-            if best <= config.stop_loss:
+            if enough():
                 break
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * lr_factor(step, config)
@@ -209,15 +212,15 @@ def fit(
                 model.train()
                 log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
                 bar.write(f"step {done}: validation loss {result['loss']:.4f}")
-                if result["loss"] < best:
-                    best = result["loss"]
+                best, since = (result["loss"], 0) if result["loss"] < best else (best, since + 1)
+                if not since:
                     save("best.safetensors", done)
                 clock, tokens = time.perf_counter(), 0
             if ddp is not None and done % config.eval_interval == 0:
-                shared = [best]
+                shared = [best, since]
                 dist.broadcast_object_list(shared)  # rank 0 alone evaluates; all stop together
-                best = shared[0]
-            stopping, last = bool(asked.item()), done == config.max_steps or best <= config.stop_loss
+                best, since = shared
+            stopping, last = bool(asked.item()), done == config.max_steps or enough()
             if is_main and (done % config.save_interval == 0 or last or stopping):
                 save("last.safetensors", done)
             if stopping and not last:

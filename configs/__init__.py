@@ -19,6 +19,7 @@ class FitConfig:
 
     max_steps: int = 2400  # optimiser steps
     stop_loss: float = 0.0  # stop as soon as the validation loss is at most this; 0: never
+    patience: int = 0  # stop after so many validations without a better one; 0: never
     batch_size: int = 8  # sequences an optimiser step sees, over all devices
     grad_accum: int = 1  # pieces of the batch, divided among the devices: less memory, same result
     lr: float = 2e-3  # peak learning rate
@@ -42,7 +43,7 @@ class FitConfig:
     def check(self) -> None:
         """Raise ValueError for numbers that make no sense."""
         positive = "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
-        at_least_zero = "stop_loss warmup_steps weight_decay grad_clip seed".split()
+        at_least_zero = "stop_loss patience warmup_steps weight_decay grad_clip seed".split()
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, not {self.seed}")
         for name in positive + at_least_zero + ["beta1", "beta2"]:

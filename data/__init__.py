@@ -68,7 +68,12 @@ class GPT2Tokenizer:
         return self.bpe.decode_bytes(list(ids))
 
 
-def get_tokenizer(name: str) -> ByteTokenizer | GPT2Tokenizer:
+def get_tokenizer(name: str):
+    """ "bytes", "gpt2", or "hf:" and where transformers finds one."""
+    if name.startswith("hf:"):
+        from hf import Tokenizer  # only conversions need transformers
+
+        return Tokenizer(name.removeprefix("hf:"))
     if name not in ("bytes", "gpt2"):
         raise UserError(f"unknown tokenizer {name!r}: choose bytes or gpt2")
     return ByteTokenizer() if name == "bytes" else GPT2Tokenizer()
@@ -178,7 +183,7 @@ def prepare(name: str, data_dir: str = "", tokenizer: str = "auto", say: Callabl
     module = importlib.import_module(f"data.{name}")
     tokenizer = module.TOKENIZER if tokenizer == "auto" else tokenizer
     key = hashlib.sha256(f"{name} {tokenizer} {fingerprint(module.files(data_dir))}".encode()).hexdigest()[:12]
-    folder = PREPARED / f"{name}-{tokenizer}-{key}"
+    folder = PREPARED / f"{name}-{tokenizer.partition(':')[0]}-{key}"
     if not (folder / "meta.json").exists():
         encode(folder, module.splits(data_dir), get_tokenizer(tokenizer), name, say)
     return Tokens(folder)
@@ -211,7 +216,7 @@ def fingerprint(files: list[Path]) -> str:
 def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str, say: Callable) -> None:
     """Write one file of token ids per split, with a progress bar; the folder appears when all is done."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    dtype = np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     counts = {}
     try:
         beside.mkdir(parents=True)

@@ -1,0 +1,242 @@
+"""The stages of a conversion, and the ladder of controls that its numbers need; for any model. Not a command:
+convert_gpt2.py and convert_llama.py are.
+
+    measure     the pretrained model, with softmax: the teacher
+    distil      put a feature map into every attention and train the maps alone to give softmax's weights (distill.py)
+    finetune    train on the task, with linear attention
+    evaluate    on text that no stage has trained on
+
+What a converted model scores means nothing alone. Did it need attention at all (zero attention)? Would a teacher that
+is finetuned as long be better still? Do fixed maps, or learned ones without mimicry (T2R), do as well? Every arm of
+the ladder is finetuned on the same batches; an undistilled map has the time of a distillation for finetuning, too.
+Each stage leaves its checkpoints in a folder of out_dir: the same command goes on where it was interrupted.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+from common import UserError, World, load_checkpoint, pick_device, pick_dtype, provenance, restore
+from configs import FitConfig
+from distill import distill, map_parameters, mimicry, set_mode, write_heads
+from evaluate import perplexity
+from runs import finished, write_json
+from train import fit
+
+
+class Arm(NamedTuple):
+    label: str
+    feature_map: str = ""  # "": the model as it is, with softmax
+    distilled: bool = False
+    finetuned: bool = True
+    mode: str = "linear"
+
+
+ARMS = {
+    "teacher": Arm("teacher", finetuned=False),
+    "teacher_finetuned": Arm("teacher, finetuned"),
+    "zero": Arm("zero attention, finetuned", "hedgehog", mode="zero"),
+    "swap": Arm("Hedgehog, swapped only", "hedgehog", finetuned=False),
+    "elu": Arm("1+ELU, finetuned", "elu"),
+    "relu": Arm("ReLU, finetuned", "relu"),
+    "exp": Arm("exp(x), finetuned", "exp_t1"),
+    "t2r": Arm("T2R: learned map, finetuned", "t2r"),
+    "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
+    "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
+    "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
+}
+STAGES = ("measure", "distil", "finetune", "evaluate")
+
+
+@dataclass
+class ConvertConfig(FitConfig):
+    arms: list[str] = field(default_factory=lambda: list(ARMS))  # rows of the ladder: NAMES
+    stage: str = "evaluate"  # measure, distil, finetune or evaluate: no further than this
+    tie: bool = True  # one map for queries and keys, as in Sec. 3; False: one each
+    distil_steps: int = 400  # optimiser steps of distillation
+    distil_lr: float = 1e-2  # peak learning rate of the maps there (App. C.2)
+    distil_patience: int = 5  # stop distilling after so many validations without a better one (App. C.2); 0: never
+    held_out: int = 8  # validation sequences that Eq. 3 is measured on
+    max_steps: int = 400  # optimiser steps of finetuning
+    weight_decay: float = 0.01  # AdamW's, on matrices and embeddings, in finetuning (App. C.2); none in distillation
+    map_lr_scale: float = 1.0  # in finetuning the feature maps' learning rate is this times lr
+    block_size: int = 256  # tokens of context in every stage: distil at the length that is evaluated
+    eval_stride: int = 0  # tokens from window to window of the evaluation; 0: block_size
+    dev_tokens: int = 4096  # about so many tokens of the training text's end choose the best checkpoint
+    eval_tokens: int = 20480  # about so many scored tokens of the evaluation, evenly spaced; 0: all
+    dataset: str = "wikitext2"  # what is finetuned and evaluated on
+    data_dir: str = ""  # local file or folder with the original data, instead of the hub
+    distil_dir: str = ""  # where distilled maps are kept, if several out_dirs shall share them; by default out_dir
+
+    def check(self) -> None:
+        super().check()
+        if unknown := set(self.arms) - set(ARMS):
+            raise UserError(f"--arms takes {', '.join(ARMS)}, not {', '.join(sorted(unknown))}")
+        if self.stage not in STAGES:
+            raise UserError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}")
+        if min(self.distil_steps, self.held_out, self.block_size, self.distil_lr, self.dev_tokens) <= 0:
+            raise UserError("distil_steps, distil_lr, held_out, block_size and dev_tokens must be positive")
+        if min(self.distil_patience, self.eval_stride, self.eval_tokens) < 0 or self.eval_stride > self.block_size:
+            raise UserError("distil_patience, eval_stride and eval_tokens must be zero or more, eval_stride at most "
+                            "block_size")  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """What a conversion must know of a model and its task. `batch(step)`, `loss(model, *rows)` and
+    `evaluate(model)`: as for train.fit."""
+
+    build: Callable[[str], nn.Module]  # feature map -> the pretrained model, on its device; "": with softmax
+    groups: Callable[[nn.Module], list[dict]]  # what finetuning trains (LoRA is put in here), AdamW's groups
+    batch: Callable[[int], tuple[Tensor, ...]]
+    held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
+    forward: Callable  # forward(model, *rows): runs the model, for distillation
+    loss: Callable
+    evaluate: Callable[[nn.Module], dict]  # on development data: chooses the checkpoint
+    final: Callable[[nn.Module], dict]  # on test data: what is reported
+    save: Callable[[nn.Module, Path], None]  # write a finished model into a folder, for use elsewhere
+    tokenizer: str
+
+
+def fit_config(config: ConvertConfig, **changes) -> FitConfig:
+    return replace(FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)}), resume=True, **changes)
+
+
+def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
+    """One row of the ladder: its result, also in out_dir/NAME/result.json; None if config.stage ends before."""
+    arm, out, world = ARMS[name], Path(config.out_dir), World(0, 1, pick_device(config.device))
+    mine = replace(config, out_dir=str(out / name), arms=[name])
+    if (result := finished(mine)) is not None:
+        return result
+    torch.manual_seed(config.seed)
+    model, minutes, kl, trained = subject.build(arm.feature_map), {}, None, 0
+    meta = {"config": asdict(mine), "tokenizer": subject.tokenizer}
+    stages = STAGES[: STAGES.index(config.stage) + 1]
+    if arm.distilled and "distil" in stages:
+        stage = fit_config(config, max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0,
+                           patience=config.distil_patience,
+                           out_dir=f"{config.distil_dir or out}/distil-{arm.feature_map}")  # fmt: skip
+        free = {"arms": [], "stage": "distil", "finetune": "", "distil_dir": ""}  # one for all arms with this map
+        of_stage = {**meta, "config": {**asdict(config), **asdict(stage), **free}}
+        found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, of_stage)
+        minutes["distil"], kl = minutes_of(stage), found["kl"].mean().item()
+        write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes["distil"])
+    elif arm.feature_map and arm.mode == "linear":
+        set_mode(model, "mimic")
+        rows = ([x.to(world.device) for x in rows] for rows in subject.held_out)
+        kl = mimicry(model.eval(), rows, subject.forward)["kl"].mean().item()
+    if arm.feature_map:
+        set_mode(model, arm.mode)
+    if arm.finetuned and "finetune" in stages:
+        undistilled = bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
+        longer = config.distil_steps // 2 if undistilled else 0  # as much time: distillation has half the backward pass
+        stage = fit_config(config, max_steps=config.max_steps + longer, out_dir=str(out / name / "finetune"))
+        groups = subject.groups(model)
+        trained = sum(p.numel() for g in groups for p in g["params"])
+        fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world,
+            {**meta, "config": {**meta["config"], **asdict(stage), "stage": "finetune"}})  # fmt: skip
+        restore(load_checkpoint(Path(stage.out_dir) / "best.safetensors")[0], model, path=stage.out_dir)
+        minutes["finetune"] = minutes_of(stage)
+    if config.stage != "evaluate" and not (config.stage == "measure" and name == "teacher"):
+        return None
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "arm": name, "label": arm.label, "config": asdict(mine), **provenance(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "map_parameters": sum(p.numel() for p in map_parameters(model)),
+        "finetuned_parameters": trained, "kl": kl, "minutes": minutes, "final": subject.final(model.eval()),
+    }  # fmt: skip
+    minutes["evaluate"] = round((time.perf_counter() - began) / 60, 2)
+    Path(mine.out_dir).mkdir(parents=True, exist_ok=True)
+    if arm.finetuned or arm.distilled:
+        subject.save(model, Path(mine.out_dir))
+    write_json(Path(mine.out_dir) / "result.json", result)
+    return result
+
+
+def minutes_of(stage: FitConfig) -> float:
+    return round(load_checkpoint(Path(stage.out_dir) / "last.safetensors")[1]["seconds"] / 60, 2)
+
+
+def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]], str]) -> list[dict]:
+    """Every arm in turn; prints the table and writes out_dir/ladder.json."""
+    began, results = time.perf_counter(), []
+    for i, name in enumerate(config.arms, 1):
+        tqdm.write(f"--- {ARMS[name].label} ({i} of {len(config.arms)})")
+        if (result := run_arm(name, config, subject)) is not None:
+            results.append(result)
+            tqdm.write(table([result]).splitlines()[-1])
+    if results:
+        facts = {"ladder": 1, **provenance(), "minutes": round((time.perf_counter() - began) / 60, 1), "runs": results}
+        write_json(Path(config.out_dir) / "ladder.json", facts)
+        print(table(results))
+        print(f"written to {config.out_dir}: ladder.json, and a folder for each stage and arm")
+    return results
+
+
+def groups_of(model: nn.Module, config: ConvertConfig, rest: list[nn.Parameter] | None = None) -> list[dict]:
+    """AdamW's groups for finetuning: `rest` (by default all parameters), and the feature maps."""
+    maps = map_parameters(model)
+    if rest is None:
+        rest = [p for p in model.parameters() if not any(p is m for m in maps)]
+    groups = [
+        dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=config.lr, weight_decay=config.weight_decay),
+        dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=config.lr, weight_decay=0.0),
+        dict(name="feature maps", params=maps, lr=config.lr * config.map_lr_scale, weight_decay=0.0),
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def language_modelling(config: ConvertConfig, build, groups, save, tokenizer: str) -> Subject:
+    """Perplexity: finetuned on config.dataset's training text but for its end, which chooses checkpoints, and
+    evaluated on the validation text, or on the test text where there is one."""
+    device = pick_device(config.device)
+    tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
+    T, dtype, stride = config.block_size, pick_dtype(config.dtype, device), config.eval_stride or config.block_size
+    ids, test = tokens.split("train", T), tokens.split("test" if "test" in tokens.splits else "validation", T)
+    kept = max(config.dev_tokens, len(ids) // 50, 2 * T)
+    if len(ids) < 2 * kept + T:
+        raise UserError(f"the training text has {len(ids)} tokens, too few to keep {kept} for development: lower "
+                        "--dev_tokens or --block_size, or give more text")  # fmt: skip
+    ids, dev = ids[:-kept], ids[-kept:]
+
+    def measured_on(ids: np.ndarray, limit: int):
+        return lambda model: perplexity(model, ids, tokens.tokenizer, T, stride, limit, dtype)
+
+    return Subject(
+        build=build,
+        groups=groups,
+        batch=lambda step: data.batch_of(ids, step, config.batch_size, T, config.seed),
+        held_out=[(x[None], y[None]) for x, y in zip(*data.batch_of(dev, 0, config.held_out, T, seed=0))],
+        forward=lambda model, x, y: model(x),
+        loss=lambda model, x, y: model(x, y)[1],
+        evaluate=measured_on(dev, config.dev_tokens),
+        final=measured_on(test, config.eval_tokens),
+        save=save,
+        tokenizer=tokens.tokenizer.name,
+    )
+
+
+def table_of(results: list[dict], heads: str, scores: list[str]) -> str:
+    """The ladder in Markdown: an arm, its scores, and what it cost."""
+    head = f"| arm | {heads} | KL before finetuning | trained parameters | minutes |"
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for r, score in zip(results, scores):
+        kl = "" if r["kl"] is None else f"{r['kl']:.3f}"
+        trained = max(r["finetuned_parameters"], r["map_parameters"] if "distil" in r["minutes"] else 0)
+        lines.append(f"| {r['label']} | {score} | {kl} | {trained:,} | {sum(r['minutes'].values()):.1f} |")
+    return "\n".join(lines)
+
+
+def table_perplexity(results: list[dict]) -> str:
+    fair = next((r["final"]["perplexity"] for r in results if r["arm"] == "teacher_finetuned"), None)
+    found = [r["final"]["perplexity"] for r in results]
+    ratios = [f"{ppl:.2f} | {'' if fair is None else f'{ppl / fair:.2f}'}" for ppl in found]
+    return table_of(results, "perplexity | x finetuned teacher", ratios)

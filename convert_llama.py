@@ -1,0 +1,235 @@
+"""Convert a pretrained decoder (Llama, Mistral, Qwen, SmolLM ...) to linear attention, with LoRA or all parameters.
+
+    python convert_llama.py HuggingFaceTB/SmolLM2-135M                        language modelling on WikiText-2
+    python convert_llama.py meta-llama/Llama-2-7b-hf --task dialogue          summaries of SAMSum, as in the paper
+    python convert_llama.py FOLDER --arms teacher_finetuned t2r hedgehog --finetune all
+    python convert_llama.py FOLDER --stage distil                             no further than this
+
+Stages and the ladder of controls: convert.py. The paper's four rows are the arms teacher (zero-shot),
+teacher_finetuned (softmax + LoRA), t2r (T2R + LoRA) and hedgehog (Hedgehog + LoRA). Every stage is resumed by the same
+command. Needs requirements-hf.txt. SmolLM2-135M takes about an hour on 2 cores; for Llama-2 7B see README.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import UserError, as_user_error, parse, pick_device, run, step_seed
+from convert import ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
+from data import dialogue
+from distill import map_parameters, sockets
+from hf import LanguageModel, Tokenizer, linearize, load_language_model, save_linearized
+
+
+@dataclass
+class LlamaConfig(ConvertConfig):
+    model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
+    task: str = "lm"  # lm: perplexity; dialogue: summaries and ROUGE
+    finetune: str = "lora"  # lora, or all parameters
+    dataset: str = "wikitext2"  # of lm: as train.py's. Of dialogue: samsum or dialogsum
+    lora_r: int = 8  # rank of LoRA's update of q, k, v and o
+    lora_alpha: int = 16  # the update is scaled by alpha / r
+    lr: float = 1e-3  # peak learning rate of finetuning; with all parameters 1e-4 is a better start
+    batch_size: int = 2  # sequences an optimiser step sees
+    warmup_steps: int = 20  # linear warm-up, then cosine decay to zero
+    eval_interval: int = 50  # steps between validations; the best one's checkpoint is kept
+    save_interval: int = 200  # steps between checkpoints
+    beta2: float = 0.99  # AdamW's memory of the gradient's square
+    # dialogue
+    test_dialogues: int = 200  # dialogues that ROUGE is measured on, none of them trained on
+    new_tokens: int = 64  # longest summary
+    examples: int = 3  # summaries to print
+
+    def check(self) -> None:
+        super().check()
+        if self.task not in ("lm", "dialogue"):
+            raise UserError(f"--task takes lm or dialogue, not {self.task!r}")
+        if self.finetune not in ("lora", "all"):
+            raise UserError(f"--finetune takes lora or all, not {self.finetune!r}")
+        if min(self.lora_r, self.lora_alpha, self.test_dialogues, self.new_tokens) < 1:
+            raise UserError("lora_r, lora_alpha, test_dialogues and new_tokens must be at least 1")
+
+
+# ---------------------------------------------------------------- what finetuning trains
+
+
+def add_lora(model: nn.Module, config: LlamaConfig) -> list[nn.Parameter]:
+    """LoRA (Hu et al., 2022) beside the projections of q, k, v and o, in place; returns its parameters, and leaves
+    only them and the feature maps trainable."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    inject_adapter_in_model(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names), model)
+    for p in map_parameters(model):
+        p.requires_grad_()
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add LoRA's update to the weights and take the adapters out, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    return model
+
+
+def trained_groups(model: nn.Module, config: LlamaConfig) -> list[dict]:
+    return groups_of(model, config, add_lora(model, config) if config.finetune == "lora" else None)
+
+
+def save(model: LanguageModel, folder: Path) -> None:
+    """What hf.load_linearized reads."""
+    merge_lora(model.hf)
+    if sockets(model.hf):
+        save_linearized(model.hf, folder / "linear.safetensors")
+
+
+# ---------------------------------------------------------------- dialogue summarisation
+
+
+def prompt_of(text: str) -> str:
+    return f"Summarize this dialogue.\n{text}\n---\nSummary:\n"
+
+
+def dialogue_summaries(config: LlamaConfig, build) -> Subject:
+    """Finetuned to write the summary after the dialogue; ROUGE of greedy summaries of dialogues not trained on."""
+    tokenizer = Tokenizer(config.model)
+    sets = dialogue.load(config.dataset, config.data_dir)
+    end, device = tokenizer.hf.eos_token_id, pick_device(config.device)
+
+    def rows_of(pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        prompts = tokenizer.encode_many([prompt_of(d) for d, _ in pairs])
+        summaries = tokenizer.encode_many([s for _, s in pairs])
+        return [(p, [*s, end]) for p, s in zip(prompts, summaries) if len(p) + len(s) <= config.block_size]
+
+    rows = rows_of(sets["train"])
+    test = (sets.get("test") or sets["validation"])[: config.test_dialogues]
+    kept = max(config.held_out, 64)
+    if len(rows) < 2 * kept:
+        raise UserError(f"{len(rows)} of {len(sets['train'])} training dialogues fit into --block_size "
+                        f"{config.block_size}: raise it, or give more")  # fmt: skip
+    print(f"{config.dataset}: {len(rows):,} of {len(sets['train']):,} training dialogues fit into {config.block_size} "
+          f"tokens; {kept} of them choose checkpoints; ROUGE on {len(test)} others")  # fmt: skip
+    rows, dev = rows[:-kept], rows[-kept:]
+
+    def batch_of(step: int) -> tuple[Tensor, Tensor]:
+        picks = np.random.default_rng(step_seed(config.seed, step)).integers(0, len(rows), config.batch_size)
+        return padded([rows[i] for i in picks], end)
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict:
+        nats, n = 0.0, 0
+        for i in range(0, len(dev), 8):
+            x, y = (t.to(device) for t in padded(dev[i : i + 8], end))
+            count = int((y >= 0).sum())
+            nats, n = nats + model(x, y)[1].item() * count, n + count
+        return {"loss": nats / n}
+
+    def final(model: nn.Module) -> dict:
+        written = summarize(model.hf, tokenizer, [d for d, _ in test], config, device)
+        for (d, s), w in list(zip(test, written))[: config.examples]:
+            print(f"--- dialogue\n{d}\n--- its summary\n{s}\n--- written\n{w}")
+        return {**rouge([s for _, s in test], written), "dialogues": len(test), "written": written[:20]}
+
+    return Subject(
+        build=build,
+        groups=lambda model: trained_groups(model, config),
+        batch=batch_of,
+        held_out=[padded([row], end) for row in dev[: config.held_out]],
+        forward=lambda model, x, y: model(x),
+        loss=lambda model, x, y: model(x, y)[1],
+        evaluate=evaluate,
+        final=final,
+        save=save,
+        tokenizer=tokenizer.name,
+    )
+
+
+def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
+    """(prompt, summary) rows as (x, y), (B, T): y is x one token later in the summary, and -100 (ignored) elsewhere.
+    Padded on the right, where a causal model needs no mask."""
+    T = max(len(p) + len(s) for p, s in rows) - 1
+    x, y = torch.full((len(rows), T), pad), torch.full((len(rows), T), -100)
+    for i, (p, s) in enumerate(rows):
+        ids = torch.tensor(p + s)
+        x[i, : len(ids) - 1] = ids[:-1]
+        y[i, len(p) - 1 : len(ids) - 1] = ids[len(p) :]
+    return x, y
+
+
+@torch.no_grad()
+def summarize(model: nn.Module, tokenizer: Tokenizer, dialogues: list[str], config: LlamaConfig, device) -> list[str]:
+    """Greedy summaries, 16 dialogues at a time, padded on the left; memory does not grow with linear attention."""
+    prompts = tokenizer.encode_many([prompt_of(d) for d in dialogues])
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like with like: little padding
+    written, end = [""] * len(prompts), tokenizer.hf.eos_token_id
+    for start in tqdm(range(0, len(order), 16), desc="summaries", unit="batch", mininterval=10.0):
+        picks = order[start : start + 16]
+        T = max(len(prompts[i]) for i in picks)
+        x = torch.tensor([[end] * (T - len(prompts[i])) + prompts[i] for i in picks], device=device)
+        mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in picks], device=device)
+        y = model.generate(input_ids=x, attention_mask=mask, max_new_tokens=config.new_tokens, do_sample=False,
+                           pad_token_id=end, eos_token_id=end)  # fmt: skip
+        for i, row in zip(picks, y[:, T:].tolist()):
+            row = row[: row.index(end)] if end in row else row
+            written[i] = tokenizer.hf.decode(row, skip_special_tokens=True).strip()
+    return written
+
+
+def rouge(references: list[str], written: list[str]) -> dict:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, x 100, with stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(r, w) for r, w in zip(references, written)]
+    return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in ("rouge1", "rouge2", "rougeL")}
+
+
+def table_rouge(results: list[dict]) -> str:
+    """The ladder in Markdown."""
+    scores = [" | ".join(f"{r['final'][name]:.1f}" for name in ("rouge1", "rouge2", "rougeL")) for r in results]
+    return table_of(results, "ROUGE-1 | ROUGE-2 | ROUGE-L", scores)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--model")
+    with as_user_error():
+        config, given = parse(LlamaConfig(), argv, __doc__)
+        config.check()
+    if config.task == "dialogue" and "dataset" not in given:
+        config.dataset = "samsum"
+    name = Path(config.model).stem
+    config.out_dir = config.out_dir or f"out/{name}-{config.dataset}-{config.finetune}"
+    config.distil_dir = config.distil_dir or f"out/{name}-{config.dataset}-maps"
+    device = pick_device(config.device)
+
+    def build(feature_map: str) -> nn.Module:
+        model = load_language_model(config.model)
+        with as_user_error():
+            if feature_map:
+                linearize(model, feature_map, tie=config.tie or feature_map in ("elu", "relu", "exp_t1"))
+        return LanguageModel(model).to(device)
+
+    if config.task == "dialogue":
+        ladder(config, dialogue_summaries(config, build), table_rouge)
+    else:
+        groups = partial(trained_groups, config=config)
+        ladder(config, language_modelling(config, build, groups, save, f"hf:{config.model}"), table_perplexity)
+
+
+if __name__ == "__main__":
+    run(main)
