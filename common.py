@@ -240,24 +240,32 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             tensors |= {f"optimizer.{names[id(p)]}.{key}": torch.as_tensor(t) for key, t in state.items()}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     text = json.dumps(meta)
-    header = {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)}
+    write_tensors(path, tensors, {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)})
+
+
+def read_tensors(path: Path, what: str = "a safetensors file") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of any safetensors file. Never unpickles. Raises UserError where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} is not {what}, or is damaged ({e}): use another") from e
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_atomically(path, lambda beside: save_file(tensors, beside, header))
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of a file from save_checkpoint, or of the best one in a run's folder.
-    Never unpickles. Raises UserError for a missing, damaged or foreign file."""
+    Raises UserError for a missing, damaged or foreign file."""
     path = Path(path)
     if path.is_dir():
         path = path / ("best.safetensors" if (path / "best.safetensors").exists() else "last.safetensors")
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a .safetensors file of a run, or the run's out_dir")
-    try:
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} is not a checkpoint of this program, or is damaged ({e}): use another") from e
+    tensors, header = read_tensors(path, "a checkpoint of this program")
     if header.get("format") != "hedgehog-1" or "meta" not in header:
         raise UserError(f"{path} is a safetensors file, but not a checkpoint of this program")
     if checksum(tensors, header["meta"]) != header.get("crc32"):

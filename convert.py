@@ -105,8 +105,10 @@ class Subject(NamedTuple):
     tokenizer: str
 
 
-def fit_config(config: ConvertConfig, **changes) -> FitConfig:
-    return replace(FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)}), resume=True, **changes)
+def fit_config(config: ConvertConfig, out: Path, **changes) -> FitConfig:
+    """How a stage is trained in the folder `out`; it goes on with what is there."""
+    plain = FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)})
+    return replace(plain, out_dir=str(out), resume=(out / "last.safetensors").exists(), **changes)
 
 
 def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
@@ -120,9 +122,10 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     meta = {"config": asdict(mine), "tokenizer": subject.tokenizer}
     stages = STAGES[: STAGES.index(config.stage) + 1]
     if arm.distilled and "distil" in stages:
-        stage = fit_config(config, max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0,
-                           patience=config.distil_patience,
-                           out_dir=f"{config.distil_dir or out}/distil-{arm.feature_map}")  # fmt: skip
+        stage = fit_config(
+            config, Path(config.distil_dir or out) / f"distil-{arm.feature_map}", max_steps=config.distil_steps,
+            lr=config.distil_lr, weight_decay=0.0, patience=config.distil_patience,
+        )  # fmt: skip
         free = {"arms": [], "stage": "distil", "finetune": "", "distil_dir": ""}  # one for all arms with this map
         of_stage = {**meta, "config": {**asdict(config), **asdict(stage), **free}}
         found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, of_stage)
@@ -137,7 +140,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     if arm.finetuned and "finetune" in stages:
         undistilled = bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
         longer = config.distil_steps // 2 if undistilled else 0  # as much time: distillation has half the backward pass
-        stage = fit_config(config, max_steps=config.max_steps + longer, out_dir=str(out / name / "finetune"))
+        stage = fit_config(config, out / name / "finetune", max_steps=config.max_steps + longer)
         groups = subject.groups(model)
         trained = sum(p.numel() for g in groups for p in g["params"])
         fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world,

@@ -135,8 +135,6 @@ class OutputMimicAttention(LinearAttention):
     """The later alternative (LoLCATs): `loss` (H,) is the mean squared difference of the outputs, D coordinates
     summed. Linear in time and memory, but it asks for outputs, not for weights."""
 
-    loss: Tensor
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         y = softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
         error = (super().forward(q.detach(), k.detach(), v.detach(), key_mask) - y.detach()).float().square().sum(-1)
@@ -338,9 +336,7 @@ def main() -> None:
     tokens = data.prepare(of["dataset"], config.data_dir or of["data_dir"], saved["tokenizer"])
     T = teacher.config.block_size
     ids, validation = tokens.split("train", T), tokens.split("validation", T)
-    held_out = [
-        (x[None],) for x in data.batch_of(validation, 0, config.held_out, T, seed=0)[0]
-    ]  # one by one: little memory
+    held_out = [(x[None],) for x in data.batch_of(validation, 0, config.held_out, T, seed=0)[0]]  # one by one
     n = sum(p.numel() for p in map_parameters(model))
     print(f"{config.feature_map} maps for {config.checkpoint}: {n:,} of {model.num_params():,} parameters train")
     found = distill(

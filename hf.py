@@ -115,7 +115,7 @@ def check_plain(module: nn.Module) -> None:
         for cap in ("attn_logit_softcapping", "attn_logit_softcap", "sinks"):
             if getattr(where, cap, None) is not None:
                 raise ValueError(f"{name} has {cap}, which linear attention would ignore: it cannot be converted")
-    if getattr(config, "is_decoder", False) and getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False):
         raise ValueError(f"{name} belongs to a model with cross-attention, which is not converted here")
 
 
@@ -309,7 +309,12 @@ class Tokenizer:
 
     def __init__(self, source: str):
         self.name = f"hf:{source}"
-        self.hf = transformers.AutoTokenizer.from_pretrained(*where(source)[:1], **where(source)[1])
+        name, options = where(source)
+        try:
+            self.hf = transformers.AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError) as e:
+            reason = str(e).splitlines()[0][:160]
+            raise UserError(f"cannot load a tokenizer from {source} ({reason}): give a hub name or a folder") from e
         self.vocab_size = len(self.hf)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:

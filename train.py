@@ -158,9 +158,8 @@ def fit(
     def enough() -> bool:
         return best <= config.stop_loss or 0 < config.patience <= since
 
-    result: dict = {}
-    stop, began = StopSignal(), time.perf_counter()
-    clock, tokens = began, 0
+    result, stop, tokens = {}, StopSignal(), 0
+    began = clock = time.perf_counter()
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
     model.train()
@@ -194,8 +193,7 @@ def fit(
                     f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
                     f"{broken_group(optimizer)}. Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
                 )
-            if config.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip or math.inf, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

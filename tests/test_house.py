@@ -9,7 +9,7 @@ FILES = {
     for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("kernels/*.py")]
 }
 ROOMS = """feature_maps kernels window attention model configs common data evaluate train measure bench figures analyze
-    runs recall compare sample""".split()
+    runs recall compare sample distill hf gpt2 convert convert_gpt2 convert_llama""".split()
 
 
 def users_of(pattern: str) -> set[str]:
@@ -35,6 +35,9 @@ def test_imports_go_one_way():
         "configs": {"common", "model"},
         "analyze": {"attention", "common", "data", "feature_maps", "figures", "model"},
         "runs": {"common", "kernels", "model", "train"},
+        "distill": {"attention", "common", "configs", "data", "feature_maps", "figures", "model", "runs", "train"},
+        "hf": {"attention", "common", "distill", "feature_maps"}, "gpt2": {"attention", "common", "model"},
+        "convert": {"common", "configs", "data", "distill", "evaluate", "runs", "train"},
     }  # fmt: skip
     for room, may in allowed.items():
         text = FILES.get(f"{room}.py") or FILES[f"{room}/__init__.py"]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import save_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,16 +22,11 @@ CONFIGS = {
 @pytest.fixture(params=CONFIGS)
 def folder(request, tmp_path):
     """A random model and a byte tokenizer in a folder, as `save_pretrained` leaves them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     torch.manual_seed(0)
     config = CONFIGS[request.param]()
     config.initializer_range = 0.5
     transformers.AutoModel.from_config(config).eval().save_pretrained(tmp_path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
     return request.param, tmp_path
 
 

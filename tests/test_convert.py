@@ -1,0 +1,237 @@
+"""The ladder of conversions: every arm is what its name says, stages are made once and resumed, on tiny models."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, save_byte_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+from common import load_checkpoint  # noqa: E402
+from convert import ARMS, ConvertConfig, table_perplexity  # noqa: E402
+from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
+from data import dialogue  # noqa: E402
+from distill import map_parameters, set_mode  # noqa: E402
+from hf import LanguageModel, Tokenizer, linearize, load_language_model, load_linearized  # noqa: E402
+
+QUICK = (
+    "--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --held_out 2 "
+    "--dev_tokens 64 --eval_tokens 128 --batch_size 2 --device cpu --dtype float32"
+).split()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A random Llama of bytes in a folder."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+                                      eos_token_id=256, bos_token_id=256)  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def convert(command, llama, text, tmp_path):
+    """convert(*flags): a tiny run of convert_llama.py on the small text."""
+    flags = ["--dataset", "text", "--data_dir", text, "--block_size", 32, *QUICK, "--out_dir", tmp_path / "out",
+             "--distil_dir", tmp_path / "maps"]  # fmt: skip
+    return lambda *more: command("convert_llama", llama, *flags, *more)
+
+
+# ---------------------------------------------------------------- language modelling
+
+
+def test_every_arm_of_the_ladder_is_what_its_name_says(convert, tmp_path):
+    code, stdout, stderr = convert("--finetune", "all", "--lr", 1e-3)
+    assert code == 0, stderr
+    facts = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    runs = {r["arm"]: r for r in facts["runs"]}
+    assert list(runs) == list(ARMS)
+    losses = {name: r["final"]["loss"] for name, r in runs.items()}
+    assert len(set(losses.values())) == len(ARMS)  # no two arms are the same
+    assert runs["teacher"]["finetuned_parameters"] == 0 < runs["teacher_finetuned"]["finetuned_parameters"]
+    assert losses["teacher_finetuned"] < losses["teacher"] and losses["hedgehog"] < losses["distilled"]
+    assert runs["t2r_hh"]["kl"] < runs["t2r"]["kl"] and runs["hedgehog"]["kl"] < runs["swap"]["kl"]
+    assert runs["hedgehog"]["kl"] == runs["distilled"]["kl"]  # distilled once, for both
+    last = {name: load_checkpoint(tmp_path / "out" / name / "finetune" / "last.safetensors")[1]["step"]
+            for name in ("hedgehog", "t2r", "elu", "zero", "teacher_finetuned")}  # fmt: skip
+    assert last == {"hedgehog": 4, "t2r": 6, "elu": 6, "zero": 4, "teacher_finetuned": 4}
+    assert all(r["final"]["tokens"] == runs["teacher"]["final"]["tokens"] >= 96 for r in runs.values())
+    assert all(r["label"] in stdout for r in runs.values())
+    assert (tmp_path / "maps" / "distil-hedgehog" / "kl.png").exists()
+
+
+def test_the_same_command_goes_on_and_makes_nothing_twice(convert, tmp_path):
+    code, stdout, _ = convert("--arms", "hedgehog", "--stage", "distil")
+    assert code == 0 and not (tmp_path / "out" / "ladder.json").exists()
+    maps = tmp_path / "maps" / "distil-hedgehog" / "last.safetensors"
+    made = maps.stat().st_mtime_ns
+    assert convert("--arms", "hedgehog", "--stage", "finetune")[0] == 0
+    assert (tmp_path / "out" / "hedgehog" / "finetune" / "last.safetensors").exists()
+    assert not (tmp_path / "out" / "hedgehog" / "result.json").exists()
+    code, first, stderr = convert("--arms", "hedgehog")
+    assert code == 0, stderr
+    assert maps.stat().st_mtime_ns == made
+    result = (tmp_path / "out" / "hedgehog" / "result.json").stat().st_mtime_ns
+    code, second, _ = convert("--arms", "hedgehog")
+    assert code == 0 and (tmp_path / "out" / "hedgehog" / "result.json").stat().st_mtime_ns == result
+    assert first.split("| arm |")[1] == second.split("| arm |")[1]
+    code, _, stderr = convert("--arms", "hedgehog", "--distil_lr", 0.5)
+    assert code == 2 and "lr 0.01 -> 0.5" in stderr
+
+
+def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
+    code, stdout, stderr = convert("--arms", "hedgehog", "--finetune", "lora", "--lr", 0.05)
+    assert code == 0, stderr
+    tensors, _ = load_checkpoint(tmp_path / "out" / "hedgehog" / "linear.safetensors")
+    projections = {n.split(".")[-2] for n in tensors if "_proj" in n}
+    assert projections == {"q_proj", "k_proj", "v_proj", "o_proj"} and not any("lora" in n for n in tensors)
+    stage, _ = load_checkpoint(tmp_path / "out" / "hedgehog" / "finetune")
+    assert all("lora_" in n or ".phi." in n for n in stage if n.startswith("model."))  # not the frozen base
+    model = load_linearized(tmp_path / "out" / "hedgehog" / "linear.safetensors", load_language_model(str(llama)))
+    ids = torch.randint(256, (1, 12))
+    again = linearize(load_language_model(str(llama)))
+    add_lora(again, LlamaConfig())
+    wrapped = LanguageModel(again)
+    state = {n.removeprefix("model."): t for n, t in stage.items() if n.startswith("model.")}
+    assert not wrapped.load_state_dict(state, strict=False).unexpected_keys
+    torch.testing.assert_close(model(ids).logits, again.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_begins_as_nothing_trains_with_the_maps_and_merges_exactly(llama):
+    model, ids = linearize(load_language_model(str(llama))).eval(), torch.randint(256, (1, 9))
+    wanted = model(ids).logits
+    added = add_lora(model, LlamaConfig())
+    assert torch.equal(model(ids).logits, wanted) and len(added) == 2 * 4 * 2
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in [*added, *map_parameters(model)]}
+    with torch.no_grad():
+        for p in added:
+            p.normal_(std=0.1)
+    moved = model(ids).logits
+    assert (moved - wanted).abs().max() > 1e-3
+    merge_lora(model)
+    torch.testing.assert_close(model(ids).logits, moved, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in n for n, _ in model.named_parameters())
+
+
+def test_the_table_names_the_ratio_to_the_finetuned_teacher():
+    def run(arm, perplexity):
+        return dict(arm=arm, label=ARMS[arm].label, final={"perplexity": perplexity}, kl=None,
+                    minutes={"evaluate": 1.0}, finetuned_parameters=7, map_parameters=3)  # fmt: skip
+
+    lines = table_perplexity([run("teacher_finetuned", 10.0), run("hedgehog", 15.0)]).splitlines()
+    assert lines[3] == "| Hedgehog: distilled, finetuned | 15.00 | 1.50 |  | 7 | 1.0 |"
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--arms", "lstm"], "--arms takes teacher"),
+    (["--stage", "convert"], "unknown stage 'convert'"),
+    (["--finetune", "some"], "--finetune takes lora or all"),
+    (["--task", "translate"], "--task takes lm or dialogue"),
+    (["--distil_steps", 0], "must be positive"),
+    (["--model", "nowhere/to/be/found"], "cannot"),
+    (["--block_size", 100000], "too few for --block_size"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(convert, flags, message):
+    code, _, stderr = convert(*flags)
+    assert code == 2 and message in stderr, stderr
+
+
+# ---------------------------------------------------------------- our own GPT
+
+
+def test_a_softmax_run_of_this_repository_is_converted_with_one_command(train, command, tmp_path):
+    assert train("--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
+    code, stdout, stderr = command(
+        "convert_gpt2", tmp_path / "teacher", *QUICK, "--out_dir", tmp_path / "out",
+        "--arms", "teacher", "zero", "distilled", "hedgehog",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert "| Hedgehog: distilled, finetuned |" in stdout and "| zero attention, finetuned |" in stdout
+    tensors, meta = load_checkpoint(tmp_path / "out" / "hedgehog")
+    assert meta["config"]["attention"] == "hedgehog" and meta["config"]["block_size"] == 32
+    assert command("sample", tmp_path / "out" / "hedgehog", "--max_new_tokens", 5, "--device", "cpu")[0] == 0
+
+
+def test_a_linear_run_cannot_be_the_teacher(train, command, tmp_path):
+    assert train("--out_dir", tmp_path / "linear")[0] == 0
+    code, _, stderr = command("convert_gpt2", tmp_path / "linear", *QUICK)
+    assert code == 2 and "must have softmax attention, not hedgehog" in stderr
+
+
+def test_the_papers_recipe_is_the_default():
+    from convert_gpt2 import GPT2Config
+
+    config = GPT2Config()
+    assert (config.distil_lr, config.lr, config.weight_decay, config.block_size, config.batch_size) == (
+        1e-2, 6e-4, 0.01, 1024, 8,
+    )  # fmt: skip
+    assert config.dataset == "wikitext103" and ConvertConfig().tie and TINY
+
+
+# ---------------------------------------------------------------- dialogues
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    folder = tmp_path / "dialogues"
+    folder.mkdir()
+    rows = [{"dialogue": f"A: is {i} even?\nB: {'yes' if i % 2 == 0 else 'no'}", "summary": f"{i} is discussed."}
+            for i in range(300)]  # fmt: skip
+    (folder / "some.train.jsonl").write_text("\n".join(json.dumps(r) for r in rows[:280]))
+    (folder / "validation.json").write_text(json.dumps(rows[280:]))
+    return folder
+
+
+def test_summaries_are_trained_written_and_scored(command, llama, dialogues, tmp_path):
+    code, stdout, stderr = command(
+        "convert_llama", llama, "--task", "dialogue", "--data_dir", dialogues, "--block_size", 96, *QUICK,
+        "--out_dir", tmp_path / "out", "--distil_dir", tmp_path / "maps", "--arms", "teacher", "teacher_finetuned",
+        "t2r", "hedgehog", "--new_tokens", 6, "--test_dialogues", 12, "--examples", 1,
+    )  # fmt: skip
+    assert code == 0, stderr
+    runs = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    assert [r["arm"] for r in runs] == ["teacher", "teacher_finetuned", "t2r", "hedgehog"]
+    assert all(r["final"]["dialogues"] == 12 and 0 <= r["final"]["rouge1"] <= 100 for r in runs)
+    assert "280 of 280 training dialogues" in stdout and "--- its summary\n280 is discussed." in stdout
+
+
+def test_the_loss_counts_the_summary_and_its_end_only():
+    x, y = padded([([1, 2, 3], [4, 9]), ([5], [6, 7, 9])], pad=9)
+    assert x.tolist() == [[1, 2, 3, 4], [5, 6, 7, 9]]
+    assert y.tolist() == [[-100, -100, 4, 9], [6, 7, 9, -100]]
+
+
+@pytest.mark.parametrize("mode", ["linear", "softmax"])
+def test_a_batch_of_summaries_equals_one_by_one(llama, mode):
+    model, tokenizer = linearize(load_language_model(str(llama))).eval(), Tokenizer(str(llama))
+    set_mode(model, mode)
+    config = LlamaConfig(new_tokens=8)
+    texts = ["A: hi", "A: hello there\nB: what a day", "B: ok then, so be it, and good bye"]
+    together = summarize(model, tokenizer, texts, config, "cpu")
+    assert together == [summarize(model, tokenizer, [t], config, "cpu")[0] for t in texts] and any(together)
+
+
+def test_rouge_is_that_of_equal_and_of_disjoint_texts():
+    assert rouge(["the cat sat"], ["the cat sat"]) == {"rouge1": 100.0, "rouge2": 100.0, "rougeL": 100.0}
+    assert rouge(["the cat sat", "a b"], ["dogs run", "a b"])["rouge1"] == 50.0
+
+
+@pytest.mark.parametrize("name, rows, message", [
+    ("x.train.jsonl", '{"dialogue": "a"}', "without the texts dialogue and summary"),
+    ("x.train.jsonl", "not json", "is not jsonl"),
+    ("x.train.txt", "", "no .json or .jsonl file for: train"),
+])  # fmt: skip
+def test_wrong_dialogue_files_are_errors(tmp_path, name, rows, message):
+    from common import UserError
+
+    (tmp_path / "dev.jsonl").write_text('{"dialogue": "a", "summary": "b"}')
+    (tmp_path / name).write_text(rows)
+    with pytest.raises(UserError, match=message):
+        dialogue.load("samsum", str(tmp_path))

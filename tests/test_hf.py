@@ -1,0 +1,346 @@
+"""Linearized transformers, with random small models: every architecture is exactly its own attention with another
+map; causality, padding, grouped queries, states, saving; and what cannot be converted is an error."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import reference  # noqa: E402
+
+import hf  # noqa: E402
+from common import UserError, load_checkpoint  # noqa: E402
+from distill import map_parameters, set_mode, sockets  # noqa: E402
+from hf import LanguageModel, StateLayer, linearize, load_linearized, save_linearized  # noqa: E402
+
+SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             initializer_range=0.4, max_position_embeddings=64)  # fmt: skip
+DECODERS = {
+    "llama": lambda: (transformers.LlamaForCausalLM, transformers.LlamaConfig(num_key_value_heads=2, **SMALL)),
+    "mistral": lambda: (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig(num_key_value_heads=1, sliding_window=None, **SMALL),
+    ),
+    "qwen2": lambda: (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(num_key_value_heads=2, **SMALL)),
+    "qwen3": lambda: (
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, **SMALL),
+    ),
+    "gpt2": lambda: (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
+                                bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True),
+    ),
+}  # fmt: skip
+
+
+def build(kind, config, seed=0):
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request):
+    return build(*DECODERS[request.param]())
+
+
+@pytest.fixture
+def llama():
+    return build(*DECODERS["llama"]())
+
+
+def bert(**changes):
+    config = transformers.BertConfig(**{**SMALL, **changes})
+    return build(transformers.BertModel, config)
+
+
+def vit():
+    config = transformers.ViTConfig(image_size=12, patch_size=4, num_channels=1, hidden_size=32, intermediate_size=48,
+                                    num_hidden_layers=2, num_attention_heads=4, initializer_range=0.4)  # fmt: skip
+    return build(transformers.ViTModel, config)
+
+
+def close(a, b, atol=2e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+
+
+def padded_batch(left: bool):
+    """ids and mask (2, 14), the first row padded with 5 tokens; positions as generate() counts them."""
+    torch.manual_seed(3)
+    ids, mask = torch.randint(50, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    mask[0, : 5 if left else 14] = 0
+    mask[0, 5 if left else 0 : 14 if left else 9] = 1
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+# ---------------------------------------------------------------- the same attention, with another map
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_softmax_and_mimic_modes_are_the_model_as_it_was(decoder, left):
+    ids, mask, positions = padded_batch(left)
+    wanted = decoder(ids, attention_mask=mask, position_ids=positions).logits
+    linearize(decoder)
+    for mode in ("softmax", "mimic"):
+        set_mode(decoder, mode)
+        found = decoder(ids, attention_mask=mask, position_ids=positions).logits
+        close(found[mask.bool()], wanted[mask.bool()])
+    set_mode(decoder, "linear")
+    assert (decoder(ids).logits - wanted).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_each_query_head_has_its_map_and_reads_the_keys_of_its_group(decoder):
+    """Against the plain loops of Eq. 2, for queries and keys as they enter softmax."""
+    seen = []
+
+    def watch(module, query, key, value, mask, **kwargs):
+        y = hf.attention(module, query, key, value, mask, **kwargs)[0]
+        seen.append((module, query, key, value, kwargs.get("scaling"), y))
+        return y, None
+
+    linearize(decoder, init="random")
+    transformers.AttentionInterface.register(hf.NAME, watch)
+    try:
+        decoder(torch.randint(50, (1, 9)))
+    finally:
+        transformers.AttentionInterface.register(hf.NAME, hf.attention)
+    for module, q, k, v, scaling, y in seen:
+        H, D = q.size(1), q.size(-1)
+        phi = module.hedgehog.attend.phi
+        assert phi.weight.shape == (H, D, D)
+        q = q * (scaling * D**0.5)
+        for h in range(H):
+            group = h // (H // k.size(1))
+            alone = [phi(x[:, [i]].expand(-1, H, -1, -1)).double()[:, [h]] for x, i in ((q, h), (k, group))]
+            wanted = reference.linear_attention(*alone, v[:, [group]].double())
+            close(y[0, :, h].double(), wanted[0, 0], 1e-5)
+    assert len(seen) == 2
+
+
+def test_no_token_sees_a_later_one(decoder):
+    linearize(decoder)
+    ids = torch.randint(50, (1, 12))
+    other = ids.clone()
+    other[0, 7] = (ids[0, 7] + 1) % 50
+    a, b = decoder(ids).logits, decoder(other).logits
+    assert torch.equal(a[:, :7], b[:, :7]) and (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_changes_no_real_token(decoder, left):
+    linearize(decoder)
+    ids, mask, positions = padded_batch(left)
+    found = decoder(ids, attention_mask=mask, position_ids=positions).logits
+    close(found[0, mask[0].bool()], decoder(ids[:1, mask[0].bool()]).logits[0])
+    close(found[1], decoder(ids[1:]).logits[0])
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoders_see_both_ways_and_no_padding(padded):
+    model, ids = bert(), torch.randint(50, (2, 11))
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, 6:] = 1 - int(padded)
+    wanted = model(ids, attention_mask=mask).last_hidden_state
+    linearize(model)
+    assert not sockets(model)[0].attend.causal
+    set_mode(model, "softmax")
+    close(model(ids, attention_mask=mask).last_hidden_state[mask.bool()], wanted[mask.bool()])
+    set_mode(model, "linear")
+    found = model(ids, attention_mask=mask).last_hidden_state
+    close(found[0, :6] if padded else found[0], model(ids[:1, : 6 if padded else 11]).last_hidden_state[0])
+    other = ids.clone()
+    other[1, 10] = (ids[1, 10] + 1) % 50
+    assert (model(other, attention_mask=mask).last_hidden_state - found)[
+        1, 0
+    ].abs().max() > 0  # the first sees the last
+
+
+def test_vit_keeps_its_outputs_in_softmax_mode_and_is_bidirectional():
+    model, pixels = vit(), torch.randn(2, 1, 12, 12)
+    wanted = model(pixels).last_hidden_state
+    linearize(model)
+    set_mode(model, "softmax")
+    close(model(pixels).last_hidden_state, wanted)
+    set_mode(model, "linear")
+    assert (model(pixels).last_hidden_state - wanted).abs().max() > 1e-3 and not sockets(model)[0].attend.causal
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "performer", "taylor", "t2r", "hedgehog_exp"])
+def test_any_feature_map_serves(llama, feature_map):
+    linearize(llama, feature_map)
+    assert llama(torch.randint(50, (1, 20))).logits.isfinite().all()
+
+
+def test_mimicry_gives_gradients_to_the_maps_of_all_layers(decoder):
+    linearize(decoder, tie=False)
+    decoder.requires_grad_(False)
+    for p in map_parameters(decoder):
+        p.requires_grad_()
+    set_mode(decoder, "mimic")
+    decoder(torch.randint(50, (2, 9)), use_cache=False)
+    torch.stack([s.attend.loss for s in sockets(decoder)]).mean().backward()
+    assert len(map_parameters(decoder)) == 2 * 2 * 2  # layers, query and key, W and b
+    assert all(p.grad.abs().max() > 0 for p in map_parameters(decoder))
+
+
+def test_only_the_named_layers_change(llama):
+    ids = torch.randint(50, (1, 8))
+    linearize(llama, layers=[1])
+    (socket,) = sockets(llama)
+    assert socket is llama.model.layers[1].self_attn.hedgehog and not hasattr(
+        llama.model.layers[0].self_attn, "hedgehog"
+    )
+    cache = transformers.DynamicCache(config=llama.config)
+    whole = llama(ids).logits
+    parts = [llama(ids[:, :5], past_key_values=cache).logits, llama(ids[:, 5:], past_key_values=cache).logits]
+    close(torch.cat(parts, 1), whole)
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "StateLayer"]
+    with pytest.raises(ValueError, match="layers must be in 0 .. 1"):
+        linearize(build(*DECODERS["llama"]()), layers=[2])
+
+
+# ---------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize("cut", [(13,), (1, 12), (5, 6, 7, 13), tuple(range(1, 14))])
+def test_text_in_parts_equals_text_at_once_with_left_padding(decoder, cut):
+    linearize(decoder)
+    ids, mask, positions = padded_batch(left=True)
+    whole = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache, parts, start = transformers.DynamicCache(config=decoder.config), [], 0
+    for end in (*cut, 14):
+        piece = slice(start, end)
+        parts.append(decoder(ids[:, piece], attention_mask=mask[:, :end], position_ids=positions[:, piece],
+                             past_key_values=cache).logits)  # fmt: skip
+        start = end
+    close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+    assert cache.get_seq_length() == 14
+
+
+def test_generation_equals_the_full_forward_pass_at_every_step_and_keeps_a_state_of_constant_size(decoder):
+    linearize(decoder)
+    ids, mask, _ = padded_batch(left=True)
+    made = decoder.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0,
+                            eos_token_id=None, return_dict_in_generate=True)  # fmt: skip
+    sizes = [sum(t.numel() for t in layer.state["state"]) for layer in made.past_key_values.layers]
+    assert all(isinstance(layer, StateLayer) and layer.keys is None for layer in made.past_key_values.layers)
+    H, D = sockets(decoder)[0].attend.phi.n_head, sockets(decoder)[0].attend.phi.head_dim
+    assert sizes == [2 * H * 2 * D * (D + 1)] * 2
+    for _ in range(12):
+        logits = decoder(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
+        ).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    assert torch.equal(made.sequences, ids)
+
+
+def test_beam_search_carries_states_with_their_beams(llama):
+    linearize(llama)
+    ids = torch.randint(50, (2, 6))
+    options = dict(max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(llama.generate(ids, **options), llama.generate(ids, use_cache=False, **options))
+
+
+def test_a_state_cannot_be_cropped_or_continue_keys(llama):
+    ids = torch.randint(50, (1, 6))
+    linearize(llama)
+    with pytest.raises(ValueError, match="cannot forget"):
+        StateLayer().crop(-1)
+    set_mode(llama, "softmax")
+    cache = llama(ids, use_cache=True).past_key_values
+    set_mode(llama, "linear")
+    with pytest.raises(ValueError, match="cannot continue a DynamicLayer"):
+        llama(ids, past_key_values=cache)
+
+
+# ---------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, name):
+    build(*DECODERS[name]()).save_pretrained(tmp_path / "base")
+    model = type(build(*DECODERS[name]())).from_pretrained(tmp_path / "base")
+    linearize(model, "hedgehog", layers=[1], tie=False, init="random")
+    head = model.lm_head.weight  # tied to the embeddings in GPT-2, not in Llama
+    with torch.no_grad():
+        head[3] += 1.0
+    head.requires_grad_(False)  # changed, then frozen: it must be kept
+    save_linearized(model, tmp_path / "linear.safetensors")
+    assert not head.requires_grad and map_parameters(model)[0].requires_grad
+    names = {n.removeprefix("model.") for n in load_checkpoint(tmp_path / "linear.safetensors")[0]}
+    assert len(names) == 5 and sum(".phi." in n for n in names) == 4
+    again = load_linearized(tmp_path / "linear.safetensors")
+    ids = torch.randint(50, (1, 9))
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    onto = load_linearized(tmp_path / "linear.safetensors", type(model).from_pretrained(tmp_path / "base"))
+    assert torch.equal(onto(ids).logits, again(ids).logits)
+    with pytest.raises(UserError, match="other weights"):
+        load_linearized(tmp_path / "linear.safetensors", build(*DECODERS[name](), seed=5))
+
+
+def test_saving_and_loading_what_is_not_linearized_is_an_error(llama, tmp_path):
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_linearized(llama, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_linearized(tmp_path / "x.safetensors")
+
+
+# ---------------------------------------------------------------- what cannot be converted
+
+
+def test_a_model_is_linearized_once(llama):
+    with pytest.raises(ValueError, match="linearized before"):
+        linearize(linearize(llama))
+
+
+@pytest.mark.parametrize("name, kind, config, message", [
+    ("a window", "Mistral", lambda: transformers.MistralConfig(sliding_window=8, num_key_value_heads=2, **SMALL),
+     "sliding window of 8"),
+    ("some windows", "Qwen2", lambda: transformers.Qwen2Config(use_sliding_window=True, sliding_window=8,
+     max_window_layers=1, num_key_value_heads=2, **SMALL), "sliding window of 8"),
+    ("unknown", "Gemma2", lambda: transformers.Gemma2Config(num_key_value_heads=2, head_dim=8, **SMALL),
+     "Gemma2Attention is attention of a kind that is not known"),
+    ("no attention", "Mamba", lambda: transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
+     "no attention of a known kind"),
+    ("cross-attention", "GPT2", lambda: transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50,
+     add_cross_attention=True), "cross-attention"),
+])  # fmt: skip
+def test_attention_of_another_kind_is_an_error(name, kind, config, message):
+    model = getattr(transformers, f"{kind}Model")(config())
+    with pytest.raises(ValueError, match=message):
+        linearize(model)
+
+
+def test_other_masks_are_errors(llama):
+    linearize(llama)
+    ids = torch.randint(50, (1, 6))
+    with pytest.raises(ValueError, match="not a mask of shape"):
+        llama(ids, attention_mask=torch.ones(1, 1, 6, 6))
+    with pytest.raises(ValueError, match="packed sequences"):
+        llama(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+
+
+def test_bfloat16_models_keep_their_dtype_and_float32_maps(llama):
+    ids = torch.randint(50, (1, 9))
+    wanted = linearize(llama)(ids).logits
+    half = linearize(build(*DECODERS["llama"]()).bfloat16())
+    found = half(ids).logits
+    assert found.dtype == torch.bfloat16 and map_parameters(half)[0].dtype == torch.float32
+    assert (found.float() - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_language_model_has_the_interface_of_our_gpt(llama):
+    ids = torch.randint(50, (2, 9))
+    targets = ids.roll(-1, 1)
+    targets[0, 3:] = -100
+    logits, loss = LanguageModel(llama)(ids, targets)
+    wanted = -log_softmax(logits.double())[targets >= 0].gather(1, targets[targets >= 0][:, None]).mean()
+    close(loss.double(), wanted, 1e-6)
+    assert LanguageModel(llama)(ids)[1] is None
+
+
+def log_softmax(logits):
+    return logits - logits.exp().sum(-1, keepdim=True).log()
