@@ -32,6 +32,7 @@ class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
     task: str = "lm"  # lm: perplexity; dialogue: summaries and ROUGE
     finetune: str = "lora"  # lora, or all parameters
+    weights: str = "float32"  # of the loaded model; bfloat16 halves its memory, and goes with lora
     dataset: str = "wikitext2"  # of lm: as train.py's. Of dialogue: samsum or dialogsum
     lora_r: int = 8  # rank of LoRA's update of q, k, v and o
     lora_alpha: int = 16  # the update is scaled by alpha / r
@@ -52,6 +53,8 @@ class LlamaConfig(ConvertConfig):
             raise UserError(f"--task takes lm or dialogue, not {self.task!r}")
         if self.finetune not in ("lora", "all"):
             raise UserError(f"--finetune takes lora or all, not {self.finetune!r}")
+        if self.weights not in ("float32", "bfloat16") or (self.weights == "bfloat16" and self.finetune == "all"):
+            raise UserError(f"--weights takes float32, or with --finetune lora bfloat16, not {self.weights!r}")
         if min(self.lora_r, self.lora_alpha, self.test_dialogues, self.new_tokens) < 1:
             raise UserError("lora_r, lora_alpha, test_dialogues and new_tokens must be at least 1")
 
@@ -69,7 +72,10 @@ def add_lora(model: nn.Module, config: LlamaConfig) -> list[nn.Parameter]:
     inject_adapter_in_model(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names), model)
     for p in map_parameters(model):
         p.requires_grad_()
-    return [p for name, p in model.named_parameters() if "lora_" in name]
+    added = [p for name, p in model.named_parameters() if "lora_" in name]
+    for p in added:
+        p.data = p.data.float()  # beside weights in bfloat16, too: small steps would be lost
+    return added
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -218,7 +224,7 @@ def main() -> None:
     device = pick_device(config.device)
 
     def build(feature_map: str) -> nn.Module:
-        model = load_language_model(config.model)
+        model = load_language_model(config.model, getattr(torch, config.weights))
         with as_user_error():
             if feature_map:
                 linearize(model, feature_map, tie=config.tie or feature_map in ("elu", "relu", "exp_t1"))

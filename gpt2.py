@@ -83,7 +83,7 @@ def to_hf(model: GPT, path: str | Path) -> None:
     try:
         beside.mkdir(parents=True)
         write_atomically(beside / "config.json", lambda p: p.write_text(json.dumps(options, indent=2) + "\n"))
-        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # what transformers looks for
+        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 wants it
         if path.exists():
             path.rmdir()
         beside.rename(path)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import analyze  # noqa: E402
 import compare  # noqa: E402
+import convert  # noqa: E402
 import figures  # noqa: E402
 import recall  # noqa: E402
 
@@ -71,12 +72,17 @@ def experiment(name: str, table, command: str) -> str:
         return f"Not run yet: `{command}`."
     facts = read(name)
     runs = facts.get("runs", [])
-    minutes = f", {len(runs)} runs of together {sum(r['minutes'] for r in runs):.0f} minutes" if runs else ""
+    minutes = f", {len(runs)} runs of together {sum(map(minutes_of, runs)):.0f} minutes" if runs else ""
     source = f"`{facts['command']}`{minutes}, {facts['machine']}, commit {facts['commit']}."
     return f"{table(facts.get('runs', facts))}\n\n{source}"
 
 
+def minutes_of(run: dict) -> float:
+    return sum(run["minutes"].values()) if isinstance(run["minutes"], dict) else run["minutes"]
+
+
 COMPARE = "python compare.py"
+SMOLLM2 = "python convert_llama.py HuggingFaceTB/SmolLM2-135M --dataset wikitext2"
 TABLES = {
     "results": lambda: table(),
     "speed": lambda: speed_table(),
@@ -85,6 +91,10 @@ TABLES = {
     "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
     "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
     "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table, f"{COMPARE} --dataset wikitext2"),
+    "convert": lambda: experiment(
+        "convert-stdlib.json", convert.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
+    ),
+    "smollm2": lambda: experiment("convert-smollm2.json", convert.table_perplexity, SMOLLM2),
     "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
 }
 

@@ -119,6 +119,13 @@ def test_lora_begins_as_nothing_trains_with_the_maps_and_merges_exactly(llama):
     assert not any("lora" in n for n, _ in model.named_parameters())
 
 
+def test_a_frozen_model_in_bfloat16_trains_adapters_and_maps_in_float32(convert, tmp_path):
+    code, _, stderr = convert("--arms", "hedgehog", "--weights", "bfloat16", "--lr", 0.01)
+    assert code == 0, stderr
+    stage, _ = load_checkpoint(tmp_path / "out" / "hedgehog" / "finetune")
+    assert {t.dtype for t in stage.values()} == {torch.float32}
+
+
 def test_the_table_names_the_ratio_to_the_finetuned_teacher():
     def run(arm, perplexity):
         return dict(arm=arm, label=ARMS[arm].label, final={"perplexity": perplexity}, kl=None,
@@ -135,6 +142,7 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
     (["--finetune", "some"], "--finetune takes lora or all"),
     (["--task", "translate"], "--task takes lm or dialogue"),
     (["--distil_steps", 0], "must be positive"),
+    (["--weights", "bfloat16", "--finetune", "all"], "--weights takes float32, or with --finetune lora bfloat16"),
     (["--model", "nowhere/to/be/found"], "cannot"),
     (["--block_size", 100000], "too few for --block_size"),
 ])  # fmt: skip

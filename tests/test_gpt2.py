@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
@@ -183,8 +184,9 @@ def test_shards_are_the_whole_and_the_whole_goes_first(original, tmp_path):
     original.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
-    strange = load_file(shards[1])  # a tensor that another shard is to give
-    save_file({**load_file(shards[0]), next(iter(strange)): torch.zeros(1)}, shards[0], {"format": "pt"})
+    first, last = load_file(shards[0]), load_file(shards[-1])
+    stray = {name: torch.zeros_like(t) for name, t in first.items()}  # by the index, they are the first shard's
+    save_file({**last, **stray}, shards[-1], {"format": "pt"})
     assert_one_function(original, gpt2.from_pretrained(tmp_path))
 
     index = tmp_path / "model.safetensors.index.json"
@@ -310,12 +312,12 @@ def test_the_first_three_tensors_that_do_not_fit_are_named(folder):
         del tensors["transformer.h.0.ln_1.bias"]
         tensors["score.weight"] = torch.zeros(2, 32)
         tensors["transformer.ln_f.weight"] = torch.zeros(33)
-        tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(32)
+        tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(32, 128, 1)
 
     edit_tensors(folder, spoil)
     message = refusal(folder)
     assert "transformer.h.0.ln_1.bias is missing; transformer.score.weight is unknown; " in message
-    assert "transformer.h.1.mlp.c_fc.weight has shape (32,), not (128, 32) (and 1 more)" in message
+    assert "transformer.h.1.mlp.c_fc.weight has shape (32, 128, 1), not (128, 32) (and 1 more)" in message
 
 
 def test_a_vocabulary_or_length_that_the_weights_do_not_have_is_refused(folder):
@@ -363,14 +365,17 @@ def ours(**options) -> GPT:
 
 
 def test_our_model_is_transformers_model_and_comes_back_bit_for_bit(tmp_path):
-    model, path = ours(dropout=0.1), tmp_path / "new" / "mine"
+    model, path = ours(dropout=0.3), tmp_path / "new" / "mine"
     gpt2.to_hf(model, path)
     theirs, report = transformers.GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
     assert not any(report.values()), report  # no key missing, none unexpected, none of another shape
     assert_one_function(model, theirs.eval())
     assert type(transformers.AutoModelForCausalLM.from_pretrained(path)) is transformers.GPT2LMHeadModel
-    assert theirs.config.resid_pdrop == theirs.config.embd_pdrop == 0.1 and theirs.config.attn_pdrop == 0
-    back = gpt2.from_pretrained(path, dropout=0.1).state_dict()
+    assert theirs.config.architectures == json.loads((path / "config.json").read_text())["architectures"]
+    with safe_open(path / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+    assert theirs.config.resid_pdrop == theirs.config.embd_pdrop == 0.3 and theirs.config.attn_pdrop == 0
+    back = gpt2.from_pretrained(path).state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 

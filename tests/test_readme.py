@@ -4,13 +4,18 @@ import importlib.util
 import re
 import shlex
 
-from conftest import ROOT
+import pytest
+import torch
+from conftest import ROOT, save_byte_tokenizer
 
 from analyze import AnalyzeConfig
 from bench import BenchConfig
 from common import parse
 from compare import CompareConfig
 from configs import read_config
+from convert_gpt2 import GPT2Config
+from convert_llama import LlamaConfig
+from distill import DistillConfig
 from recall import RecallConfig
 from sample import SampleConfig
 
@@ -26,9 +31,21 @@ def test_the_results_table_is_rendered_from_the_results():
     assert render.table() in README and render.table().count("\n") > 2
 
 
-def test_the_python_example_runs_as_printed():
-    (code,) = [code for language, code in BLOCKS if language == "python"]
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
+    """In their order; but a small random model takes the place of the one from the hub."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    examples = [code for language, code in BLOCKS if language == "python"]
+    assert len(examples) == 2 and "HuggingFaceTB/SmolLM2-135M" in examples[0]
+    for code in examples:
+        code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path))
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "linear.safetensors").stat().st_size < 50_000
 
 
 def test_every_command_is_understood():
@@ -36,7 +53,8 @@ def test_every_command_is_understood():
     seen = set()
     configs = {
         "bench.py": BenchConfig(), "sample.py": SampleConfig(), "analyze.py": AnalyzeConfig(),
-        "recall.py": RecallConfig(), "compare.py": CompareConfig(),
+        "recall.py": RecallConfig(), "compare.py": CompareConfig(), "distill.py": DistillConfig(),
+        "convert_gpt2.py": GPT2Config(), "convert_llama.py": LlamaConfig(),
     }  # fmt: skip
     for block in (code for language, code in BLOCKS if language == "bash"):
         for line in block.splitlines():
@@ -49,10 +67,10 @@ def test_every_command_is_understood():
                 read_config([a for a in argv if a not in ("--eval_only", "--init_from", "out/stdlib-hedgehog")], "")
             elif script in configs:
                 if argv and not argv[0].startswith("-"):
-                    argv.insert(0, "--checkpoint")
+                    argv.insert(0, "--model" if script.startswith("convert") else "--checkpoint")
                 parse(configs[script], argv, "")[0].check()
             else:
-                assert words == [] or words[0] == "pytest", line
+                assert words == [] or words[0] in ("pytest", "pip"), line
             seen.add(script)
     assert {"train.py", *configs} <= seen
 
@@ -71,8 +89,6 @@ def test_links_lead_somewhere():
 
 def test_the_guides_new_feature_map_is_a_feature_map():
     """CONTRIBUTING's ten lines, as printed: positive features, rows that sum to one, usable by name."""
-    import torch
-
     import feature_maps
     from attention import linear_weights, make_attention
 
