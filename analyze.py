@@ -2,7 +2,8 @@
 
     python analyze.py                              the first command's checkpoint (Figs. 2, 3, 4 and 6 of the paper)
     python analyze.py out/RUN --text FILE          any checkpoint of this repository, any text
-    python analyze.py NAME_OR_FOLDER --text FILE   a Hugging Face model: GPT-2, Llama, BERT ... (needs transformers)
+    python analyze.py NAME_OR_FOLDER --text FILE   a Hugging Face model: GPT-2, Llama, BERT ... (needs transformers), or
+                                                   a converted one's linear.safetensors
 
 For the queries and keys of every layer and head: softmax's weights (Eq. 1) and those of every feature map (Eq. 2).
 
@@ -95,14 +96,17 @@ def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple
 # ---------------------------------------------------------------- the queries and keys of a model
 
 
+def attends_in(model: nn.Module) -> list[nn.Module]:
+    """What is plugged into the attention of each layer."""
+    return [m.attend for m in model.modules() if isinstance(getattr(m, "attend", None), nn.Module)]
+
+
 @torch.no_grad()
-def queries_and_keys(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """q, k (B, H, T, D) of every layer, as attention gets them (after RoPE), for token ids (B, T)."""
+def queries_and_keys(model: nn.Module, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """q, k (B, H, T, D) of every layer, as attention gets them (after RoPE), for token ids (B, T): of our GPT, or of a
+    transformers model with sockets."""
     found: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        block.attn.attend.register_forward_pre_hook(lambda _, args: found.append(args[:2]))
-        for block in model.transformer.h
-    ]
+    hooks = [a.register_forward_pre_hook(lambda _, args: found.append(args[:2])) for a in attends_in(model)]
     try:
         model(idx)
     finally:
@@ -111,42 +115,39 @@ def queries_and_keys(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def hugging_face(name: str, text: str, n_tokens: int) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """(q, k of every layer, causal?) of a transformers model on the beginning of a text, through transformers' own
-    attention interface: one function serves every architecture. Keys of grouped-query attention are repeated."""
+def is_linearized(path: Path) -> bool:
+    """Whether this is a file from hf.save_linearized."""
+    return path.is_file() and "linearized" in load_checkpoint(path)[1]
+
+
+def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor]:
+    """(a transformers model, token ids (1, T) of the beginning of a text). name: on the hub, a folder, or a file from
+    hf.save_linearized, whose base is loaded by name. The model has a socket at each attention (hf.py), in mode
+    "softmax" but for a linearized one."""
     try:
-        from transformers import AttentionInterface, AutoModel, AutoTokenizer
+        import transformers
+
+        from distill import set_mode
+        from hf import Tokenizer, linearize, load_linearized
     except ImportError as e:
         raise UserError(
-            f"there is no checkpoint {name} here, and a Hugging Face model needs: pip install transformers"
+            f"there is no checkpoint {name} here, and a Hugging Face model needs: pip install -r requirements-hf.txt"
         ) from e
-    found, causal = [], []
-
-    def watch(module, query, key, value, attention_mask, scaling=None, is_causal=None, **_):
-        groups = query.size(1) // key.size(1)
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        scale = query.size(-1) ** -0.5 if scaling is None else scaling
-        query = query * (scale * query.size(-1) ** 0.5)  # softmax_weights divides by sqrt(D)
-        causal.append(bool(getattr(module, "is_causal", False) if is_causal is None else is_causal))
-        found.append((query, key))
-        A = softmax_weights(query, key, causal=causal[-1])
-        return (A @ value.to(A.dtype)).to(value.dtype).transpose(1, 2), None
-
-    AttentionInterface.register("watch", watch)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, attn_implementation="watch", dtype=torch.float32).eval()
-    except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0][:160]
-        raise UserError(
-            f"{name} is neither a checkpoint of this program nor a Hugging Face model that can be loaded ({reason})"
-        ) from e
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=n_tokens)["input_ids"]
-    with torch.no_grad():
-        model(input_ids=ids)
-    if not found:
-        raise UserError(f"{name} does not use transformers' attention interface: its queries and keys are out of reach")
-    return found, causal[0]
+    if Path(name).is_file():
+        model = load_linearized(name)
+        name = model.config.name_or_path
+    else:
+        try:
+            model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+        except (OSError, ValueError) as e:
+            reason = str(e).splitlines()[0][:160]
+            raise UserError(
+                f"{name} is neither a checkpoint of this program nor a Hugging Face model that can be loaded ({reason})"
+            ) from e
+        with as_user_error():
+            set_mode(linearize(model), "softmax")
+    model.config.use_cache = False  # with a cache a linear layer is not called, but extends its state
+    return model, torch.tensor(Tokenizer(name).encode_many([text])[0][:n_tokens])[None]
 
 
 # ---------------------------------------------------------------- all measures of all maps
@@ -255,18 +256,18 @@ def main() -> None:
     device = pick_device(config.device)
     text = data.read_text(Path(config.text) if config.text else Path(__file__).parent / "feature_maps.py")
     torch.manual_seed(config.seed)
-    own: list[nn.Module] = []
-    attention, causal, name = "softmax", True, config.checkpoint
-    if name and (not Path(name).exists() or (Path(name) / "config.json").exists()):
-        qk, causal = hugging_face(name, text, config.tokens)
+    name = config.checkpoint
+    if name and (not Path(name).exists() or (Path(name) / "config.json").exists() or is_linearized(Path(name))):
+        model, idx = hugging_face(name, text, config.tokens)
+        attention = "softmax" if not is_linearized(Path(name)) else model.hedgehog["feature_map"]
     else:
         model, tokenizer = load(config, device)
-        idx = tokens_of(config, tokenizer, text, model)
-        if idx.size(1) < 2:
-            raise UserError("the text has fewer than two tokens: give a longer one")
-        qk = [(q.cpu(), k.cpu()) for q, k in queries_and_keys(model, idx.to(device))]
-        own, attention = [block.attn.attend.cpu() for block in model.transformer.h], model.config.attention
-    (_, H, T, D), L = qk[0][0].shape, len(qk)
+        idx, attention = tokens_of(config, tokenizer, text, model), model.config.attention
+    if idx.size(1) < 2:
+        raise UserError("the text has fewer than two tokens: give a longer one")
+    qk = [(q.float().cpu(), k.float().cpu()) for q, k in queries_and_keys(model.to(device), idx.to(device))]
+    own = [attend.cpu() for attend in attends_in(model)]
+    causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
     fresh = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # one Performer for all layers
 
     def attends_of(layer: int) -> dict[str, nn.Module]:

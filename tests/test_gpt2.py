@@ -443,7 +443,7 @@ def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, mon
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gpt2 if hasattr(gpt2, "save_file") else common, "save_file", full_disk)
+    monkeypatch.setattr(common, "save_file", full_disk)
     with pytest.raises(RunError, match="No space left on device"):
         gpt2.to_hf(ours(), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]

@@ -8,8 +8,10 @@ from conftest import save_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-from analyze import hugging_face  # noqa: E402
+from analyze import hugging_face, queries_and_keys  # noqa: E402
 from attention import softmax_weights  # noqa: E402
+from distill import sockets  # noqa: E402
+from hf import save_linearized  # noqa: E402
 
 SMALL = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=300)
 CONFIGS = {
@@ -32,7 +34,8 @@ def folder(request, tmp_path):
 
 def test_captured_queries_and_keys_give_the_models_own_attention_weights(folder):
     name, path = folder
-    qk, causal = hugging_face(str(path), "Linear attention, measured.", 20)
+    ours, idx = hugging_face(str(path), "Linear attention, measured.", 20)
+    qk, causal = queries_and_keys(ours, idx), sockets(ours)[0].attend.causal
     assert causal == (name != "bert") and len(qk) == 2
     model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
     ids = transformers.AutoTokenizer.from_pretrained(path)("Linear attention, measured.", return_tensors="pt")
@@ -58,3 +61,16 @@ def test_the_command_analyses_a_hugging_face_folder(folder, command, tmp_path):
 def test_a_name_that_is_nothing_is_one_line_and_exit_code_2(command):
     code, _, stderr = command("analyze", "no-such-name/at-all")
     assert code == 2 and stderr.count("\n") == 1 and "neither a checkpoint of this program nor" in stderr
+
+
+def test_a_converted_models_own_maps_are_measured(folder, command, tmp_path):
+    """Its file is enough; its base is loaded by the name in it."""
+    name, path = folder
+    model, _ = hugging_face(str(path), "text", 5)
+    save_linearized(model, tmp_path / "linear.safetensors")
+    code, stdout, stderr = command("analyze", tmp_path / "linear.safetensors", "--maps", "elu", "--tokens", 20,
+                                   "--out_dir", tmp_path / "out")  # fmt: skip
+    assert code == 0, stderr
+    facts = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert facts["attention"] == "hedgehog" and facts["causal"] == (name != "bert")
+    assert "Hedgehog, this model's" in stdout
