@@ -5,6 +5,7 @@ Called by analyze.py, recall.py, compare.py and results/render.py.
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def plot(path: Path, command: str, draw: Callable, rows: int = 1, cols: int = 1,
 
     figure, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", **kwargs)
     draw(figure, axes)
-    figure.get_layout_engine().set(rect=(0, 0.2 / size[1], 1, 1 - 0.2 / size[1]))  # room for the command
-    figure.text(0.005, 0.005, command, fontsize=6, color="0.3")
+    lines = textwrap.wrap(command, int(22 * size[0]))
+    room = (0.08 + 0.12 * len(lines)) / size[1]  # for the command
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+    figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color="0.3")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
