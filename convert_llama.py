@@ -24,7 +24,12 @@ from common import UserError, as_user_error, parse, pick_device, run, step_seed
 from convert import ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
 from data import dialogue
 from distill import map_parameters, sockets
-from hf import LanguageModel, Tokenizer, linearize, load_language_model, save_linearized
+
+try:
+    from hf import LanguageModel, Tokenizer, linearize, load_language_model, save_linearized
+except ModuleNotFoundError as e:
+    print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, save_byte_tokenizer
+from conftest import TINY, save_byte_tokenizer, start
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,6 +149,15 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
 def test_wrong_flags_are_one_line(convert, flags, message):
     code, _, stderr = convert(*flags)
     assert code == 2 and message in stderr, stderr
+
+
+def test_without_transformers_it_says_what_to_install():
+    code = "import sys, runpy; sys.modules['transformers'] = None; runpy.run_path('convert_llama.py')"
+    process = start("-c", code)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stderr == (
+        "error: there is no transformers here: pip install -r requirements-hf.txt\n"
+    )
 
 
 # ---------------------------------------------------------------- our own GPT
