@@ -135,7 +135,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         ) from e
     if Path(name).is_file():
         model = load_linearized(name)
-        name = model.config.name_or_path
+        name = model.hedgehog["base"]
     else:
         try:
             model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
@@ -147,6 +147,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         with as_user_error():
             set_mode(linearize(model), "softmax")
     model.config.use_cache = False  # with a cache a linear layer is not called, but extends its state
+    n_tokens = min(n_tokens, getattr(model.config, "max_position_embeddings", n_tokens))
     return model, torch.tensor(Tokenizer(name).encode_many([text])[0][:n_tokens])[None]
 
 

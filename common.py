@@ -292,13 +292,15 @@ def restore(
             tensor.copy_(have[name])
     if optimizer is None:
         return
+    if not any(n.startswith("optimizer.") for n in tensors):
+        raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
     names = {id(p): n for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
             prefix = f"optimizer.{names[id(p)]}."
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             if not state:
-                raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
+                continue  # it never had a gradient
             moved = {k: t.to(p.device) for k, t in state.items() if k != "step" or group.get("fused")}
             optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
 

@@ -24,7 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from common import UserError, World, load_checkpoint, pick_device, pick_dtype, provenance, restore
+import kernels
+from common import (
+    RunError,
+    UserError,
+    World,
+    as_user_error,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+    provenance,
+    restore,
+)
 from configs import FitConfig
 from distill import distill, map_parameters, mimicry, set_mode, write_heads
 from evaluate import perplexity
@@ -53,6 +64,8 @@ ARMS = {
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
 }
+# Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
+SHAPE_MAPS = "model task weights dataset data_dir block_size tie held_out dev_tokens".split()
 STAGES = ("measure", "distil", "finetune", "evaluate")
 
 
@@ -111,10 +124,15 @@ def fit_config(config: ConvertConfig, out: Path, **changes) -> FitConfig:
     return replace(plain, out_dir=str(out), resume=(out / "last.safetensors").exists(), **changes)
 
 
+def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:
+    """The configuration of one arm, as its result.json has it."""
+    return replace(config, out_dir=str(Path(config.out_dir) / name), arms=[name])
+
+
 def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     """One row of the ladder: its result, also in out_dir/NAME/result.json; None if config.stage ends before."""
     arm, out, world = ARMS[name], Path(config.out_dir), World(0, 1, pick_device(config.device))
-    mine = replace(config, out_dir=str(out / name), arms=[name])
+    mine = of_arm(name, config)
     if (result := finished(mine)) is not None:
         return result
     torch.manual_seed(config.seed)
@@ -126,8 +144,8 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
             config, Path(config.distil_dir or out) / f"distil-{arm.feature_map}", max_steps=config.distil_steps,
             lr=config.distil_lr, weight_decay=0.0, patience=config.distil_patience,
         )  # fmt: skip
-        free = {"arms": [], "stage": "distil", "finetune": "", "distil_dir": ""}  # one for all arms with this map
-        of_stage = {**meta, "config": {**asdict(config), **asdict(stage), **free}}
+        shared = {key: value for key, value in asdict(config).items() if key in SHAPE_MAPS}  # by all arms, all out_dirs
+        of_stage = {**meta, "config": {**shared, **asdict(stage), "map_lr_scale": 1.0}}
         found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, of_stage)
         minutes["distil"], kl = minutes_of(stage), found["kl"].mean().item()
         write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes["distil"])
@@ -141,6 +159,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         undistilled = bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
         longer = config.distil_steps // 2 if undistilled else 0  # as much time: distillation has half the backward pass
         stage = fit_config(config, out / name / "finetune", max_steps=config.max_steps + longer)
+        torch.manual_seed(config.seed)  # LoRA begins the same in every arm, in one go or stage by stage
         groups = subject.groups(model)
         trained = sum(p.numel() for g in groups for p in g["params"])
         fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world,
@@ -169,16 +188,27 @@ def minutes_of(stage: FitConfig) -> float:
 
 
 def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]], str]) -> list[dict]:
-    """Every arm in turn; prints the table and writes out_dir/ladder.json."""
-    began, results = time.perf_counter(), []
+    """Every arm in turn; prints the table and writes out_dir/ladder.json, with the arms that the same settings have
+    finished before. An arm whose loss is not finite is said, and the others go on."""
+    with as_user_error():
+        kernels.use(config.kernel, pick_device(config.device))
     for i, name in enumerate(config.arms, 1):
         tqdm.write(f"--- {ARMS[name].label} ({i} of {len(config.arms)})")
-        if (result := run_arm(name, config, subject)) is not None:
-            results.append(result)
+        try:
+            result = run_arm(name, config, subject)
+        except RunError as e:
+            tqdm.write(f"{ARMS[name].label}: {e}")
+            continue
+        if result is not None:
             tqdm.write(table([result]).splitlines()[-1])
+    results = [r for name in ARMS if (r := finished(of_arm(name, config))) is not None]
     if results:
-        facts = {"ladder": 1, **provenance(), "minutes": round((time.perf_counter() - began) / 60, 1), "runs": results}
-        write_json(Path(config.out_dir) / "ladder.json", facts)
+        distilled = {ARMS[r["arm"]].feature_map: r["minutes"].get("distil", 0.0) for r in results}  # once for its arms
+        others = sum(m for r in results for stage, m in r["minutes"].items() if stage != "distil")
+        minutes = round(sum(distilled.values()) + others, 1)
+        write_json(
+            Path(config.out_dir) / "ladder.json", {"ladder": 1, **provenance(), "minutes": minutes, "runs": results}
+        )
         print(table(results))
         print(f"written to {config.out_dir}: ladder.json, and a folder for each stage and arm")
     return results

@@ -67,6 +67,8 @@ def main() -> None:
             setattr(config, name, value)
     with as_user_error():
         config.check()
+        if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
+            raise ValueError(f"block_size {config.block_size}: this model has {teacher.config.block_size} positions")
         pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
     config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-converted"
     teacher.to(pick_device(config.device))

@@ -10,6 +10,7 @@ teacher_finetuned (softmax + LoRA), t2r (T2R + LoRA) and hedgehog (Hedgehog + Lo
 command. Needs requirements-hf.txt. SmolLM2-135M takes about an hour on 2 cores; for Llama-2 7B see README.
 """
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,23 @@ from tqdm import tqdm
 from common import UserError, as_user_error, parse, pick_device, run, step_seed
 from convert import ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
 from data import dialogue
-from distill import map_parameters, sockets
+from distill import ZeroAttention, map_parameters, sockets
 
 try:
-    from hf import LanguageModel, Tokenizer, linearize, load_language_model, save_linearized
+    for name in ("transformers", "peft", "rouge_score"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+    from hf import (
+        LanguageModel,
+        Tokenizer,
+        attention_modules,
+        check_plain,
+        linearize,
+        load,
+        save_linearized,
+        transformers,
+        where,
+    )
 except ModuleNotFoundError as e:
     print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
     sys.exit(2)
@@ -69,11 +83,13 @@ class LlamaConfig(ConvertConfig):
 
 def add_lora(model: nn.Module, config: LlamaConfig) -> list[nn.Parameter]:
     """LoRA (Hu et al., 2022) beside the projections of q, k, v and o, in place; returns its parameters, and leaves
-    only them and the feature maps trainable."""
+    only them and the feature maps trainable. The control without attention has it beside the MLP's."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if any(type(socket.attend) is ZeroAttention for socket in sockets(model)):
+        names = ["gate_proj", "up_proj", "down_proj"]  # those do nothing where attention is zero
     inject_adapter_in_model(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names), model)
     for p in map_parameters(model):
         p.requires_grad_()
@@ -132,7 +148,7 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
           f"tokens; {kept} of them choose checkpoints; ROUGE on {len(test)} others")  # fmt: skip
     rows, dev = rows[:-kept], rows[-kept:]
 
-    def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    def batch_of(step: int) -> tuple[Tensor, ...]:
         picks = np.random.default_rng(step_seed(config.seed, step)).integers(0, len(rows), config.batch_size)
         return padded([rows[i] for i in picks], end)
 
@@ -140,7 +156,7 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
     def evaluate(model: nn.Module) -> dict:
         nats, n = 0.0, 0
         for i in range(0, len(dev), 8):
-            x, y = (t.to(device) for t in padded(dev[i : i + 8], end))
+            x, y, _ = (t.to(device) for t in padded(dev[i : i + 8], end))
             count = int((y >= 0).sum())
             nats, n = nats + model(x, y)[1].item() * count, n + count
         return {"loss": nats / n}
@@ -156,8 +172,8 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
         groups=lambda model: trained_groups(model, config),
         batch=batch_of,
         held_out=[padded([row], end) for row in dev[: config.held_out]],
-        forward=lambda model, x, y: model(x),
-        loss=lambda model, x, y: model(x, y)[1],
+        forward=lambda model, x, y, mask: model(x, mask=mask),  # Eq. 3 is averaged over real tokens
+        loss=lambda model, x, y, mask: model(x, y)[1],
         evaluate=evaluate,
         final=final,
         save=save,
@@ -165,16 +181,16 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
     )
 
 
-def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """(prompt, summary) rows as (x, y), (B, T): y is x one token later in the summary, and -100 (ignored) elsewhere.
-    Padded on the right, where a causal model needs no mask."""
+def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(prompt, summary) rows as (x, y, mask), (B, T): y is x one token later in the summary, and -100 (ignored)
+    elsewhere; mask is 1 at real tokens. Padded on the right: there a causal model's loss needs no mask."""
     T = max(len(p) + len(s) for p, s in rows) - 1
-    x, y = torch.full((len(rows), T), pad), torch.full((len(rows), T), -100)
+    x, y, mask = torch.full((len(rows), T), pad), torch.full((len(rows), T), -100), torch.zeros(len(rows), T).long()
     for i, (p, s) in enumerate(rows):
         ids = torch.tensor(p + s)
-        x[i, : len(ids) - 1] = ids[:-1]
+        x[i, : len(ids) - 1], mask[i, : len(ids) - 1] = ids[:-1], 1
         y[i, len(p) - 1 : len(ids) - 1] = ids[len(p) :]
-    return x, y
+    return x, y, mask
 
 
 @torch.no_grad()
@@ -214,6 +230,31 @@ def table_rouge(results: list[dict]) -> str:
 # ---------------------------------------------------------------- the command
 
 
+def check_fits(config: LlamaConfig) -> None:
+    """Complain before the first hour, not after it: on the model's shape, without its weights."""
+    name, options = where(config.model)
+    tokenizer = Tokenizer(config.model)
+    try:
+        of_model = transformers.AutoConfig.from_pretrained(name, **options)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(of_model)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{config.model} is no causal language model ({str(e).splitlines()[0][:160]})") from e
+    with as_user_error():
+        for module in attention_modules(model):
+            check_plain(module)
+    positions = getattr(of_model, "max_position_embeddings", None) or config.block_size
+    if config.block_size > positions:
+        raise UserError(f"--block_size {config.block_size}: {config.model} has {positions} positions")
+    if tokenizer.vocab_size > model.get_input_embeddings().weight.size(0):
+        raise UserError(f"the tokenizer of {config.model} has {tokenizer.vocab_size} tokens, more than its embeddings")
+    if config.task == "dialogue" and tokenizer.hf.eos_token_id is None:
+        raise UserError(f"the tokenizer of {config.model} has no eos_token, which ends a summary")
+    if config.finetune == "lora" and not any(name.endswith("q_proj") for name, _ in model.named_modules()):
+        raise UserError("LoRA here goes beside q_proj, k_proj, v_proj and o_proj, which this model has not: use "
+                        "--finetune all")  # fmt: skip
+
+
 def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
@@ -223,18 +264,19 @@ def main() -> None:
         config.check()
     if config.task == "dialogue" and "dataset" not in given:
         config.dataset = "samsum"
-    name = Path(config.model).stem
+    name = Path(config.model).name.removesuffix(".gguf")
     config.out_dir = config.out_dir or f"out/{name}-{config.dataset}-{config.finetune}"
     config.distil_dir = config.distil_dir or f"out/{name}-{config.dataset}-maps"
     device = pick_device(config.device)
 
     def build(feature_map: str) -> nn.Module:
-        model = load_language_model(config.model, getattr(torch, config.weights))
+        model = load(config.model, dtype=getattr(torch, config.weights))
         with as_user_error():
             if feature_map:
                 linearize(model, feature_map, tie=config.tie or feature_map in ("elu", "relu", "exp_t1"))
         return LanguageModel(model).to(device)
 
+    check_fits(config)
     if config.task == "dialogue":
         ladder(config, dialogue_summaries(config, build), table_rouge)
     else:

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 import data
 import figures
+import kernels
 from attention import LinearAttention, SoftmaxAttention, learns_map, softmax_attention, visible
 from common import (
     UserError,
@@ -157,10 +158,10 @@ class ZeroAttention(LinearAttention):
     """The control: no attention at all. What a finetuned model can do without it, mimicry need not explain."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(v)
+        return torch.zeros_like(q)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
-        return torch.zeros_like(v)
+        return torch.zeros_like(q)
 
 
 MODES: dict[str, type[LinearAttention]] = {
@@ -328,6 +329,8 @@ def main() -> None:
         config, _ = parse(DistillConfig(), argv, __doc__)
         config.check()
     began, world = time.perf_counter(), World(0, 1, pick_device(config.device))
+    with as_user_error():
+        kernels.use(config.kernel, world.device)
     teacher, saved = load_teacher(config.checkpoint)
     of = saved["config"]
     config.out_dir = config.out_dir or f"{Path(config.checkpoint).as_posix()}-{config.feature_map}"

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
@@ -70,8 +71,8 @@ def linearize(
         check_plain(module)
     base = model.hedgehog_base = fingerprints(model)
     model.hedgehog = {
-        "class": type(model).__name__, "base": model.config.name_or_path, "dtype": str(model.dtype),
-        "base_crc": zlib.crc32(json.dumps(base).encode()),
+        "class": type(model).__name__, "base": getattr(model, "source", model.config.name_or_path),
+        "dtype": str(model.dtype), "base_crc": zlib.crc32(json.dumps(base).encode()),
         "feature_map": feature_map, "layers": sorted(wanted), "tie": tie, "options": options,
     }  # fmt: skip
     for i in wanted:
@@ -141,7 +142,8 @@ def attention(module, query, key, value, attention_mask=None, scaling=None, drop
     if socket is None:  # a layer that keeps softmax
         y = softmax_attention(query, key, value, causal=is_causal(module), key_mask=mask)
     elif socket.layer is not None:
-        y = socket.attend.extend(query, key, value, socket.layer.state, key_mask=mask)
+        state, socket.layer = socket.layer.state, None
+        y = socket.attend.extend(query, key, value, state, key_mask=mask)
     else:
         y = socket.attend(query, key, value, key_mask=mask)
     return y.transpose(1, 2), None
@@ -218,22 +220,32 @@ class StateLayer(CacheLayerMixin):
 
 
 def prepare_cache(module: nn.Module, args, kwargs) -> None:
-    """Before an attention module's forward pass: in mode "linear" its layer of an empty cache becomes a StateLayer."""
+    """Before an attention module's forward pass: in mode "linear" its layer of an empty cache becomes a StateLayer.
+    Raises ValueError for a cache that the mode cannot continue, and if the sockets are not what will be called."""
     socket, cache = getattr(module, NAME), kwargs.get("past_key_values")
     socket.layer = None
-    if cache is None or type(socket.attend) is not LinearAttention:
+    if module.config._attn_implementation != NAME:
+        raise ValueError(f'this linearized model has attention {module.config._attn_implementation!r} now: call '
+                         f'model.set_attn_implementation("{NAME}") again')  # fmt: skip
+    if cache is None:
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     while len(cache.layers) <= module.layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[module.layer_idx]
+    if type(socket.attend) is not LinearAttention:
+        if isinstance(layer, StateLayer) or (hasattr(socket.attend, "loss") and layer.get_seq_length()):
+            raise ValueError(
+                f"{type(socket.attend).__name__} cannot continue a {type(layer).__name__}: use a new cache"
+            )
+        return
     if not isinstance(layer, StateLayer):
         if type(layer) is not DynamicLayer or layer.get_seq_length():
             raise ValueError(
                 f"linear attention cannot continue a {type(layer).__name__}: start with an empty DynamicCache"
             )
         layer = cache.layers[module.layer_idx] = StateLayer()
-    socket.layer = layer
+    socket.layer = layer  # attention takes it
 
 
 # ---------------------------------------------------------------- saving and loading
@@ -275,7 +287,9 @@ def load_linearized(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         raise UserError(f"{path} is a checkpoint, but not from save_linearized")
     about = meta["linearized"]
     if model is None:
-        model = getattr(transformers, about["class"]).from_pretrained(about["base"])
+        model = load(
+            about["base"], getattr(transformers, about["class"]), getattr(torch, about["dtype"].split(".")[-1])
+        )
     linearize(model, about["feature_map"], about["layers"], about["tie"], **about["options"])
     if model.hedgehog["base_crc"] != about["base_crc"]:
         raise UserError(f"{path} belongs on top of {about['base']} ({about['class']}, {about['dtype']}), with other "
@@ -297,8 +311,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = model
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits = self.hf(input_ids=idx, use_cache=False).logits
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """mask (B, T): 1 at real tokens, for a batch that is padded."""
+        logits = self.hf(input_ids=idx, attention_mask=mask, use_cache=False).logits
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -330,12 +347,17 @@ def where(source: str) -> tuple[str, dict]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
 
 
-def load_language_model(source: str, dtype=None) -> nn.Module:
-    """A causal language model by hub name, folder or .gguf file. Raises UserError if there is none."""
+def load(source: str, kind=transformers.AutoModelForCausalLM, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model by hub name, folder or .gguf file. Raises UserError if there is none, or not all of it."""
     name, options = where(source)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32, **options)
-    except (OSError, ValueError) as e:
+        model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).splitlines()[0][:160]
-        raise UserError(f"cannot load a causal language model from {source} ({reason}): give a hub name, a folder "
-                        "with config.json and safetensors, or a .gguf file") from e  # fmt: skip
+        raise UserError(f"cannot load a {kind.__name__} from {source} ({reason}): give a hub name, a folder with "
+                        "config.json and safetensors, or a .gguf file") from e  # fmt: skip
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UserError(f"{source} lacks weights ({missing} ...): it is damaged, or another kind of model")
+    model.source = source
+    return model

@@ -85,7 +85,7 @@ def same_config(a: dict, b: dict) -> bool:
 
 def finished(config) -> dict | None:
     """The result of a run that has been made before with the same settings."""
-    with contextlib.suppress(OSError, json.JSONDecodeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not such a file
         result = json.loads((Path(config.out_dir) / "result.json").read_text())
         if same_config(result["config"], asdict(config)):
             return result

@@ -42,7 +42,7 @@ def rows(path: Path) -> list[dict]:
     try:
         if path.suffix == ".json":
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not {path.suffix[1:]} ({e}): give one object a line, or one list of objects") from e
 

@@ -13,7 +13,7 @@ from convert import ARMS, ConvertConfig, table_perplexity  # noqa: E402
 from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode  # noqa: E402
-from hf import LanguageModel, Tokenizer, linearize, load_language_model, load_linearized  # noqa: E402
+from hf import LanguageModel, Tokenizer, linearize, load, load_linearized  # noqa: E402
 
 QUICK = (
     "--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --held_out 2 "
@@ -92,9 +92,9 @@ def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
     assert projections == {"q_proj", "k_proj", "v_proj", "o_proj"} and not any("lora" in n for n in tensors)
     stage, _ = load_checkpoint(tmp_path / "out" / "hedgehog" / "finetune")
     assert all("lora_" in n or ".phi." in n for n in stage if n.startswith("model."))  # not the frozen base
-    model = load_linearized(tmp_path / "out" / "hedgehog" / "linear.safetensors", load_language_model(str(llama)))
+    model = load_linearized(tmp_path / "out" / "hedgehog" / "linear.safetensors", load(str(llama)))
     ids = torch.randint(256, (1, 12))
-    again = linearize(load_language_model(str(llama)))
+    again = linearize(load(str(llama)))
     add_lora(again, LlamaConfig())
     wrapped = LanguageModel(again)
     state = {n.removeprefix("model."): t for n, t in stage.items() if n.startswith("model.")}
@@ -103,7 +103,7 @@ def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
 
 
 def test_lora_begins_as_nothing_trains_with_the_maps_and_merges_exactly(llama):
-    model, ids = linearize(load_language_model(str(llama))).eval(), torch.randint(256, (1, 9))
+    model, ids = linearize(load(str(llama))).eval(), torch.randint(256, (1, 9))
     wanted = model(ids).logits
     added = add_lora(model, LlamaConfig())
     assert torch.equal(model(ids).logits, wanted) and len(added) == 2 * 4 * 2
@@ -220,14 +220,14 @@ def test_summaries_are_trained_written_and_scored(command, llama, dialogues, tmp
 
 
 def test_the_loss_counts_the_summary_and_its_end_only():
-    x, y = padded([([1, 2, 3], [4, 9]), ([5], [6, 7, 9])], pad=9)
-    assert x.tolist() == [[1, 2, 3, 4], [5, 6, 7, 9]]
-    assert y.tolist() == [[-100, -100, 4, 9], [6, 7, 9, -100]]
+    x, y, mask = padded([([1, 2, 3], [4, 9]), ([5], [6, 9])], pad=9)
+    assert x.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert y.tolist() == [[-100, -100, 4, 9], [6, 9, -100, -100]]
 
 
 @pytest.mark.parametrize("mode", ["linear", "softmax"])
 def test_a_batch_of_summaries_equals_one_by_one(llama, mode):
-    model, tokenizer = linearize(load_language_model(str(llama))).eval(), Tokenizer(str(llama))
+    model, tokenizer = linearize(load(str(llama))).eval(), Tokenizer(str(llama))
     set_mode(model, mode)
     config = LlamaConfig(new_tokens=8)
     texts = ["A: hi", "A: hello there\nB: what a day", "B: ok then, so be it, and good bye"]
