@@ -194,8 +194,8 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
-    """state_dict without the second names of tied weights (lm_head.weight is transformer.wte.weight), and without
-    frozen parameters: those are where they came from."""
+    """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without frozen
+    parameters: those are where they came from."""
     first: dict[int, str] = {}
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and not frozen_too}
     for name, tensor in model.state_dict().items():
@@ -244,7 +244,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def read_tensors(path: Path, what: str = "a safetensors file") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of any safetensors file. Never unpickles. Raises UserError where it is missing or damaged."""
+    """(tensors, header). Never unpickles. Raises UserError for a file that is missing or damaged."""
     try:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
@@ -294,15 +294,13 @@ def restore(
         return
     if not any(n.startswith("optimizer.") for n in tensors):
         raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): f"optimizer.{n}." for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            prefix = f"optimizer.{names[id(p)]}."
+        for p, prefix in ((p, names[id(p)]) for p in group["params"]):
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            if not state:
-                continue  # it never had a gradient
             moved = {k: t.to(p.device) for k, t in state.items() if k != "step" or group.get("fused")}
-            optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
+            if state:  # else it never had a gradient
+                optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
 
 
 # ---------------------------------------------------------------- the log

@@ -225,8 +225,7 @@ def distill(
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     maps = [p.requires_grad_() for p in map_parameters(model)]
-    mode = "mimic" if target == "weights" else "mimic_output"
-    device = world.device
+    mode, device = "mimic" if target == "weights" else "mimic_output", world.device
 
     def loss(model: nn.Module, *rows: Tensor) -> Tensor:
         forward(model, *rows)
@@ -246,8 +245,7 @@ def distill(
     set_mode(model, mode)
     groups = [dict(name="feature maps", params=maps, lr=config.lr, weight_decay=config.weight_decay)]
     fit(model, groups, batch, loss, evaluate, config, world, meta)
-    best = load_checkpoint(Path(config.out_dir) / "best.safetensors")[0]
-    restore(best, model, path=config.out_dir)
+    restore(load_checkpoint(config.out_dir)[0], model, path=config.out_dir)
     set_mode(model.eval(), "mimic")
     found = mimicry(model, ([x.to(device) for x in rows] for rows in held_out), forward)
     for p, was in trained.items():
@@ -340,8 +338,8 @@ def main() -> None:
     T = teacher.config.block_size
     ids, validation = tokens.split("train", T), tokens.split("validation", T)
     held_out = [(x[None],) for x in data.batch_of(validation, 0, config.held_out, T, seed=0)[0]]  # one by one
-    n = sum(p.numel() for p in map_parameters(model))
-    print(f"{config.feature_map} maps for {config.checkpoint}: {n:,} of {model.num_params():,} parameters train")
+    n = f"{sum(p.numel() for p in map_parameters(model)):,} of {model.num_params():,} parameters"
+    print(f"{config.feature_map} maps for {config.checkpoint}: {n} train")
     found = distill(
         model, lambda step: data.batch_of(ids, step, config.batch_size, T, config.seed)[:1], held_out,
         lambda model, x: model(x), replace(config, out_dir=f"{config.out_dir}/maps"), world,

@@ -27,7 +27,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from attention import LinearAttention, State, softmax_attention
 from common import UserError, checksum, load_checkpoint, restore, save_checkpoint, unique_tensors
-from distill import sockets
+from distill import TeacherAttention, ZeroAttention, sockets
 from feature_maps import make_feature_map
 
 NAME = "hedgehog"  # of the attention implementation, and of the sockets
@@ -72,7 +72,7 @@ def linearize(
     base = model.hedgehog_base = fingerprints(model)
     model.hedgehog = {
         "class": type(model).__name__, "base": getattr(model, "source", model.config.name_or_path),
-        "dtype": str(model.dtype), "base_crc": zlib.crc32(json.dumps(base).encode()),
+        "dtype": str(model.dtype).removeprefix("torch."), "base_crc": zlib.crc32(json.dumps(base).encode()),
         "feature_map": feature_map, "layers": sorted(wanted), "tie": tie, "options": options,
     }  # fmt: skip
     for i in wanted:
@@ -234,7 +234,8 @@ def prepare_cache(module: nn.Module, args, kwargs) -> None:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[module.layer_idx]
     if type(socket.attend) is not LinearAttention:
-        if isinstance(layer, StateLayer) or (hasattr(socket.attend, "loss") and layer.get_seq_length()):
+        mimics = not isinstance(socket.attend, (TeacherAttention, ZeroAttention))
+        if isinstance(layer, StateLayer) or (mimics and layer.get_seq_length()):
             raise ValueError(
                 f"{type(socket.attend).__name__} cannot continue a {type(layer).__name__}: use a new cache"
             )
@@ -283,13 +284,11 @@ def load_linearized(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     """The model of a file from save_linearized, in mode "linear". model: its base, just loaded; by default it is
     loaded by name. Raises UserError for a file of another kind, and for a base with other weights."""
     tensors, meta = load_checkpoint(path)
-    if "linearized" not in meta:
+    about = meta.get("linearized")
+    if about is None:
         raise UserError(f"{path} is a checkpoint, but not from save_linearized")
-    about = meta["linearized"]
     if model is None:
-        model = load(
-            about["base"], getattr(transformers, about["class"]), getattr(torch, about["dtype"].split(".")[-1])
-        )
+        model = load(about["base"], getattr(transformers, about["class"]), getattr(torch, about["dtype"]))
     linearize(model, about["feature_map"], about["layers"], about["tie"], **about["options"])
     if model.hedgehog["base_crc"] != about["base_crc"]:
         raise UserError(f"{path} belongs on top of {about['base']} ({about['class']}, {about['dtype']}), with other "
@@ -305,16 +304,14 @@ def load_linearized(path: str | Path, model: nn.Module | None = None) -> nn.Modu
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal language model with our GPT's interface: model(idx, targets) -> (logits, loss)."""
+    """A transformers causal language model with our GPT's interface: model(idx, targets) -> (logits, loss).
+    mask (B, T), if the batch is padded: 1 at real tokens."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.hf = model
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """mask (B, T): 1 at real tokens, for a batch that is padded."""
+    def forward(self, idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None):
         logits = self.hf(input_ids=idx, attention_mask=mask, use_cache=False).logits
         if targets is None:
             return logits, None

@@ -1,10 +1,12 @@
 """The ladder of conversions: every arm is what its name says, stages are made once and resumed, on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TINY, save_byte_tokenizer, start
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -84,6 +86,30 @@ def test_the_same_command_goes_on_and_makes_nothing_twice(convert, tmp_path):
     assert code == 2 and "lr 0.01 -> 0.5" in stderr
 
 
+def test_every_arm_goes_on_after_a_stage_and_ends_where_one_go_ends(convert, tmp_path):
+    """With LoRA, whose initialisation is random; and with zero attention, where some parameters have no gradient."""
+    arms = ["--arms", "zero", "hedgehog", "--lr", 0.02]
+    for stage in ("distil", "finetune", "evaluate"):
+        code, _, stderr = convert(*arms, "--stage", stage)
+        assert code == 0, stderr
+    staged = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    assert convert(*arms, "--out_dir", tmp_path / "once", "--distil_dir", tmp_path / "again")[0] == 0
+    once = json.loads((tmp_path / "once" / "ladder.json").read_text())["runs"]
+    assert [r["final"]["loss"] for r in staged] == [r["final"]["loss"] for r in once]
+    trained, _ = load_checkpoint(tmp_path / "out" / "zero" / "finetune" / "last.safetensors")
+    added = [t for n, t in trained.items() if n.startswith("model.") and "lora_B" in n]
+    assert len(added) == 2 * 3 and all(t.abs().max() > 0 for t in added)  # without attention LoRA is beside the MLP
+
+
+def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
+    assert convert("--arms", "teacher", "swap")[0] == 0
+    assert convert("--arms", "elu")[0] == 0
+    facts = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    assert [r["arm"] for r in facts["runs"]] == ["teacher", "swap", "elu"]
+    code, stdout, _ = convert("--arms", "exp", "teacher_finetuned", "--lr", 1e30, "--finetune", "all")
+    assert code == 0 and "exp(x), finetuned: step" in stdout  # said; the next arm is tried
+
+
 def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
     code, stdout, stderr = convert("--arms", "hedgehog", "--finetune", "lora", "--lr", 0.05)
     assert code == 0, stderr
@@ -144,7 +170,9 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
     (["--distil_steps", 0], "must be positive"),
     (["--weights", "bfloat16", "--finetune", "all"], "--weights takes float32, or with --finetune lora bfloat16"),
     (["--model", "nowhere/to/be/found"], "cannot"),
-    (["--block_size", 100000], "too few for --block_size"),
+    (["--block_size", 100000], "has 2048 positions"),
+    (["--block_size", 2048], "too few"),
+    (["--kernel", "nonsense"], "kernel"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(convert, flags, message):
     code, _, stderr = convert(*flags)
@@ -158,6 +186,40 @@ def test_without_transformers_it_says_what_to_install():
     assert process.returncode == 2 and stderr == (
         "error: there is no transformers here: pip install -r requirements-hf.txt\n"
     )
+
+
+def test_models_that_do_not_fit_are_refused_at_once(command, convert, llama, tmp_path):
+    flags = [*QUICK, "--out_dir", tmp_path / "out", "--arms", "teacher"]
+    small = dict(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    broken = transformers.MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                        num_attention_heads=4, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    for name, model in {
+        "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(**small)),
+        "few": transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**small, "vocab_size": 200})),
+        "window": transformers.MistralForCausalLM(broken),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+        save_byte_tokenizer(tmp_path / name)
+    for name, more, message in (
+        ("gpt2", ["--block_size", 32], "use --finetune all"),
+        ("gpt2", ["--block_size", 65], "has 64 positions"),
+        ("few", ["--block_size", 32], "has 257 tokens, more than its embeddings"),
+        ("window", ["--block_size", 32], "sliding window of 8"),
+    ):
+        code, _, stderr = command("convert_llama", tmp_path / name, *flags, *more)
+        assert code == 2 and message in stderr, stderr
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot load"),
+    (lambda path: save_file({n: t for n, t in load_file(path).items() if "q_proj" not in n}, path), "lacks weights"),
+])  # fmt: skip
+def test_damaged_and_partial_weights_are_refused(command, llama, tmp_path, text, spoil, message):
+    shutil.copytree(llama, tmp_path / "copy")
+    spoil(tmp_path / "copy" / "model.safetensors")
+    code, _, stderr = command("convert_llama", tmp_path / "copy", *QUICK, "--arms", "teacher", "--block_size", 32,
+                              "--dataset", "text", "--data_dir", text, "--out_dir", tmp_path / "out")  # fmt: skip
+    assert code == 2 and message in stderr, stderr
 
 
 # ---------------------------------------------------------------- our own GPT
@@ -210,11 +272,11 @@ def test_summaries_are_trained_written_and_scored(command, llama, dialogues, tmp
     code, stdout, stderr = command(
         "convert_llama", llama, "--task", "dialogue", "--data_dir", dialogues, "--block_size", 96, *QUICK,
         "--out_dir", tmp_path / "out", "--distil_dir", tmp_path / "maps", "--arms", "teacher", "teacher_finetuned",
-        "t2r", "hedgehog", "--new_tokens", 6, "--test_dialogues", 12, "--examples", 1,
+        "zero", "hedgehog", "--new_tokens", 6, "--test_dialogues", 12, "--examples", 1,
     )  # fmt: skip
     assert code == 0, stderr
     runs = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
-    assert [r["arm"] for r in runs] == ["teacher", "teacher_finetuned", "t2r", "hedgehog"]
+    assert [r["arm"] for r in runs] == ["teacher", "teacher_finetuned", "zero", "hedgehog"]
     assert all(r["final"]["dialogues"] == 12 and 0 <= r["final"]["rouge1"] <= 100 for r in runs)
     assert "280 of 280 training dialogues" in stdout and "--- its summary\n280 is discussed." in stdout
 

@@ -1,6 +1,8 @@
 """Linearized transformers, with random small models: every architecture is exactly its own attention with another
 map; causality, padding, grouped queries, states, saving; and what cannot be converted is an error."""
 
+import copy
+
 import pytest
 import torch
 
@@ -256,6 +258,40 @@ def test_a_state_cannot_be_cropped_or_continue_keys(llama):
         llama(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("mode", ["softmax", "zero"])
+def test_generation_with_a_cache_equals_generation_without_in_every_mode(decoder, mode):
+    linearize(decoder)
+    set_mode(decoder, mode)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    ids = torch.randint(50, (2, 7))
+    assert torch.equal(decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options))
+
+
+def test_a_cache_is_continued_in_its_own_mode_only(llama):
+    ids, linear = torch.randint(50, (1, 6)), linearize(llama)
+    states = linear(ids, use_cache=True).past_key_values
+    set_mode(linear, "softmax")
+    with pytest.raises(ValueError, match="TeacherAttention cannot continue a StateLayer"):
+        linear(ids, past_key_values=states)
+    keys = linear(ids, use_cache=True).past_key_values
+    set_mode(linear, "mimic")
+    with pytest.raises(ValueError, match="MimicAttention cannot continue a DynamicLayer"):
+        linear(ids, past_key_values=keys)
+    linear.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="has attention 'sdpa' now"):
+        linear(ids)
+
+
+def test_a_model_keeps_no_state_after_a_call(llama):
+    """It can be copied, also after a forward pass with gradients, and the copy is a model of its own."""
+    ids = torch.randint(50, (1, 6))
+    wanted = linearize(llama)(ids).logits
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        map_parameters(llama)[0].mul_(3)
+    assert torch.equal(other(ids).logits, wanted) and not torch.equal(llama(ids).logits, wanted)
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -279,6 +315,22 @@ def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, na
     assert torch.equal(onto(ids).logits, again(ids).logits)
     with pytest.raises(UserError, match="other weights"):
         load_linearized(tmp_path / "linear.safetensors", build(*DECODERS[name](), seed=5))
+
+
+def test_a_base_is_loaded_in_the_dtype_that_was_linearized(tmp_path):
+    build(*DECODERS["llama"]()).bfloat16().save_pretrained(tmp_path / "base")
+    model = linearize(hf.load(str(tmp_path / "base")))  # float32, as the commands load it
+    save_linearized(model, tmp_path / "linear.safetensors")
+    again, ids = load_linearized(tmp_path / "linear.safetensors"), torch.randint(50, (1, 9))
+    assert again.dtype == torch.float32 and torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_tied_embeddings_are_not_missing_weights(tmp_path):
+    config = transformers.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **SMALL)
+    model = build(transformers.LlamaForCausalLM, config)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(50, (1, 9))
+    assert torch.equal(hf.load(str(tmp_path)).eval()(ids).logits, model(ids).logits)
 
 
 def test_saving_and_loading_what_is_not_linearized_is_an_error(llama, tmp_path):
