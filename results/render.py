@@ -72,13 +72,11 @@ def experiment(name: str, table, command: str) -> str:
         return f"Not run yet: `{command}`."
     facts = read(name)
     runs = facts.get("runs", [])
-    minutes = f", {len(runs)} runs of together {sum(map(minutes_of, runs)):.0f} minutes" if runs else ""
-    source = f"`{facts['command']}`{minutes}, {facts['machine']}, commit {facts['commit']}."
+    minutes = facts["minutes"] if "ladder" in facts else sum(r["minutes"] for r in runs)  # stages serve several arms
+    what = f", {len(runs)} runs of together {minutes:.0f} minutes" if runs else ""
+    commits = ", ".join(sorted({r["commit"] for r in runs} or {facts["commit"]}))
+    source = f"`{facts['command']}`{what}, {facts['machine']}, commit {commits}."
     return f"{table(facts.get('runs', facts))}\n\n{source}"
-
-
-def minutes_of(run: dict) -> float:
-    return sum(run["minutes"].values()) if isinstance(run["minutes"], dict) else run["minutes"]
 
 
 COMPARE = "python compare.py"
