@@ -42,6 +42,8 @@ from evaluate import perplexity
 from runs import finished, write_json
 from train import fit
 
+HELP = __doc__.split("\n\n", 1)[1]  # for the commands: what happens at each stage
+
 
 class Arm(NamedTuple):
     label: str
@@ -71,7 +73,7 @@ STAGES = ("measure", "distil", "finetune", "evaluate")
 
 @dataclass
 class ConvertConfig(FitConfig):
-    arms: list[str] = field(default_factory=lambda: list(ARMS))  # rows of the ladder: NAMES
+    arms: list[str] = field(default_factory=lambda: list(ARMS))  # rows of the ladder, by name
     stage: str = "evaluate"  # measure, distil, finetune or evaluate: no further than this
     tie: bool = True  # one map for queries and keys, as in Sec. 3; False: one each
     distil_steps: int = 400  # optimiser steps of distillation
@@ -87,12 +89,16 @@ class ConvertConfig(FitConfig):
     eval_tokens: int = 20480  # about so many scored tokens of the evaluation, evenly spaced; 0: all
     dataset: str = "wikitext2"  # what is finetuned and evaluated on
     data_dir: str = ""  # local file or folder with the original data, instead of the hub
+    resume: bool = True  # always: a stage goes on from its last checkpoint; to begin again, name a new out_dir
+    out_dir: str = ""  # the ladder, and a folder for each stage and arm; by default out/MODEL-DATASET and more
     distil_dir: str = ""  # where distilled maps are kept, if several out_dirs shall share them; by default out_dir
 
     def check(self) -> None:
         super().check()
         if unknown := set(self.arms) - set(ARMS):
             raise UserError(f"--arms takes {', '.join(ARMS)}, not {', '.join(sorted(unknown))}")
+        if not self.resume:
+            raise UserError("stages always go on from what is there: to begin again, name a new --out_dir")
         if self.stage not in STAGES:
             raise UserError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}")
         if min(self.distil_steps, self.held_out, self.block_size, self.distil_lr, self.dev_tokens) <= 0:

@@ -6,9 +6,8 @@
     python convert_gpt2.py gpt2 --stage distil   no further than this
 
 gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or a folder with config.json and safetensors (gpt2.py reads them).
-Stages and the ladder of controls: convert.py. Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no
-weight decay for two epochs, then all parameters with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens. Every
-stage is resumed by the same command.
+Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no
+weight decay for two epochs, then all parameters with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens.
 """
 
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from common import as_user_error, parse, pick_device, run, save_checkpoint
-from convert import ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
+from convert import HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
 from data import get_tokenizer
 from distill import load_teacher, pupil_of
 from gpt2 import check_tokenizer, from_pretrained, to_hf  # noqa: F401  for whoever converts by hand
@@ -52,7 +51,7 @@ def main() -> None:
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--model")
     with as_user_error():
-        config, given = parse(GPT2Config(), argv, __doc__)
+        config, given = parse(GPT2Config(), argv, f"{__doc__}\n{HELP}")
     ours = Path(config.model).suffix == ".safetensors" or list(Path(config.model).glob("*best.safetensors"))
     changes = {}
     if ours:

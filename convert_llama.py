@@ -5,9 +5,8 @@
     python convert_llama.py FOLDER --arms teacher_finetuned t2r hedgehog --finetune all
     python convert_llama.py FOLDER --stage distil                             no further than this
 
-Stages and the ladder of controls: convert.py. The paper's four rows are the arms teacher (zero-shot),
-teacher_finetuned (softmax + LoRA), t2r (T2R + LoRA) and hedgehog (Hedgehog + LoRA). Every stage is resumed by the same
-command. Needs requirements-hf.txt. SmolLM2-135M takes about an hour on 2 cores; for Llama-2 7B see README.
+The paper's four rows are the arms teacher (zero-shot), teacher_finetuned (softmax + LoRA), t2r (T2R + LoRA) and
+hedgehog (Hedgehog + LoRA). Needs requirements-hf.txt. Hours and memory: README.
 """
 
 import importlib.util
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import UserError, as_user_error, parse, pick_device, run, step_seed
-from convert import ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
+from convert import HELP, ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
 from data import dialogue
 from distill import ZeroAttention, map_parameters, sockets
 
@@ -260,7 +259,7 @@ def main() -> None:
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--model")
     with as_user_error():
-        config, given = parse(LlamaConfig(), argv, __doc__)
+        config, given = parse(LlamaConfig(), argv, f"{__doc__}\n{HELP}")
         config.check()
     if config.task == "dialogue" and "dataset" not in given:
         config.dataset = "samsum"

@@ -274,6 +274,7 @@ class DistillConfig(FitConfig):
     tie: bool = True  # one map for queries and keys, as in Sec. 3; False: one each
     target: str = "weights"  # weights (Eq. 3), or output: mean squared error of the outputs, as in later work
     data_dir: str = ""  # local text, if the checkpoint's own is elsewhere now
+    out_dir: str = ""  # checkpoint, numbers and heat map; by default CHECKPOINT-FEATURE_MAP
     held_out: int = 8  # validation sequences
     max_steps: int = 400  # optimiser steps
     lr: float = 1e-2  # peak learning rate of the maps (App. C.2)
@@ -305,7 +306,6 @@ def load_teacher(path: str) -> tuple[GPT, dict]:
 
 
 def heads_table(kl: Tensor) -> str:
-    """KL by layer in Markdown: mean, least and largest head."""
     lines = ["| layer | KL(softmax, linear), nats, mean over heads | least | largest |", "|---|---|---|---|"]
     lines += [f"| {i} | {row.mean():.4f} | {row.min():.4f} | {row.max():.4f} |" for i, row in enumerate(kl)]
     return "\n".join([*lines, f"| all | {kl.mean():.4f} | {kl.min():.4f} | {kl.max():.4f} |"])
