@@ -84,7 +84,7 @@ SMOLLM2 = "python convert_llama.py HuggingFaceTB/SmolLM2-135M --dataset wikitext
 TABLES = {
     "results": lambda: table(),
     "speed": lambda: speed_table(),
-    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all --seeds 3"),
+    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all"),
     "recall-seeds": lambda: experiment(
         "recall-seeds.json", recall.table, "python recall.py --all --attentions softmax hedgehog --seeds 3"
     ),
