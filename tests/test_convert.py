@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, save_byte_tokenizer, start
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
+import data  # noqa: E402
 from common import load_checkpoint  # noqa: E402
-from convert import ARMS, ConvertConfig, table_perplexity  # noqa: E402
+from convert import ARMS, ConvertConfig, language_modelling, table_perplexity  # noqa: E402
 from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode  # noqa: E402
@@ -150,6 +152,16 @@ def test_a_frozen_model_in_bfloat16_trains_adapters_and_maps_in_float32(convert,
     assert code == 0, stderr
     stage, _ = load_checkpoint(tmp_path / "out" / "hedgehog" / "finetune")
     assert {t.dtype for t in stage.values()} == {torch.float32}
+
+
+def test_checkpoints_are_chosen_on_text_that_is_not_trained_on(monkeypatch, text):
+    drawn_from, draw = [], data.batch_of
+    monkeypatch.setattr(data, "batch_of", lambda ids, *a, **k: drawn_from.append(ids) or draw(ids, *a, **k))
+    config = ConvertConfig(dataset="text", data_dir=str(text), block_size=32, dev_tokens=64, held_out=2)
+    language_modelling(config, None, None, None, "bytes").batch(0)
+    held_out, trained = drawn_from
+    everything = data.prepare("text", str(text), "bytes").split("train", 32)
+    assert len(held_out) >= 64 and np.array_equal(np.concatenate([trained, held_out]), everything)
 
 
 def test_the_table_names_the_ratio_to_the_finetuned_teacher():
