@@ -86,7 +86,7 @@ TABLES = {
     "speed": lambda: speed_table(),
     "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all"),
     "recall-seeds": lambda: experiment(
-        "recall-seeds.json", recall.table, "python recall.py --all --attentions softmax hedgehog --seeds 3"
+        "recall-seeds.json", recall.table, "python recall.py --all --attentions softmax hedgehog taylor --seeds 3"
     ),
     "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
     "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
