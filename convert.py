@@ -39,6 +39,7 @@ from common import (
 from configs import FitConfig
 from distill import distill, map_parameters, mimicry, set_mode, write_heads
 from evaluate import perplexity
+from model import param_groups
 from runs import finished, write_json
 from train import fit
 
@@ -222,15 +223,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
 
 def groups_of(model: nn.Module, config: ConvertConfig, rest: list[nn.Parameter] | None = None) -> list[dict]:
     """AdamW's groups for finetuning: `rest` (by default all parameters), and the feature maps."""
-    maps = map_parameters(model)
-    if rest is None:
-        rest = [p for p in model.parameters() if not any(p is m for m in maps)]
-    groups = [
-        dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=config.lr, weight_decay=config.weight_decay),
-        dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=config.lr, weight_decay=0.0),
-        dict(name="feature maps", params=maps, lr=config.lr * config.map_lr_scale, weight_decay=0.0),
-    ]
-    return [g for g in groups if g["params"]]
+    return param_groups(model, config.lr, config.weight_decay, config.map_lr_scale, rest)
 
 
 def language_modelling(config: ConvertConfig, build, groups, save, tokenizer: str) -> Subject:

@@ -43,8 +43,8 @@ from common import (
     save_checkpoint,
 )
 from configs import FitConfig
-from feature_maps import FeatureMap, at_least_float32, without_autocast
-from model import GPT, GPTConfig
+from feature_maps import at_least_float32, without_autocast
+from model import GPT, GPTConfig, map_parameters
 from runs import write_json
 from train import fit
 
@@ -189,10 +189,6 @@ def set_mode(model: nn.Module, mode: str) -> None:
         raise ValueError("this model has no linear attention whose mode could be set")
     for socket in sockets(model):
         socket.attend = MODES[mode](socket.attend.phi, socket.attend.causal)
-
-
-def map_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for m in model.modules() if isinstance(m, FeatureMap) for p in m.parameters()]
 
 
 # ---------------------------------------------------------------- distillation

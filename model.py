@@ -176,6 +176,26 @@ class Block(nn.Module):
         return x
 
 
+def map_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all feature maps in a model."""
+    return [p for m in model.modules() if isinstance(m, FeatureMap) for p in m.parameters()]
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float, map_lr_scale: float, rest: list[nn.Parameter] | None = None
+) -> list[dict]:
+    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters."""
+    maps = map_parameters(model)
+    if rest is None:
+        rest = [p for p in model.parameters() if not any(p is m for m in maps)]
+    groups = [
+        dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=lr, weight_decay=weight_decay),
+        dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=lr, weight_decay=0.0),
+        dict(name="feature maps", params=maps, lr=lr * map_lr_scale, weight_decay=0.0),
+    ]
+    return [g for g in groups if g["params"]]
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -221,14 +241,7 @@ class GPT(nn.Module):
     def param_groups(self, lr: float, weight_decay: float, map_lr_scale: float) -> list[dict]:
         """For the optimiser: matrices and embeddings decay; biases and LayerNorms do not; feature maps
         do not, and have a learning rate of their own."""
-        maps = [p for m in self.modules() if isinstance(m, FeatureMap) for p in m.parameters()]
-        rest = [p for p in self.parameters() if not any(p is m for m in maps)]
-        groups = [
-            dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=lr, weight_decay=weight_decay),
-            dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=lr, weight_decay=0.0),
-            dict(name="feature maps", params=maps, lr=lr * map_lr_scale, weight_decay=0.0),
-        ]
-        return [g for g in groups if g["params"]]
+        return param_groups(self, lr, weight_decay, map_lr_scale)
 
     def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0) -> Tensor:
         """Token ids (B, T) at positions offset .. offset + T -> final hidden states (B, T, C)."""
