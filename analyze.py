@@ -128,7 +128,8 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         import transformers
 
         from distill import set_mode
-        from hf import Tokenizer, linearize, load_linearized
+        from hf import linearize, load_linearized
+        from hf_models import Tokenizer
     except ImportError as e:
         raise UserError(
             f"there is no checkpoint {name} here, and a Hugging Face model needs: pip install -r requirements-hf.txt"

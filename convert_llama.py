@@ -29,17 +29,8 @@ try:
     for name in ("transformers", "peft", "rouge_score"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
-    from hf import (
-        LanguageModel,
-        Tokenizer,
-        attention_modules,
-        check_plain,
-        linearize,
-        load,
-        save_linearized,
-        transformers,
-        where,
-    )
+    from hf import attention_modules, check_plain, linearize, save_linearized
+    from hf_models import LanguageModel, Tokenizer, load, transformers, where
 except ModuleNotFoundError as e:
     print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
     sys.exit(2)

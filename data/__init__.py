@@ -71,7 +71,7 @@ class GPT2Tokenizer:
 def get_tokenizer(name: str):
     """ "bytes", "gpt2", or "hf:" and where transformers finds one."""
     if name.startswith("hf:"):
-        from hf import Tokenizer  # only conversions need transformers
+        from hf_models import Tokenizer  # only conversions need transformers
 
         return Tokenizer(name.removeprefix("hf:"))
     if name not in ("bytes", "gpt2"):

@@ -17,7 +17,8 @@ from convert import ARMS, ConvertConfig, language_modelling, table_perplexity  #
 from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode  # noqa: E402
-from hf import LanguageModel, Tokenizer, linearize, load, load_linearized  # noqa: E402
+from hf import linearize, load_linearized  # noqa: E402
+from hf_models import LanguageModel, Tokenizer, load  # noqa: E402
 
 QUICK = (
     "--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --held_out 2 "

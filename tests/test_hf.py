@@ -13,7 +13,8 @@ import reference  # noqa: E402
 import hf  # noqa: E402
 from common import UserError, load_checkpoint  # noqa: E402
 from distill import map_parameters, set_mode, sockets  # noqa: E402
-from hf import LanguageModel, StateLayer, linearize, load_linearized, save_linearized  # noqa: E402
+from hf import StateLayer, linearize, load_linearized, save_linearized  # noqa: E402
+from hf_models import LanguageModel, load  # noqa: E402
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.4, max_position_embeddings=64)  # fmt: skip
@@ -319,7 +320,7 @@ def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, na
 
 def test_a_base_is_loaded_in_the_dtype_that_was_linearized(tmp_path):
     build(*DECODERS["llama"]()).bfloat16().save_pretrained(tmp_path / "base")
-    model = linearize(hf.load(str(tmp_path / "base")))  # float32, as the commands load it
+    model = linearize(load(str(tmp_path / "base")))  # float32, as the commands load it
     save_linearized(model, tmp_path / "linear.safetensors")
     again, ids = load_linearized(tmp_path / "linear.safetensors"), torch.randint(50, (1, 9))
     assert again.dtype == torch.float32 and torch.equal(again(ids).logits, model(ids).logits)
@@ -330,7 +331,7 @@ def test_tied_embeddings_are_not_missing_weights(tmp_path):
     model = build(transformers.LlamaForCausalLM, config)
     model.save_pretrained(tmp_path)
     ids = torch.randint(50, (1, 9))
-    assert torch.equal(hf.load(str(tmp_path)).eval()(ids).logits, model(ids).logits)
+    assert torch.equal(load(str(tmp_path)).eval()(ids).logits, model(ids).logits)
 
 
 def test_saving_and_loading_what_is_not_linearized_is_an_error(llama, tmp_path):
