@@ -210,9 +210,9 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
             tqdm.write(table([result]).splitlines()[-1])
     results = [r for name in ARMS if (r := finished(of_arm(name, config))) is not None]
     if results:
-        distilled = {ARMS[r["arm"]].feature_map: r["minutes"].get("distil", 0.0) for r in results}  # once for its arms
+        distilled = {ARMS[r["arm"]].feature_map: r["minutes"]["distil"] for r in results if "distil" in r["minutes"]}
         others = sum(m for r in results for stage, m in r["minutes"].items() if stage != "distil")
-        minutes = round(sum(distilled.values()) + others, 1)
+        minutes = round(sum(distilled.values()) + others, 1)  # a map is distilled once for all its arms
         write_json(
             Path(config.out_dir) / "ladder.json", {"ladder": 1, **provenance(), "minutes": minutes, "runs": results}
         )

@@ -6,16 +6,18 @@
     python convert_gpt2.py gpt2 --stage distil   no further than this
 
 gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or a folder with config.json and safetensors (gpt2.py reads them).
-Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no
-weight decay for two epochs, then all parameters with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens.
+Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no weight decay for two epochs, then all parameters
+with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens.
 """
 
+import copy
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
+from attention import learns_map
 from common import as_user_error, parse, pick_device, run, save_checkpoint
 from convert import HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
 from data import get_tokenizer
@@ -52,7 +54,8 @@ def main() -> None:
         argv.insert(0, "--model")
     with as_user_error():
         config, given = parse(GPT2Config(), argv, f"{__doc__}\n{HELP}")
-    ours = Path(config.model).suffix == ".safetensors" or list(Path(config.model).glob("*best.safetensors"))
+    path = Path(config.model)
+    ours = path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last"))
     changes = {}
     if ours:
         teacher, saved = load_teacher(config.model)
@@ -69,15 +72,13 @@ def main() -> None:
         if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
             raise ValueError(f"block_size {config.block_size}: this model has {teacher.config.block_size} positions")
         pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
-    config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-converted"
+    config.out_dir = config.out_dir or f"out/{path.name}-{config.dataset}-converted"
     teacher.to(pick_device(config.device))
 
     def build(feature_map: str) -> nn.Module:
         if not feature_map:
-            copy = type(teacher)(teacher.config).to(pick_device(config.device))
-            copy.load_state_dict(teacher.state_dict())
-            return copy
-        return pupil_of(teacher, feature_map, tie=config.tie or feature_map in ("elu", "relu", "exp_t1"))
+            return copy.deepcopy(teacher)
+        return pupil_of(teacher, feature_map, tie=config.tie or not learns_map(feature_map))
 
     def save(model: nn.Module, folder: Path) -> None:
         about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}

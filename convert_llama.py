@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attention import learns_map
 from common import UserError, as_user_error, parse, pick_device, run, step_seed
 from convert import HELP, ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
 from data import dialogue
@@ -263,7 +264,7 @@ def main() -> None:
         model = load(config.model, dtype=getattr(torch, config.weights))
         with as_user_error():
             if feature_map:
-                linearize(model, feature_map, tie=config.tie or feature_map in ("elu", "relu", "exp_t1"))
+                linearize(model, feature_map, tie=config.tie or not learns_map(feature_map))
         return LanguageModel(model).to(device)
 
     check_fits(config)
