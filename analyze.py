@@ -102,13 +102,13 @@ def attends_in(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def queries_and_keys(model: nn.Module, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """q, k (B, H, T, D) of every layer, as attention gets them (after RoPE), for token ids (B, T): of our GPT, or of a
-    transformers model with sockets."""
+def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """q, k (B, H, T, D) of every layer, as attention gets them (after RoPE), for token ids (B, T) or what else the
+    model takes: of our GPT, or of a transformers model with sockets."""
     found: list[tuple[Tensor, Tensor]] = []
     hooks = [a.register_forward_pre_hook(lambda _, args: found.append(args[:2])) for a in attends_in(model)]
     try:
-        model(idx)
+        model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -249,8 +249,8 @@ class LinearAttention(nn.Module):
         phi_query, phi_key = self.roles()
         if not (type(phi_query) is type(phi_key) is Hedgehog) or phi_query.head_dim > kernel.MAX_DIM:
             return None
-        if any(phi.feature_dim != 2 * phi.head_dim for phi in (phi_query, phi_key)):
-            return None  # kernels take square W
+        if any(phi.feature_dim != 2 * phi.head_dim or len(phi.weight) != phi.n_head for phi in (phi_query, phi_key)):
+            return None  # kernels take a square W for each head
         if any(phi._forward_hooks or phi._forward_pre_hooks for phi in (phi_query, phi_key)):
             return None  # what watches or changes the map shall see it called
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]

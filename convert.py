@@ -52,6 +52,12 @@ class Arm(NamedTuple):
     distilled: bool = False
     finetuned: bool = True
     mode: str = "linear"
+    shared: bool = False  # one map for all heads
+
+    @property
+    def maps(self) -> str:
+        """The stage that distils this arm's maps, which several arms may share."""
+        return f"distil-{self.feature_map}{'-shared' if self.shared else ''}"
 
 
 ARMS = {
@@ -61,12 +67,19 @@ ARMS = {
     "swap": Arm("Hedgehog, swapped only", "hedgehog", finetuned=False),
     "elu": Arm("1+ELU, finetuned", "elu"),
     "relu": Arm("ReLU, finetuned", "relu"),
+    "performer": Arm("Performer, finetuned", "performer"),
+    "cosformer": Arm("cosFormer, finetuned", "cosformer"),
     "exp": Arm("exp(x), finetuned", "exp_t1"),
+    "exp2": Arm("exp(2x), finetuned", "exp_t2"),
+    "taylor": Arm("Taylor, finetuned", "taylor"),
     "t2r": Arm("T2R: learned map, finetuned", "t2r"),
     "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
+    "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", distilled=True, shared=True),
+    "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
 }
+LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
 SHAPE_MAPS = "model task weights dataset data_dir block_size tie held_out dev_tokens".split()
 STAGES = ("measure", "distil", "finetune", "evaluate")
@@ -74,7 +87,7 @@ STAGES = ("measure", "distil", "finetune", "evaluate")
 
 @dataclass
 class ConvertConfig(FitConfig):
-    arms: list[str] = field(default_factory=lambda: list(ARMS))  # rows of the ladder, by name
+    arms: list[str] = field(default_factory=lambda: list(LADDER))  # rows of the ladder, by name
     stage: str = "evaluate"  # measure, distil, finetune or evaluate: no further than this
     tie: bool = True  # one map for queries and keys, as in Sec. 3; False: one each
     distil_steps: int = 400  # optimiser steps of distillation
@@ -83,6 +96,7 @@ class ConvertConfig(FitConfig):
     held_out: int = 8  # validation sequences that Eq. 3 is measured on
     max_steps: int = 400  # optimiser steps of finetuning
     weight_decay: float = 0.01  # AdamW's, on matrices and embeddings, in finetuning (App. C.2); none in distillation
+    same_time: bool = True  # arms without distillation have its time for finetuning, beside max_steps
     map_lr_scale: float = 1.0  # in finetuning the feature maps' learning rate is this times lr
     block_size: int = 256  # tokens of context in every stage: distil at the length that is evaluated
     eval_stride: int = 0  # tokens from window to window of the evaluation; 0: block_size
@@ -113,7 +127,7 @@ class Subject(NamedTuple):
     """What a conversion must know of a model and its task. `batch(step)`, `loss(model, *rows)` and
     `evaluate(model)`: as for train.fit."""
 
-    build: Callable[[str], nn.Module]  # feature map -> the pretrained model, on its device; "": with softmax
+    build: Callable[..., nn.Module]  # feature map -> the pretrained model, on its device; "": with softmax
     groups: Callable[[nn.Module], list[dict]]  # what finetuning trains (LoRA is put in here), AdamW's groups
     batch: Callable[[int], tuple[Tensor, ...]]
     held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
@@ -143,12 +157,13 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     if (result := finished(mine)) is not None:
         return result
     torch.manual_seed(config.seed)
-    model, minutes, kl, trained = subject.build(arm.feature_map), {}, None, 0
+    options = {"share_heads": True} if arm.shared else {}
+    model, minutes, kl, trained, dev_loss = subject.build(arm.feature_map, **options), {}, None, 0, None
     meta = {"config": asdict(mine), "tokenizer": subject.tokenizer}
     stages = STAGES[: STAGES.index(config.stage) + 1]
     if arm.distilled and "distil" in stages:
         stage = fit_config(
-            config, Path(config.distil_dir or out) / f"distil-{arm.feature_map}", max_steps=config.distil_steps,
+            config, Path(config.distil_dir or out) / arm.maps, max_steps=config.distil_steps,
             lr=config.distil_lr, weight_decay=0.0, patience=config.distil_patience,
         )  # fmt: skip
         shared = {key: value for key, value in asdict(config).items() if key in SHAPE_MAPS}  # by all arms, all out_dirs
@@ -163,7 +178,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     if arm.feature_map:
         set_mode(model, arm.mode)
     if arm.finetuned and "finetune" in stages:
-        undistilled = bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
+        undistilled = config.same_time and bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
         longer = config.distil_steps // 2 if undistilled else 0  # as much time: distillation has half the backward pass
         stage = fit_config(config, out / name / "finetune", max_steps=config.max_steps + longer)
         torch.manual_seed(config.seed)  # LoRA begins the same in every arm, in one go or stage by stage
@@ -171,8 +186,9 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         trained = sum(p.numel() for g in groups for p in g["params"])
         fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world,
             {**meta, "config": {**meta["config"], **asdict(stage), "stage": "finetune"}})  # fmt: skip
-        restore(load_checkpoint(Path(stage.out_dir) / "best.safetensors")[0], model, path=stage.out_dir)
-        minutes["finetune"] = minutes_of(stage)
+        tensors, saved = load_checkpoint(Path(stage.out_dir) / "best.safetensors")
+        restore(tensors, model, path=stage.out_dir)
+        minutes["finetune"], dev_loss = minutes_of(stage), saved["best"]
     if config.stage != "evaluate" and not (config.stage == "measure" and name == "teacher"):
         return None
     began = time.perf_counter()
@@ -180,7 +196,8 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         "arm": name, "label": arm.label, "config": asdict(mine), **provenance(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "map_parameters": sum(p.numel() for p in map_parameters(model)),
-        "finetuned_parameters": trained, "kl": kl, "minutes": minutes, "final": subject.final(model.eval()),
+        "finetuned_parameters": trained, "kl": kl, "dev_loss": dev_loss, "minutes": minutes,
+        "final": subject.final(model.eval()),
     }  # fmt: skip
     minutes["evaluate"] = round((time.perf_counter() - began) / 60, 2)
     Path(mine.out_dir).mkdir(parents=True, exist_ok=True)
@@ -210,7 +227,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
             tqdm.write(table([result]).splitlines()[-1])
     results = [r for name in ARMS if (r := finished(of_arm(name, config))) is not None]
     if results:
-        distilled = {ARMS[r["arm"]].feature_map: r["minutes"]["distil"] for r in results if "distil" in r["minutes"]}
+        distilled = {ARMS[r["arm"]].maps: r["minutes"]["distil"] for r in results if "distil" in r["minutes"]}
         others = sum(m for r in results for stage, m in r["minutes"].items() if stage != "distil")
         minutes = round(sum(distilled.values()) + others, 1)  # a map is distilled once for all its arms
         write_json(

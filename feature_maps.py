@@ -195,23 +195,25 @@ class Learned(FeatureMap):
 
     n_features: d'; D by default.  scale: what the initial W is multiplied with.
     init: "identity", or "random": Gaussian columns of length 1 in the mean, as a Linear might begin.
+    share_heads: one W and one b for all heads, a control.
     """
 
     sides = 2  # F = 2 d': features of u, and of -u
 
     def __init__(
-        self, n_head: int, head_dim: int, n_features: int | None = None, init: str = "identity", scale: float = 1.0
-    ):
+        self, n_head: int, head_dim: int, n_features: int | None = None, init: str = "identity", scale: float = 1.0,
+        share_heads: bool = False,
+    ):  # fmt: skip
         super().__init__(n_head, head_dim)
-        d = n_features or head_dim
+        d, n_maps = n_features or head_dim, 1 if share_heads else n_head
         if init not in ("identity", "random"):
             raise ValueError(f"a learned map begins as identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
             raise ValueError(f"W ({head_dim} x {d}) can only begin as the identity if it is square: use random")
-        I, random = torch.eye(head_dim).repeat(n_head, 1, 1), init == "random"
-        W = torch.randn(n_head, head_dim, d) / head_dim**0.5 if random else I
-        self.weight = nn.Parameter(W * scale)  # (H, D, d')
-        self.bias = nn.Parameter(torch.zeros(n_head, 1, d))  # (H, 1, d')
+        I, random = torch.eye(head_dim).repeat(n_maps, 1, 1), init == "random"
+        W = torch.randn(n_maps, head_dim, d) / head_dim**0.5 if random else I
+        self.weight = nn.Parameter(W * scale)  # (H, D, d'), or (1, D, d') for all heads
+        self.bias = nn.Parameter(torch.zeros(n_maps, 1, d))  # (H, 1, d')
         self.feature_dim = self.sides * d
 
     def linear(self, x: Tensor) -> Tensor:
@@ -268,7 +270,8 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
     tie=False gives queries and keys a map each (learned maps only). Other options go to the class:
-    n_features (performer, learned maps), init and scale (learned maps), max_len (cosformer), t (exp_t1, exp_t2).
+    n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t (exp_t1,
+    exp_t2).
     Raises ValueError for an unknown name, and for tie=False on a map without parameters.
     """
     if name not in FEATURE_MAPS:

@@ -243,6 +243,47 @@ def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, c
     return plot(path, command, draw)
 
 
+def recovery(path: Path, points: list[tuple[str, float, dict]], title: str, command: str) -> str:
+    """What converted models recover against KL, monotonicity and entropy of their weights: (feature map, % recovered,
+    the weights' measures) for each."""
+
+    def draw(figure, axes) -> None:
+        labels = {"kl": "KL(softmax, linear) before finetuning (nats)", "tau": "monotonicity: Kendall's tau",
+                  "entropy": "mean attention entropy (nats)"}  # fmt: skip
+        for axis, (key, text) in zip(axes, labels.items()):
+            for name, share, weights in points:
+                color, marker = style(name)
+                axis.scatter(weights[key], share, color=color, marker=marker, s=40, alpha=0.8, label=label(name))
+            axis.set(xlabel=text)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("score recovered, % of the teacher's")
+        found = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6, fontsize=8)
+        best = max(points, key=lambda p: p[1], default=("none", 0.0, {}))
+        figure.suptitle(f"{title}: most is recovered by {label(best[0])} ({best[1]:.0f}%)", fontsize=10)
+
+    return plot(path, command, draw, 1, 3, (11, 4.4))
+
+
+def patches(path: Path, images: list, weights: dict[str, list], title: str, command: str) -> str:
+    """Images, and under each the attention weights over its patches: {row label: a (rows, columns) map an image}."""
+
+    def draw(figure, axes) -> None:
+        for axis, image in zip(axes[0], images):
+            axis.imshow(image, cmap="gray_r")
+        for row, (name, maps) in zip(axes[1:], weights.items()):
+            row[0].set_ylabel(name, fontsize=9)
+            for axis, A, first in zip(row, maps, next(iter(weights.values()))):
+                axis.imshow(A, cmap="cividis", vmin=0, vmax=max(first.max(), A.max()), interpolation="nearest")
+        axes[0][0].set_ylabel("image", fontsize=9)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+        figure.suptitle(title, fontsize=10)
+
+    rows, cols = 1 + len(weights), len(images)
+    return plot(path, command, draw, rows, cols, (1.3 * cols + 0.6, 1.35 * rows + 0.7), squeeze=False)
+
+
 # ---------------------------------------------------------------- bench.py
 
 

@@ -29,6 +29,38 @@ class LanguageModel(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
+class Classifier(nn.Module):
+    """A transformers sequence classifier as model(ids, segments, mask), each (B, T) -> outputs (B, n).
+
+    pooling: "model", its own way from tokens to outputs, or "mean" over the real tokens, in its pooler's place; kept as
+    `pooling` in its config."""
+
+    def __init__(self, model: nn.Module, pooling: str = "model"):
+        super().__init__()
+        self.hf, self.hf.config.pooling = model, pooling
+
+    def forward(self, ids: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
+        inputs = dict(input_ids=ids, attention_mask=mask)
+        if getattr(self.hf.config, "type_vocab_size", 1) > 1:  # RoBERTa knows no segments
+            inputs["token_type_ids"] = segments
+        if self.hf.config.pooling == "model":
+            return self.hf(**inputs).logits
+        x = self.hf.base_model(**inputs).last_hidden_state  # (B, T, C)
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.hf.classifier(self.hf.dropout(mean))
+
+
+class ImageClassifier(nn.Module):
+    """A transformers image classifier as model(pixels), (B, channels, height, width) -> outputs (B, n)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.hf = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.hf(pixel_values=pixels).logits
+
+
 class Tokenizer:
     """A transformers tokenizer with the interface of those in data/. name: "hf:" and where it came from."""
 
@@ -55,17 +87,22 @@ def where(source: str) -> tuple[str, dict]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
 
 
-def load(source: str, kind=transformers.AutoModelForCausalLM, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model by hub name, folder or .gguf file. Raises UserError if there is none, or not all of it."""
+def load(
+    source: str, kind=transformers.AutoModelForCausalLM, dtype: torch.dtype = torch.float32, new: tuple[str, ...] = (),
+    **changes,
+) -> nn.Module:  # fmt: skip
+    """A model by hub name, folder or .gguf file. new: modules that it may lack, which then begin at random.
+    changes: of its config. Raises UserError if there is none, or not all of it."""
     name, options = where(source)
     try:
-        model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).splitlines()[0][:160]
         raise UserError(f"cannot load a {kind.__name__} from {source} ({reason}): give a hub name, a folder with "
                         "config.json and safetensors, or a .gguf file") from e  # fmt: skip
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise UserError(f"{source} lacks weights ({missing} ...): it is damaged, or another kind of model")
+    missing = sorted(key for key in found["missing_keys"] if not set(key.split(".")) & set(new))
+    if missing:
+        names = ", ".join(missing[:3])
+        raise UserError(f"{source} lacks weights ({names} ...): it is damaged, or another kind of model")
     model.source = source
     return model

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import data  # noqa: E402
 from common import load_checkpoint  # noqa: E402
-from convert import ARMS, ConvertConfig, language_modelling, table_perplexity  # noqa: E402
+from convert import ARMS, LADDER, ConvertConfig, language_modelling, table_perplexity  # noqa: E402
 from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode  # noqa: E402
@@ -55,9 +55,9 @@ def test_every_arm_of_the_ladder_is_what_its_name_says(convert, tmp_path):
     assert code == 0, stderr
     facts = json.loads((tmp_path / "out" / "ladder.json").read_text())
     runs = {r["arm"]: r for r in facts["runs"]}
-    assert list(runs) == list(ARMS)
+    assert list(runs) == LADDER
     losses = {name: r["final"]["loss"] for name, r in runs.items()}
-    assert len(set(losses.values())) == len(ARMS)  # no two arms are the same
+    assert len(set(losses.values())) == len(LADDER)  # no two arms are the same
     assert runs["teacher"]["finetuned_parameters"] == 0 < runs["teacher_finetuned"]["finetuned_parameters"]
     assert losses["teacher_finetuned"] < losses["teacher"] and losses["hedgehog"] < losses["distilled"]
     assert runs["t2r_hh"]["kl"] < runs["t2r"]["kl"] and runs["hedgehog"]["kl"] < runs["swap"]["kl"]

@@ -1,0 +1,121 @@
+"""What finetuned conversions recovered: their table, paired differences, correlations and picture.
+
+recover.py writes them, results/render.py renders them again.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import figures
+from analyze import rank_correlation
+from convert import ARMS
+from runs import mean_sd
+
+
+def facts_of(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict:
+    """All that the table needs of the results of arms and seeds."""
+    facts = {"minutes": minutes_together(runs), "differences": differences(runs, labels, scores),
+             "runs": [slim(r) for r in runs]}  # fmt: skip
+    return facts | {"correlations": correlations(facts)}
+
+
+def minutes_together(runs: list[dict]) -> float:
+    """Of all stages; a map that several arms share is distilled once."""
+    distilled, others = {}, 0.0
+    for r in runs:
+        for stage, minutes in r["minutes"].items():
+            if stage == "distil":
+                distilled[r["config"]["seed"], ARMS[r["arm"]].maps] = minutes
+            else:
+                others += minutes
+    return round(sum(distilled.values()) + others, 1)
+
+
+def slim(run: dict) -> dict:
+    """A result without what was found for every example: result.json keeps that."""
+    sets = {name: {k: v for k, v in values.items() if k != "found"} for name, values in run["final"]["sets"].items()}
+    return {**run, "final": {**run["final"], "sets": sets}}
+
+
+def differences(runs: list[dict], labels: np.ndarray, scores: Callable, draws: int = 200) -> dict[str, list[float]]:
+    """{arm: [mean over seeds of its score minus that of the equally finetuned teacher, standard error]}: the error over
+    bootstrap samples of the examples, the same ones for both and for all seeds. labels (N,) and scores(labels, found):
+    of the first validation set."""
+    name = next(iter(runs[0]["final"]["sets"]))
+    found = {(r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs}
+    seeds = [seed for arm, seed in found if arm == "teacher_finetuned"]
+    rng = np.random.default_rng(0)
+    picks = [np.arange(len(labels)), *(rng.integers(0, len(labels), len(labels)) for _ in range(draws))]
+
+    def score(arm: str, seed: int, i: np.ndarray) -> float:
+        return next(iter(scores(labels[i], found[arm, seed][i]).values()))
+
+    fair = {seed: [score("teacher_finetuned", seed, i) for i in picks] for seed in seeds}
+    result = {}
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        mine = [seed for seed in seeds if (arm, seed) in found]
+        if mine and arm != "teacher_finetuned":
+            d = [statistics.mean(score(arm, seed, i) - fair[seed][n] for seed in mine) for n, i in enumerate(picks)]
+            result[arm] = [round(d[0], 3), round(statistics.stdev(d[1:]), 3)]
+    return result
+
+
+def by_arm(facts: dict) -> dict[str, list[dict]]:
+    groups = {name: [r for r in facts["runs"] if r["arm"] == name] for name in ARMS}
+    return {name: runs for name, runs in groups.items() if runs}
+
+
+def recovered(facts: dict, arm: str) -> list[float]:
+    """100 x an arm's score / that of the equally finetuned teacher, seed by seed."""
+    fair = {r["config"]["seed"]: r["final"]["score"] for r in by_arm(facts).get("teacher_finetuned", [])}
+    return [100 * r["final"]["score"] / fair[seed] for r in by_arm(facts)[arm]
+            if fair.get(seed := r["config"]["seed"])]  # fmt: skip
+
+
+def points(facts: dict) -> list[tuple[str, float, dict]]:
+    """(feature map, % recovered, the weights before finetuning) of every arm that is finetuned with a map."""
+    found = {arm: (recovered(facts, arm), runs[0].get("weights")) for arm, runs in by_arm(facts).items()}
+    return [(ARMS[arm].feature_map, statistics.mean(share), weights) for arm, (share, weights) in found.items()
+            if ARMS[arm].finetuned and weights and share]  # fmt: skip
+
+
+def correlations(facts: dict) -> dict[str, tuple[float, float, float]]:
+    """Spearman's rho of what arms recover with KL, tau and entropy of their weights, and its 95% interval."""
+    found = points(facts)
+    if len(found) < 4:
+        return {}
+    return {key: rank_correlation([w[key] for *_, w in found], [share for _, share, _ in found])
+            for key in ("kl", "tau", "entropy")}  # fmt: skip
+
+
+def table(facts: dict) -> str:
+    """The arms in Markdown: score, what is recovered, and the paper's score."""
+    first = facts["runs"][0]["final"]["sets"]
+    metric = list(next(iter(first.values())))[1]
+    heads = f"{metric}, mean ± sd (seeds) | recovered, % | minus the teacher, ± se | KL | lr | minutes | paper"
+    lines = [f"| arm | {heads} |", "|---|---|---|---|---|---|---|---|"]
+    for arm, runs in by_arm(facts).items():
+        share, difference = recovered(facts, arm), facts["differences"].get(arm)
+        kls = [r["kl"] for r in runs if r["kl"] is not None]
+        cells = [
+            f"{mean_sd([r['final']['score'] for r in runs], '.1f')} ({len(runs)})",
+            mean_sd(share, ".1f") if share else "",
+            f"{difference[0]:+.1f} ± {difference[1]:.1f}" if difference else "",
+            f"{statistics.mean(kls):.3f}" if kls else "",
+            f"{runs[0]['config']['lr']:g}" if ARMS[arm].finetuned else "",
+            f"{statistics.mean(sum(r['minutes'].values()) for r in runs):.1f}",
+            f"{facts['paper'][arm]:.1f}" if arm in facts["paper"] else "",
+        ]  # fmt: skip
+        lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    said = [f"{key} {rho:+.2f} ({low:+.2f} to {high:+.2f})" for key, (rho, low, high) in facts["correlations"].items()]
+    if said:
+        lines += ["", f"Spearman's rank correlation of what is recovered with the weights' {', '.join(said)}, over "
+                  f"{len(points(facts))} arms (95% bootstrap interval)."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(path: Path, facts: dict) -> str:
+    return figures.recovery(path, points(facts), facts["title"], facts["command"])
