@@ -104,7 +104,12 @@ def imagenet(config: ViTConfig) -> tuple[Examples, int]:
         found = hub("ILSVRC/imagenet-1k", remedy="accept its terms and log in there, or pass --data_dir FOLDER")
     if missing := {"train", "validation"} - set(found):
         raise UserError(f"{config.data_dir or config.dataset} has no images for: {', '.join(sorted(missing))}")
-    processor = transformers.ViTImageProcessorPil.from_pretrained(config.model)
+    if "label" not in found["train"].features:
+        raise UserError(f"{config.data_dir} has images of one class: give train/CLASS/* for each")
+    try:
+        processor = transformers.ViTImageProcessorPil.from_pretrained(config.model)
+    except OSError as e:
+        raise UserError(f"{config.model} has no preprocessor_config.json, which says how it wants its images") from e
 
     def collate(rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
         read = [found[split][i] for split, i in rows]
@@ -127,8 +132,8 @@ def small_vit() -> nn.Module:
     ))  # fmt: skip
 
 
-def check_vit(config: ViTConfig, classes: int) -> bool:
-    """Whether the model is finetuned already. Raises UserError for what is no ViT, or one for other classes."""
+def check_vit(config: ViTConfig) -> int | None:
+    """How many classes the model is finetuned on, if it is. Raises UserError for what is no ViT."""
     try:
         of_model = transformers.AutoConfig.from_pretrained(config.model)
         with torch.device("meta"):
@@ -140,9 +145,7 @@ def check_vit(config: ViTConfig, classes: int) -> bool:
         raise UserError(f"{config.model} is no vision transformer that can be converted ({reason}): give a hub name or "
                         "a folder, as google/vit-base-patch16-224") from e  # fmt: skip
     taught = any("ForImageClassification" in kind for kind in of_model.architectures or [])
-    if taught and of_model.num_labels != classes:
-        raise UserError(f"{config.model} is for {of_model.num_labels} classes, and these images have {classes}")
-    return taught
+    return of_model.num_labels if taught else None
 
 
 def models_of(config: ViTConfig, taught: bool, classes: int) -> Model:
@@ -199,8 +202,11 @@ def main() -> None:
     if config.dataset == "digits":
         examples, model = digits(), models_of(config, False, 10)
     else:
+        trained_for = check_vit(config)
         examples, classes = imagenet(config)
-        model = models_of(config, check_vit(config, classes), classes)
+        if trained_for not in (None, classes):
+            raise UserError(f"{config.model} is for {trained_for} classes, and these images have {classes}")
+        model = models_of(config, trained_for is not None, classes)
     facts = recover(config, examples, model, config.dataset, PAPER if config.dataset == "imagenet" else {})
     if any(r["arm"] == "hedgehog" for r in facts.get("runs", [])):
         print(f"and {draw_patches(config, examples, model)}")

@@ -6,10 +6,10 @@
     set_mode(model, "linear")           # model.generate() now has a state of constant size
     save_linearized(model, "linear.safetensors")
 
-One function serves Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT and ViT: transformers calls it in place of softmax
-attention, with queries and keys as they enter softmax (after RoPE). With grouped-query attention keys and values are
-repeated first, so there is one map for each query head. The maps are `attend.phi` of a Socket that is called `hedgehog`
-in each attention module. There is no attention dropout, in no mode. Tested with transformers 5.23.0.
+One function serves Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa, ELECTRA and ViT: transformers calls it in place
+of softmax attention, with queries and keys as they enter softmax (after RoPE). With grouped-query attention keys and
+values are repeated first, so there is one map for each query head. The maps are `attend.phi` of a Socket that is called
+`hedgehog` in each attention module. There is no attention dropout, in no mode. Tested with transformers 5.23.0.
 """
 
 import json
@@ -32,7 +32,7 @@ from hf_models import load
 NAME = "hedgehog"  # of the attention implementation, and of the sockets
 KNOWN = (  # classes of attention modules, whose queries, keys and values are what they seem
     "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GPT2Attention", "BertSelfAttention",
-    "ViTAttention", "ViTSelfAttention",
+    "RobertaSelfAttention", "ElectraSelfAttention", "ViTAttention", "ViTSelfAttention",
 )  # fmt: skip
 
 

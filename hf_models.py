@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from common import UserError
 
+transformers.logging.set_verbosity_error()  # which weights a model lacks, `load` checks and says
+
 
 class LanguageModel(nn.Module):
     """A transformers causal language model with our GPT's interface: model(idx, targets) -> (logits, loss).

@@ -171,8 +171,10 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
         return loss_of(outputs, labels, examples.regression).item(), labels.numpy(), found.numpy()
 
     def evaluate(net: nn.Module) -> dict:
+        """What the best checkpoint has least of is what its score lacks: the loss is least before the score is best."""
         loss, labels, found = found_by(net, dev)
-        return {"loss": loss, **examples.scores(labels, found)}
+        scores = examples.scores(labels, found)
+        return {"loss": 1 - next(iter(scores.values())) / 100, "task_loss": loss, **scores}
 
     def final(net: nn.Module) -> dict:
         result: dict = {"sets": {}}
@@ -191,7 +193,7 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
 
     return Subject(
         build=build,
-        groups=lambda net: groups_of(net, config),
+        groups=functools.partial(groups_of, config=config),
         batch=lambda step: examples.collate(picked(step)),
         held_out=[examples.collate([row]) for row in dev[: config.held_out]],
         forward=forward,
@@ -217,14 +219,15 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
     subject = subject_of(config, examples, model, source)
     groups = param_groups(net, stage.lr, stage.weight_decay, 1.0)
     about = {name: getattr(config, name) for name in ("model", "dataset", "train_rows", "dev_share")}
+    about["task"] = getattr(config, "task", config.dataset)
     meta = {"config": {**about, **asdict(stage)}, "tokenizer": model.tokenizer}
-    last = fit(net, groups, subject.batch, subject.loss, subject.evaluate, stage, World(0, 1, device), meta)
+    fit(net, groups, subject.batch, subject.loss, subject.evaluate, stage, World(0, 1, device), meta)
     if not folder.exists():
         restore(load_checkpoint(Path(stage.out_dir) / "best.safetensors")[0], net, path=stage.out_dir)
         model.save(net, folder)
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+    best = 100 * (1 - load_checkpoint(Path(stage.out_dir) / "best.safetensors")[1]["best"])
     tqdm.write(
-        f"teacher, seed {config.seed}: {minutes_of(stage)} minutes; at the end, on examples that choose: {scores}"
+        f"teacher, seed {config.seed}: score {best:.2f} on the examples that choose, {minutes_of(stage)} minutes"
     )
     return str(folder)
 
@@ -284,13 +287,13 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
             for lr in rates:
                 arm = replace(mine, lr=lr, lrs=[lr], out_dir=str(Path(mine.out_dir) / f"lr{lr:g}"))
                 try:
-                    tried.append(run_arm(name, arm, subject))
+                    tried.append(run_arm(name, arm, subject._replace(groups=functools.partial(groups_of, config=arm))))
                 except RunError as e:
                     tqdm.write(f"{ARMS[name].label}, lr {lr:g}: {e}")
             ended = [r for r in tried if r is not None]
             if not ended:
                 continue
-            best = min(ended, key=lambda r: r["dev_loss"] or 0.0)
+            best = min(ended, key=lambda r: r["dev_loss"] or 0.0)  # 1 - the score on the examples that choose
             chosen.setdefault(name, [best["config"]["lr"]])
             of_weights = {}
             if seed == config.seed and ARMS[name].feature_map and ARMS[name].mode == "linear":

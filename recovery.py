@@ -40,7 +40,7 @@ def slim(run: dict) -> dict:
     return {**run, "final": {**run["final"], "sets": sets}}
 
 
-def differences(runs: list[dict], labels: np.ndarray, scores: Callable, draws: int = 200) -> dict[str, list[float]]:
+def differences(runs: list[dict], labels: np.ndarray, scores: Callable, draws: int = 100) -> dict[str, list[float]]:
     """{arm: [mean over seeds of its score minus that of the equally finetuned teacher, standard error]}: the error over
     bootstrap samples of the examples, the same ones for both and for all seeds. labels (N,) and scores(labels, found):
     of the first validation set."""

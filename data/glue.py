@@ -94,7 +94,8 @@ def read_tsv(task: Task, path: Path) -> list[Row]:
     complete = [(i, r) for i, r in enumerate(rows, 1) if len(r) > max(columns) and not (header and i == 1)]
     lacking = len(rows) - len(complete) - bool(header)
     if not complete or lacking > INCOMPLETE * len(rows):
-        raise UserError(f"{path}: {lacking} of {len(rows)} lines have fewer than {max(columns) + 1} columns")
+        raise UserError(f"{path}: {len(complete)} of {len(rows)} lines are examples with at least {max(columns) + 1} "
+                        "columns: it is empty, damaged or of another task")  # fmt: skip
     if lacking:
         print(f"{path}: {lacking} of {len(rows):,} lines lack columns and are left out")
     return [row_of(task, [r[c] for c in columns], f"{path}, line {i}") for i, r in complete]

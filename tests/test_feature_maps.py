@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from attention import linear_attention_quadratic, linear_weights, softmax_weights
+from attention import LinearAttention, linear_attention_quadratic, linear_weights, softmax_weights
 from feature_maps import EXP_MAX, FEATURE_MAPS, FLOOR, Untied, make_feature_map
 
 NAMES = list(FEATURE_MAPS)
@@ -129,6 +129,21 @@ def test_every_head_has_its_own_map(name):
     changed = (phi(x) != before).any(-1).any(-1)[0]
     assert changed.tolist() == [False, True, False]
     assert phi.weight.shape == (3, 4, 4) and phi.bias.numel() == 3 * 4
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_map_shared_by_all_heads_is_the_same_for_each_and_its_gradient_the_sum(name):
+    shared = make_feature_map(name, 3, 4, share_heads=True, init="random")
+    each, x = make_feature_map(name, 3, 4), torch.randn(2, 3, 5, 4)
+    assert shared.weight.shape == (1, 4, 4)
+    with torch.no_grad():
+        each.weight.copy_(shared.weight.expand(3, 4, 4))
+    q, k, v = torch.randn(3, 2, 3, 20, 4)
+    torch.testing.assert_close(shared(x), each(x))
+    ys = [LinearAttention(phi)(q, k, v) for phi in (shared, each)]  # by whichever kernel
+    torch.testing.assert_close(*ys)
+    grads = [torch.autograd.grad(y.square().sum(), phi.weight)[0] for y, phi in zip(ys, (shared, each))]
+    torch.testing.assert_close(grads[0], grads[1].sum(0, keepdim=True))
 
 
 @pytest.mark.parametrize("name", LEARNED)

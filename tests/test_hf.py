@@ -52,9 +52,9 @@ def llama():
     return build(*DECODERS["llama"]())
 
 
-def bert(**changes):
-    config = transformers.BertConfig(**{**SMALL, **changes})
-    return build(transformers.BertModel, config)
+def encoder(name):
+    config = getattr(transformers, f"{name}Config")(**SMALL)
+    return build(getattr(transformers, f"{name}Model"), config)
 
 
 def vit():
@@ -140,9 +140,13 @@ def test_padding_changes_no_real_token(decoder, left):
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_encoders_see_both_ways_and_no_padding(padded):
-    model, ids = bert(), torch.randint(50, (2, 11))
+def test_encoders_see_both_ways_and_no_padding(padded, name):
+    model, ids = (
+        encoder(name),
+        torch.randint(3, 50, (2, 11)),
+    )  # below: special tokens, by which RoBERTa counts positions
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[0, 6:] = 1 - int(padded)
     wanted = model(ids, attention_mask=mask).last_hidden_state

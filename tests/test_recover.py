@@ -1,0 +1,343 @@
+"""Finetuned conversion: what chooses is never what is reported, every arm is what its name says, and what is given
+wrongly is one line; on tiny random encoders and images."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_byte_tokenizer
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+import recovery  # noqa: E402
+from common import load_checkpoint  # noqa: E402
+from convert import ARMS  # noqa: E402
+from convert_bert import KIND, BertConfig, examples_of, padded  # noqa: E402
+from convert_vit import digits  # noqa: E402
+from hf import linearize, load_linearized  # noqa: E402
+from hf_models import Classifier, load  # noqa: E402
+from recover import RecoverConfig, batches_of, outputs_of, split_dev  # noqa: E402
+
+WORDS = "the a cat dog tree sees eats red big small and near".split()
+QUICK = (
+    "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 4 "
+    "--eval_interval 4 --save_interval 4 --log_interval 4 --warmup_steps 1 --device cpu --dtype float32"
+).split()
+
+
+def make_encoder(folder, kind="BertModel", **changes):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**dict(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.2, max_position_embeddings=64, pad_token_id=0), **changes})  # fmt: skip
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random BERT of bytes in a folder."""
+    return make_encoder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """GLUE's layout: acceptable is what has a cat in it; similar are sentences with as many words."""
+    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(160)]
+    for name in ("CoLA", "STS-B"):
+        (folder / name).mkdir()
+        for file, rows in (("train", texts[:120]), ("dev", texts[120:])):
+            if name == "CoLA":
+                lines = [f"x\t{int('cat' in text)}\t\t{text}" for text in rows]
+            else:
+                lines = ["sentence1\tsentence2\tscore"]
+                lines += [f"{a}\t{b}\t{5 - abs(len(a.split()) - len(b.split()))}" for a, b in zip(rows, reversed(rows))]
+            (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def convert(command, encoder, files, tmp_path):
+    def call(task, *flags, out="out"):
+        where = ["--model", encoder, "--data_dir", files, "--out_dir", tmp_path / out]
+        return command("convert_bert", task, *where, *QUICK, *flags)
+
+    return call
+
+
+def config_of(encoder, files, **changes) -> BertConfig:
+    return BertConfig(
+        task="cola", model=str(encoder), data_dir=str(files), block_size=64, batch_size=8, held_out=4, **changes
+    )
+
+
+# ---------------------------------------------------------------- examples
+
+
+def test_every_epoch_has_every_example_once_and_batches_have_like_with_like():
+    rows = list(np.random.default_rng(0).integers(1, 60, 203))
+    batch = batches_of(list(enumerate(rows)), lambda row: row[1], 8, seed=1)
+    epochs = [[batch(25 * e + i) for i in range(25)] for e in range(3)]  # 203 // 8
+    seen = [sorted(i for b in epoch for i, _ in b) for epoch in epochs]
+    assert all(len(set(s)) == len(s) == 200 for s in seen) and len({tuple(s) for s in seen}) > 1  # 3 others left over
+    assert batch(30) == batches_of(list(enumerate(rows)), lambda row: row[1], 8, seed=1)(30) != batch(5)
+    waste = sum(max(n for _, n in b) * 8 - sum(n for _, n in b) for epoch in epochs for b in epoch)
+    assert waste < 0.1 * 3 * sum(rows)  # in random batches it is near all of it
+
+
+def test_what_chooses_is_not_trained_on_and_the_same_for_every_seed(encoder, files):
+    config, examples = config_of(encoder, files), examples_of(config_of(encoder, files))
+    numbered = examples._replace(train=[(i, *row) for i, row in enumerate(examples.train)])
+    train, dev = split_dev(numbered, config)
+    assert {r[0] for r in train} | {r[0] for r in dev} == set(range(120)) and len(train) == 108
+    assert (train, dev) == split_dev(numbered, replace(config, seed=7))
+    fewer, chosen = split_dev(numbered, replace(config, train_rows=60))
+    assert len(fewer) == 54 and not {r[0] for r in fewer} & {r[0] for r in chosen}
+
+
+@pytest.mark.parametrize("feature_map", ["", "hedgehog", "elu"])
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_padding_and_order_change_no_output(encoder, files, feature_map, pooling):
+    config = config_of(encoder, files)
+    examples, model = examples_of(config), load(str(encoder), KIND, new=("classifier", "pooler"))
+    if feature_map:
+        linearize(model, feature_map)
+    model = Classifier(model, pooling).eval()
+    rows = examples.train[:9]
+    alone = [outputs_of(model, [row], examples, torch.device("cpu"))[0][0] for row in rows]
+    together, labels = outputs_of(model, rows, examples, torch.device("cpu"))
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)
+    assert labels.tolist() == [label for *_, label in rows]
+    ids, segments, mask, _ = padded(rows, 0, False)
+    assert mask.sum(1).tolist() == [len(row[0]) for row in rows] and not ids[~mask.bool()].any()
+
+
+def test_pairs_have_segments_and_regression_has_the_squared_error(files, encoder):
+    config = replace(config_of(encoder, files), task="stsb")
+    examples = examples_of(config)
+    assert examples.regression and examples.collate(examples.train[:3])[-1].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- the arms
+
+
+def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(convert, tmp_path):
+    code, stdout, stderr = convert("cola")
+    assert code == 0, stderr
+    facts = json.loads((tmp_path / "out" / "recover.json").read_text())
+    runs = {r["arm"]: r for r in facts["runs"]}
+    assert set(runs) == set(ARMS)
+    losses = {arm: run["final"]["sets"]["validation"]["loss"] for arm, run in runs.items()}
+    assert len(set(losses.values())) == len(ARMS)  # no two arms are the same
+    for arm, before in (("hedgehog", "swap"), ("shared", "swap"), ("t2r_hh", "t2r")):
+        assert runs[arm]["kl"] < runs[before]["kl"]
+        assert runs[arm]["weights"]["kl"] == pytest.approx(runs[arm]["kl"], rel=0.05)  # measured twice, by other code
+    assert runs["hedgehog"]["map_parameters"] == 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
+    finetuned = [arm for arm in ARMS if ARMS[arm].finetuned]
+    last = [tmp_path / "out" / "seed1" / "lr0.002" / arm / "finetune" / "last.safetensors" for arm in finetuned]
+    assert {load_checkpoint(path)[1]["step"] for path in last} == {13}  # 108 // 8, for all of them alike
+    fair = runs["teacher_finetuned"]["final"]["score"]
+    for arm, run in runs.items():
+        assert recovery.recovered(facts, arm) == pytest.approx([100 * run["final"]["score"] / fair] if fair else [])
+        if arm != "teacher_finetuned":
+            assert facts["differences"][arm][0] == pytest.approx(run["final"]["score"] - fair, abs=2e-3)
+        assert ARMS[arm].label in stdout
+    assert (tmp_path / "out" / "recover.png").exists()
+
+
+def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
+    arms = ["--arms", "teacher", "hedgehog"]
+    assert convert("cola", *arms, "--stage", "distil")[0] == 0 and not (tmp_path / "out" / "recover.json").exists()
+    maps = tmp_path / "out" / "seed1" / "distil-hedgehog" / "last.safetensors"
+    teacher, made = tmp_path / "out" / "seed1" / "teacher" / "model.safetensors", maps.stat().st_mtime_ns
+    taught = teacher.stat().st_mtime_ns
+    code, first, stderr = convert("cola", *arms)
+    assert code == 0, stderr
+    code, second, _ = convert("cola", *arms, "--seeds", 2)
+    assert code == 0 and (maps.stat().st_mtime_ns, teacher.stat().st_mtime_ns) == (made, taught)
+    assert convert("cola", *arms, out="once")[0] == 0
+    one, two = (json.loads((tmp_path / out / "recover.json").read_text())["runs"] for out in ("once", "out"))
+    assert [r["final"]["sets"] for r in one] == [r["final"]["sets"] for r in two[:2]]  # in one go, or stage by stage
+    assert [r["config"]["seed"] for r in two] == [1, 1, 2, 2]
+    code, _, stderr = convert("cola", *arms, "--teacher_lr", 1e-3)
+    assert code == 2 and "lr 0.002 -> 0.001" in stderr
+
+
+def test_learning_rates_are_chosen_by_examples_of_the_training_set_with_the_first_seed(convert, tmp_path):
+    code, _, stderr = convert("cola", "--arms", "hedgehog", "--lrs", "1e-6", "1e-2", "--seeds", 2)
+    assert code == 0, stderr
+    runs = json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]
+    tried = {float(lr): loss for lr, loss in runs[0]["tried"].items()}
+    assert set(tried) == {1e-6, 1e-2} and runs[0]["config"]["lr"] == min(tried, key=tried.get)
+    assert set(runs[1]["tried"]) == {str(runs[0]["config"]["lr"])}
+    code, stdout, _ = convert("cola", "--arms", "elu", "teacher", "--lrs", "1e38")
+    assert code == 0 and "1+ELU, finetuned, lr 1e+38: step" in stdout  # said; the others go on
+
+
+def test_a_converted_model_is_what_its_files_give_back(convert, encoder, files, tmp_path):
+    code, _, stderr = convert("cola", "--arms", "hedgehog")
+    assert code == 0, stderr
+    (result,) = json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]
+    model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
+    examples = examples_of(config_of(encoder, files))
+    outputs, labels = outputs_of(Classifier(model), examples.tests["validation"], examples, torch.device("cpu"))
+    loss = torch.nn.functional.cross_entropy(outputs, labels).item()
+    assert loss == pytest.approx(result["final"]["sets"]["validation"]["loss"], rel=1e-4)
+
+
+def test_a_finetuned_model_needs_no_teacher(command, convert, files, tmp_path):
+    assert convert("stsb", "--arms", "teacher", "--pooling", "mean")[0] == 0
+    teacher = tmp_path / "out" / "seed1" / "teacher"
+    (taught,) = json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]
+    flags = ["--data_dir", files, "--out_dir", tmp_path / "given", *QUICK, "--arms", "teacher"]
+    code, stdout, stderr = command("convert_bert", "stsb", "--model", teacher, *flags)
+    assert code == 0, stderr
+    (given,) = json.loads((tmp_path / "given" / "recover.json").read_text())["runs"]
+    assert given["final"]["sets"] == taught["final"]["sets"] and not (tmp_path / "given" / "seed1" / "teach").exists()
+    code, _, stderr = command("convert_bert", "cola", "--model", teacher, *flags)
+    assert code == 2 and "has a classifier for 1 labels, and cola has 2" in stderr
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["wnli"], "unknown task 'wnli': choose one of cola"),
+    (["cola", "--data_dir", "nowhere"], "cannot read"),
+    (["cola", "--model", "nowhere"], "no model that can classify"),
+    (["cola", "--block_size", "8"], "tokens, the model 8 positions or --block_size: cut such examples with --truncate"),
+    (["cola", "--arms", "hedgehod"], "--arms takes teacher"),
+    (["cola", "--train_rows", "20"], "20 training examples are too few"),
+    (["cola", "--pooling", "max"], "--pooling takes model or mean"),
+    (["cola", "--lrs", "-1"], "positive learning rates"),
+    (["cola", "--epocs", "2"], "--epochs"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_and_code_2(convert, flags, message):
+    code, _, stderr = convert(*flags)
+    assert code == 2 and message in stderr and "Traceback" not in stderr
+
+
+def test_decoders_are_sent_elsewhere_and_long_examples_are_cut_on_request(command, convert, files, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    save_byte_tokenizer(tmp_path / "llama")
+    code, _, stderr = command("convert_bert", "cola", "--model", tmp_path / "llama", "--data_dir", files, *QUICK)
+    assert code == 2 and "(llama) is not an encoder: convert_llama.py takes decoders" in stderr
+    code, _, stderr = convert("cola", "--block_size", 8, "--truncate", "--arms", "teacher")
+    assert code == 0, stderr
+
+
+# ---------------------------------------------------------------- differences
+
+
+def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error():
+    labels, rng = np.array([0, 1] * 200), np.random.default_rng(1)
+
+    def run(arm: str, seed: int, right: float) -> dict:
+        found = np.where(rng.random(400) < right, labels, 1 - labels)
+        return {"arm": arm, "config": {"seed": seed}, "final": {"sets": {"validation": {"loss": 0, "found": found}}}}
+
+    runs = [
+        run("teacher_finetuned", 1, 0.9),
+        run("hedgehog", 1, 0.8),
+        run("teacher_finetuned", 2, 0.9),
+        run("hedgehog", 2, 0.8),
+    ]
+    runs.append({**runs[0], "arm": "t2r"})
+    found = recovery.differences(runs, labels, lambda y, x: {"accuracy": 100 * float((x == y).mean())}, draws=400)
+    right = {(r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels for r in runs}
+    d = 50 * sum(right["hedgehog", s].astype(float) - right["teacher_finetuned", s] for s in (1, 2))
+    assert found["hedgehog"][0] == pytest.approx(d.mean(), abs=1e-3)
+    assert found["hedgehog"][1] == pytest.approx(d.std() / 400**0.5, rel=0.15)
+    assert found["t2r"] == [0, 0] and "teacher_finetuned" not in found
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_digits_are_split_once_and_cover_the_pixels():
+    examples = digits()
+    pixels, labels = examples.collate(examples.train)
+    assert (
+        pixels.shape == (1347, 1, 8, 8)
+        and pixels.min() == -1
+        and pixels.max() == 1
+        and set(labels.tolist()) == set(range(10))
+    )
+    others = {tuple(x.flatten().tolist()) for x, _ in examples.tests["validation"]}
+    assert len(examples.tests["validation"]) == 450 and not others & {
+        tuple(x.flatten().tolist()) for x, _ in examples.train
+    }
+
+
+def test_the_vit_command_converts_draws_and_keeps_what_it_made(command, tmp_path):
+    flags = [
+        "--teacher_epochs",
+        1,
+        "--distil_epochs",
+        1,
+        "--epochs",
+        1,
+        "--out_dir",
+        tmp_path / "vit",
+        "--eval_interval",
+        20,
+    ]
+    code, stdout, stderr = command("convert_vit", *flags, "--arms", "teacher_finetuned", "hedgehog")
+    assert code == 0, stderr
+    runs = {r["arm"]: r for r in json.loads((tmp_path / "vit" / "recover.json").read_text())["runs"]}
+    assert runs["hedgehog"]["kl"] > 0 and "patches.png" in stdout and (tmp_path / "vit" / "patches.png").exists()
+    made = (tmp_path / "vit" / "seed1" / "lr0.001" / "hedgehog" / "result.json").stat().st_mtime_ns
+    assert command("convert_vit", *flags, "--arms", "hedgehog")[0] == 0
+    assert (tmp_path / "vit" / "seed1" / "lr0.001" / "hedgehog" / "result.json").stat().st_mtime_ns == made
+
+
+def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("validation", 6)):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / "images" / split / kind
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 120, (14, 10, 3)) + (100 if kind == "dog" else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    config = transformers.ViTConfig(
+        image_size=12, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path / "vit")
+    flags = ["--dataset", "imagenet", "--data_dir", tmp_path / "images", "--batch_size", 8, "--dev_share", 0.2,
+             "--held_out", 4, "--out_dir", tmp_path / "out", "--arms", "teacher", "hedgehog"]  # fmt: skip
+    code, _, stderr = command("convert_vit", tmp_path / "vit", *flags)
+    assert code == 0, stderr
+    assert not (tmp_path / "out" / "seed1" / "teach").exists() and (tmp_path / "out" / "patches.png").exists()
+    three = transformers.ViTConfig(**{**config.to_dict(), "num_labels": 3})
+    transformers.ViTForImageClassification(three).save_pretrained(tmp_path / "three")
+    shutil.copy(tmp_path / "vit" / "preprocessor_config.json", tmp_path / "three")
+    code, _, stderr = command("convert_vit", tmp_path / "three", *flags)
+    assert code == 2 and "is for 3 classes, and these images have 2" in stderr
+    shutil.rmtree(tmp_path / "images" / "train" / "dog")
+    shutil.rmtree(tmp_path / "images" / "validation" / "dog")
+    code, _, stderr = command("convert_vit", tmp_path / "vit", *flags)
+    assert code == 2 and "has images of one class" in stderr
+    code, _, stderr = command("convert_vit", "nowhere", *flags)
+    assert code == 2 and "nowhere" in stderr
+    code, _, stderr = command("convert_vit", tmp_path / "vit")
+    assert code == 2 and "give --dataset imagenet" in stderr
+
+
+def test_numbers_that_make_no_sense_are_refused():
+    for changes in (dict(seeds=0), dict(epochs=0), dict(lrs=[]), dict(dev_share=1.0), dict(train_rows=-1)):
+        with pytest.raises(Exception, match="seeds|lrs|dev_share|train_rows"):
+            replace(RecoverConfig(out_dir="x"), **changes).check()
