@@ -31,12 +31,13 @@ def check_command(line: str, monkeypatch) -> str:
     none. A word that it does not know raises UserError."""
     words = shlex.split(line, comments=True)
     words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
-    script = next((w for w in words if w.endswith(".py")), "")
-    if not script:
-        module = words[words.index("-m") + 1] if "-m" in words else ""
-        assert not words or words[0] in ("pytest", "pip") or importlib.util.find_spec(module), line
+    if not words or words[0] in ("pytest", "pip"):
         return ""
-    assert (ROOT / script).exists(), f"there is no {script}: {line}"
+    if "-m" in words:
+        assert importlib.util.find_spec(words[words.index("-m") + 1]), line
+        return ""
+    script = next((w for w in words if w.endswith(".py")), line)
+    assert (ROOT / script).exists(), f"there is no {script}"
     argv = words[words.index(script) + 1 :]
     if "/" in script:  # data/*.py, results/render.py and docs/*.py take no flags
         assert not argv, line
