@@ -1,5 +1,6 @@
 """docs/ tells the truth: its Python runs as printed, its tables are what it computes, its links and commands hold."""
 
+import importlib.util
 import re
 
 import pytest
@@ -51,3 +52,14 @@ def test_functions_named_beside_a_link_are_there():
         for name, path in pairs:
             source = (ROOT / path).read_text()
             assert all(re.search(rf"\b{part}\b", source) for part in name.split(".")), f"{name} is not in {path}"
+
+
+def test_the_pictures_are_drawn(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    monkeypatch.setattr(pictures, "HERE", tmp_path)
+    pictures.main()
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
+    assert set(drawn) == set(re.findall(r"figures/(derivation-\w+\.png)", DOCS["derivation.md"]))
+    assert max(drawn.values()) < 150_000
