@@ -2,25 +2,14 @@
 
 import importlib.util
 import re
-import shlex
 
 import pytest
 import torch
 from conftest import ROOT, save_byte_tokenizer
-
-from analyze import AnalyzeConfig
-from bench import BenchConfig
-from common import parse
-from compare import CompareConfig
-from configs import read_config
-from convert_gpt2 import GPT2Config
-from convert_llama import LlamaConfig
-from distill import DistillConfig
-from recall import RecallConfig
-from sample import SampleConfig
+from documents import blocks_of, broken_links, check_command
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+BLOCKS = blocks_of(README)
 
 
 def test_the_results_table_is_rendered_from_the_results():
@@ -48,31 +37,11 @@ def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
     assert (tmp_path / "linear.safetensors").stat().st_size < 50_000
 
 
-def test_every_command_is_understood():
+def test_every_command_is_understood(monkeypatch):
     """Flags and recipes are read by the commands' own parsers; nothing is trained."""
-    seen = set()
-    configs = {
-        "bench.py": BenchConfig(), "sample.py": SampleConfig(), "analyze.py": AnalyzeConfig(),
-        "recall.py": RecallConfig(), "compare.py": CompareConfig(), "distill.py": DistillConfig(),
-        "convert_gpt2.py": GPT2Config(), "convert_llama.py": LlamaConfig(),
-    }  # fmt: skip
-    for block in (code for language, code in BLOCKS if language == "bash"):
-        for line in block.splitlines():
-            words = shlex.split(line.split("#")[0].split("&&")[-1])
-            script = next((w for w in words if w.endswith(".py")), "")
-            argv = words[words.index(script) + 1 :] if script else []
-            if "--help" in argv:
-                continue
-            if script == "train.py":
-                read_config([a for a in argv if a not in ("--eval_only", "--init_from", "out/stdlib-hedgehog")], "")
-            elif script in configs:
-                if argv and not argv[0].startswith("-"):
-                    argv.insert(0, "--model" if script.startswith("convert") else "--checkpoint")
-                parse(configs[script], argv, "")[0].check()
-            else:
-                assert words == [] or words[0] in ("pytest", "pip"), line
-            seen.add(script)
-    assert {"train.py", *configs} <= seen
+    lines = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+    commands = "train bench sample analyze recall compare distill convert_gpt2 convert_llama".split()
+    assert {f"{name}.py" for name in commands} <= {check_command(line, monkeypatch) for line in lines}
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
@@ -83,8 +52,7 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.replace("\\_", "_")):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    assert not broken_links(README, ROOT)
 
 
 def test_the_guides_new_feature_map_is_a_feature_map():
