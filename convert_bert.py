@@ -41,6 +41,7 @@ HEADS = ("classifier", "pooler")  # what a model that is not finetuned may lack
 class BertConfig(RecoverConfig):
     task: str = "cola"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte
     model: str = "bert-base-uncased"  # hub name or folder of an encoder, finetuned on the task or not
+    epochs: float = 5.0  # of finetuning, for every arm and for the teacher that is finetuned longer
     pooling: str = "model"  # of a teacher trained here: the model's own way from tokens to outputs, or their mean
     dataset: str = "glue"  # GLUE, from the hub
     data_dir: str = ""  # folder with GLUE's original TSV files, instead of the hub

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+import bench_encoder
 import kernels
 from measure import take_turns
 
@@ -74,3 +76,25 @@ def test_turns_alternate_and_short_calls_are_repeated():
     turns = [group[0] for group in measured.replace("ab", "a b").replace("ba", "b a").split()]
     assert turns == list("ababababab")
     assert all(r["low"] <= r["median"] <= r["high"] for r in results.values())
+
+
+# ---------------------------------------------------------------- a whole encoder
+
+
+def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "encoder.json"
+    flags = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--rounds", 1, "--lengths", 16, 8, "--device", "cpu"]
+    code, stdout, stderr = command("bench_encoder", *flags, "--out", out)
+    assert code == 0, stderr
+    facts = json.loads(out.read_text())
+    times = {(r["T"], r["contender"]): r for r in facts["rows"] if r["part"] == "forward"}
+    assert set(times) == {(T, name) for T in (8, 16) for name in ("softmax", "hedgehog")}
+    assert times[16, "hedgehog"]["ratio"] == times[16, "softmax"]["median"] / times[16, "hedgehog"]["median"]
+    wins = [T for T in (8, 16) if times[T, "hedgehog"]["ratio"] >= 1]
+    assert facts["crossover"] == {(): None, (8,): None, (16,): 16, (8, 16): 8}[tuple(wins)]
+    assert "| 16 |" in stdout and "The converted encoder is faster" in stdout
+    config = bench_encoder.EncoderConfig(lengths=[600], n_layer=1, n_head=2, n_embd=16)
+    assert bench_encoder.extra_mib(config, "hedgehog", 600, torch.device("cpu")) >= 600 * 2 * 16 * 4 / 2**20  # phi(k)
+    code, _, stderr = command("bench_encoder", "--n_head", 5, "--out", out)
+    assert code == 2 and "must be a multiple" in stderr

@@ -11,7 +11,6 @@ from documents import blocks_of, broken_links, check_command
 import kernels
 
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-COMING = ("convert_bert.py", "convert_vit.py")  # their commands are checked as soon as they are here
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -40,8 +39,7 @@ def test_every_command_is_understood(name, monkeypatch):
     bash = [line for language, code in blocks_of(DOCS[name]) if language == "bash" for line in code.splitlines()]
     spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", DOCS[name])]
     for line in bash + [span for span in spans if span.startswith(("python ", "torchrun "))]:
-        if not any(script in line and not (ROOT / script).exists() for script in COMING):
-            check_command(line, monkeypatch)
+        check_command(line, monkeypatch)
 
 
 def test_functions_named_beside_a_link_are_there():
