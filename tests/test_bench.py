@@ -1,6 +1,7 @@
 """bench.py: every part runs at tiny sizes, and what it says is what it measured."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     wins = [T for T in (8, 16) if times[T, "hedgehog"]["ratio"] >= 1]
     assert facts["crossover"] == {(): None, (8,): None, (16,): 16, (8, 16): 8}[tuple(wins)]
     assert "| 16 |" in stdout and "The converted encoder is faster" in stdout
-    config = bench_encoder.EncoderConfig(lengths=[600], n_layer=1, n_head=2, n_embd=16)
-    assert bench_encoder.extra_mib(config, "hedgehog", 600, torch.device("cpu")) >= 600 * 2 * 16 * 4 / 2**20  # phi(k)
+    config, T = bench_encoder.EncoderConfig(lengths=[8192], n_layer=1, n_head=2, n_embd=32), 8192
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        mib = pool.apply(bench_encoder.extra_mib, (config, "hedgehog", T, torch.device("cpu")))
+    assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # more than the MLP's inner layer, less than one T x T matrix
     code, _, stderr = command("bench_encoder", "--n_head", 5, "--out", out)
     assert code == 2 and "must be a multiple" in stderr
