@@ -1,7 +1,7 @@
 """Associative recall (Table 4, Fig. 5): which attentions can find again what they have seen once?
 
     python recall.py                     softmax against Hedgehog, 6 minutes on 2 cores
-    python recall.py --all               every attention, learning rates swept, Fig. 5; an hour on 2 cores
+    python recall.py --all               every attention, learning rates swept, Fig. 5; one to two hours on 2 cores
     python recall.py --all --seeds 3     and two more seeds of each; another hour
     python recall.py --attentions elu taylor --seed 7
 

@@ -117,5 +117,18 @@ def table(facts: dict) -> str:
     return "\n".join(lines)
 
 
+def tasks_table(tasks: list[dict]) -> str:
+    """Table 2: the score of every arm on every task, their averages, and what is recovered, on average."""
+    arms = [arm for arm in ARMS if all(by_arm(facts).get(arm) for facts in tasks)]
+    names = [facts["title"] for facts in tasks]
+    lines = [f"| arm | {' | '.join(names)} | average | recovered, % |", "|---" * (len(names) + 3) + "|"]
+    for arm in arms:
+        scores = [statistics.mean(r["final"]["score"] for r in by_arm(facts)[arm]) for facts in tasks]
+        shares = [statistics.mean(recovered(facts, arm)) for facts in tasks if recovered(facts, arm)]
+        cells = [*(f"{x:.1f}" for x in (*scores, statistics.mean(scores))), f"{statistics.mean(shares):.1f}"]
+        lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(path: Path, facts: dict) -> str:
     return figures.recovery(path, points(facts), facts["title"], facts["command"])

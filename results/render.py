@@ -15,10 +15,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import analyze  # noqa: E402
+import bench_encoder  # noqa: E402
 import compare  # noqa: E402
 import convert  # noqa: E402
 import figures  # noqa: E402
 import recall  # noqa: E402
+import recovery  # noqa: E402
 
 FIGURES = HERE.parent / "docs" / "figures"
 BENCH = HERE / "bench-cpu.json"
@@ -72,11 +74,22 @@ def experiment(name: str, table, command: str) -> str:
         return f"Not run yet: `{command}`."
     facts = read(name)
     runs = facts.get("runs", [])
-    minutes = facts["minutes"] if "ladder" in facts else sum(r["minutes"] for r in runs)  # stages serve several arms
+    minutes = (
+        facts["minutes"] if {"ladder", "recover"} & set(facts) else sum(r["minutes"] for r in runs)
+    )  # stages serve several arms
     what = f", {len(runs)} runs of together {minutes:.0f} minutes" if runs else ""
     commits = ", ".join(sorted({r["commit"] for r in runs} or {facts["commit"]}))
     source = f"`{facts['command']}`{what}, {facts['machine']}, commit {commits}."
-    return f"{table(facts.get('runs', facts))}\n\n{source}"
+    return f"{table(facts.get('runs', facts) if 'recover' not in facts else facts)}\n\n{source}"
+
+
+def glue() -> str:
+    """Table 2 over the tasks in results/glue-*.json, and how each was run."""
+    tasks = [read(path.name) for path in sorted(HERE.glob("glue-*.json"))]
+    if not tasks:
+        return "Not run yet: `python convert_bert.py TASK`."
+    said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
+    return f"{recovery.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {tasks[0]['commit']}."
 
 
 COMPARE = "python compare.py"
@@ -96,6 +109,11 @@ TABLES = {
         "convert-stdlib.json", convert.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
     ),
     "smollm2": lambda: experiment("convert-smollm2.json", convert.table_perplexity, SMOLLM2),
+    "smollm2-long": lambda: experiment("convert-smollm2-long.json", convert.table_perplexity, SMOLLM2),
+    "glue": lambda: glue(),
+    "cola": lambda: experiment("glue-cola.json", recovery.table, "python convert_bert.py cola"),
+    "vit": lambda: experiment("vit-digits.json", recovery.table, "python convert_vit.py"),
+    "encoder": lambda: experiment("bench-encoder.json", bench_encoder.table, "python bench_encoder.py"),
     "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
 }
 
@@ -176,5 +194,7 @@ if __name__ == "__main__":
         figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
     if (HERE / "compare-stdlib.json").exists():
         compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
+    if (HERE / "glue-cola.json").exists():
+        recovery.draw(FIGURES / "recovery.png", read("glue-cola.json"))
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))

@@ -98,6 +98,6 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     config, T = bench_encoder.EncoderConfig(lengths=[8192], n_layer=1, n_head=2, n_embd=32), 8192
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         mib = pool.apply(bench_encoder.extra_mib, (config, "hedgehog", T, torch.device("cpu")))
-    assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # more than the MLP's inner layer, less than one T x T matrix
+    assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # the MLP's inner layer, and no T x T
     code, _, stderr = command("bench_encoder", "--n_head", 5, "--out", out)
     assert code == 2 and "must be a multiple" in stderr

@@ -9,7 +9,8 @@ FILES = {
     for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("kernels/*.py")]
 }
 ROOMS = """feature_maps kernels window attention model configs common data evaluate train measure bench figures analyze
-    runs recall compare sample distill hf hf_models gpt2 convert convert_gpt2 convert_llama""".split()
+    runs recall compare sample distill hf hf_models gpt2 convert convert_gpt2 convert_llama
+    recover recovery convert_bert convert_vit bench_encoder""".split()
 
 
 def users_of(pattern: str) -> set[str]:
@@ -40,6 +41,10 @@ def test_imports_go_one_way():
         },
         "hf": {"attention", "common", "distill", "feature_maps", "hf_models"}, "hf_models": {"common"},
         "gpt2": {"attention", "common", "model"},
+        "recovery": {"analyze", "convert", "figures", "runs"},
+        "recover": {
+            "analyze", "common", "convert", "distill", "hf", "kernels", "model", "recovery", "runs", "train",
+        },
         "convert": {"common", "configs", "data", "distill", "evaluate", "kernels", "model", "runs", "train"},
     }  # fmt: skip
     for room, may in allowed.items():
