@@ -40,7 +40,8 @@ def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
 def test_every_command_is_understood(monkeypatch):
     """Flags and recipes are read by the commands' own parsers; nothing is trained."""
     lines = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
-    commands = "train bench sample analyze recall compare distill convert_gpt2 convert_llama convert_bert convert_vit bench_encoder".split()
+    commands = """train bench sample analyze recall compare distill convert_gpt2 convert_llama convert_bert convert_vit
+        bench_encoder""".split()
     assert {f"{name}.py" for name in commands} <= {check_command(line, monkeypatch) for line in lines}
 
 
