@@ -154,7 +154,7 @@ def one_head(path: Path, command: str, weights: dict, tokens: list[str], which: 
     from matplotlib.colors import PowerNorm
 
     A_of = {name: np.asarray(A, float)[:most] for name, A in weights.items()}
-    entropy = {name: float(-(A * np.log(np.maximum(A, 1e-30))).sum(-1).mean()) for name, A in A_of.items()}
+    entropy = {name: abs(float((A * np.log(np.maximum(A, 1e-30))).sum(-1).mean())) for name, A in A_of.items()}
     n = len(next(iter(A_of.values())))
     written = ["\u21b5" if token == "\n" else token for token in tokens[:n]]
 

@@ -57,7 +57,7 @@ if (run / "best.safetensors").exists():
 else:
     run = OUT / "softmax"
     print(f"there is no run in out/stdlib-softmax: the teacher is a shorter one, {run}, trained now or before")
-    small = TrainConfig(attention="softmax", max_steps=600, kernel="torch", out_dir=str(run), resume=True)
+    small = TrainConfig(attention="softmax", max_steps=600, out_dir=str(run), resume=True)
     finished(small) or one_run(small)
 teacher, saved = load_teacher(str(run))
 T, H, D = teacher.config.block_size, teacher.config.n_head, teacher.config.n_embd // teacher.config.n_head
@@ -179,7 +179,7 @@ with torch.no_grad():
     by_chunk, _ = linear_attention_chunked(phi_q, phi_k, v, chunk_size=64)
 torch.testing.assert_close(by_token, y)
 torch.testing.assert_close(by_chunk, y)
-print(f"quadratic = recurrent = chunked; after {q.size(2)} tokens S is {tuple(state.S.shape)}, z {tuple(state.z.shape)}")
+print(f"quadratic = recurrent = chunked; after {q.size(2)} tokens S is {tuple(state.S.shape)}")
 
 # %% [markdown]
 # ## 6. Mimicry
@@ -229,6 +229,9 @@ panels = {"softmax": softmax, "Hedgehog, untrained": untrained, "Hedgehog, disti
 for name, A in panels.items():
     numbers(name, A)
 against_scores("distilled.png", panels)
+
+# %% [markdown]
+# And the whole text, the four side by side on one scale: where softmax is dark, Hedgehog has become dark, too.
 
 # %%
 figures.one_head(OUT / "maps.png", COMMAND, {name: A[0, head] for name, A in panels.items()}, list(text), which)
