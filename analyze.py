@@ -304,7 +304,8 @@ def main() -> None:
     shown = list(dict.fromkeys(["softmax", attention, *labels]))[:3]  # the model's own, and the first of --maps
     characters = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
     h = int(heads[layer].argmin())
-    of_head, which = {labels[m]: weights[labels[m]][h] for m in shown}, f"layer {layer}, head {h}"
+    of_head = {figures.label(m) if m == attention else labels[m]: weights[labels[m]][h] for m in shown}
+    which = f"layer {layer}, head {h}"
     drawn.append(figures.one_head(out / "head.png", facts["command"], of_head, characters, which))
     print(f"written to {out}: analysis.json, {', '.join(drawn)}")
 

@@ -149,28 +149,28 @@ def attention_maps(path: Path, command: str, weights: dict, layer: int, most_hea
 
 
 def one_head(path: Path, command: str, weights: dict, tokens: list[str], which: str, most: int = 34) -> str:
-    """Attention weights A (T, T) of one head by name, side by side on one scale, over the first `most` tokens.
-    tokens: what to write along the axes; which: the head's name."""
+    """Attention weights A (T, T) of one head by name, side by side on one scale, over the first `most` tokens; how many
+    it looks at is exp(entropy). tokens: what to write along the axes; which: the head's name."""
     from matplotlib.colors import PowerNorm
 
-    A_of = {name: np.asarray(A, float)[:most] for name, A in weights.items()}
-    entropy = {name: abs(float((A * np.log(np.maximum(A, 1e-30))).sum(-1).mean())) for name, A in A_of.items()}
-    n = len(next(iter(A_of.values())))
+    n = min(most, len(next(iter(weights.values()))))
     written = ["\u21b5" if token == "\n" else token for token in tokens[:n]]
 
     def draw(figure, axes) -> None:
-        for axis, (name, A) in zip(axes[0], A_of.items()):
+        for axis, (name, A) in zip(axes[0], weights.items()):
+            A = np.asarray(A, float)[:n]
+            spread = abs((A * np.log(np.maximum(A, 1e-30))).sum(-1).mean())  # abs: no -0.00
             A = np.ma.array(A[:, :n], mask=np.triu(A[:, :n] == 0, 1))  # what a query may not see
             axis.set_facecolor("0.92")
             image = axis.imshow(A, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-            axis.set(xlabel="key: looked at", title=f"{name}\nentropy {entropy[name]:.2f} nats")
+            axis.set_title(f"{name}\nlooks at {math.exp(spread):.1f} tokens: entropy {spread:.2f} nats", fontsize=11)
+            axis.set_xlabel("key: looked at")
             axis.set_xticks(range(len(written)), written, family="monospace", fontsize=8)
             axis.set_yticks(range(len(written)), written, family="monospace", fontsize=8)
             axis.tick_params(length=0)
         axes[0, 0].set_ylabel("query: it looks")
         figure.colorbar(image, ax=axes, label="attention weight", ticks=[0, 0.02, 0.1, 0.25, 0.5, 1], pad=0.01)
-        many = ", ".join(f"{math.exp(x):.1f} with {name.split(',')[0]}" for name, x in entropy.items())
-        figure.suptitle(f"How many tokens one token looks at (exp of the entropy): {many} ({which})")
+        figure.suptitle(f"What each token looks at: {which}" + ", the same queries and keys" * (len(weights) > 1))
 
     return plot(path, command, draw, 1, len(weights), (4 * len(weights) + 0.7, 5), squeeze=False)
 

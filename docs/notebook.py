@@ -2,10 +2,11 @@
 # %% [markdown]
 # # From softmax to Hedgehog
 #
-# A small GPT with softmax attention, looked at, and then given linear attention that mimics it. `python
-# docs/notebook.py` runs all of this in minutes on one CPU core, without a download; pictures go to `out/notebook/`. VS
-# Code runs it cell by cell as it is, Jupyter with jupytext, or as what `python docs/render_notebook.py` makes of it.
-# Letters are those of [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
+# A small GPT with softmax attention is looked at, and then given linear attention that mimics it. `python
+# docs/notebook.py` runs all of this with about 3 minutes of one CPU core, without a download; pictures go to
+# `out/notebook/`. VS Code runs it cell by cell as it is, Jupyter with jupytext, or as the .ipynb that `python
+# docs/render_notebook.py` makes of it. Letters are those of [attention.py](../attention.py): B batch, T time, H heads,
+# D head dim, F features.
 
 # %%
 import os
@@ -40,8 +41,8 @@ class Picture:
 # ## 1. A teacher
 #
 # If there is a run of `python train.py --attention softmax`, it is the teacher. If not, a GPT of the same size is
-# trained here for a quarter of its steps, on the source of Python's standard library, a byte a token. It is good enough
-# to have heads that look for something.
+# trained here for a quarter of its steps, on the source of Python's standard library, a byte a token. That is enough
+# for heads that look for something.
 
 # %%
 import data
@@ -59,7 +60,7 @@ else:
     print(f"there is no run in out/stdlib-softmax: the teacher is a shorter one, {run}, trained now or before")
     small = TrainConfig(attention="softmax", max_steps=600, out_dir=str(run), resume=True)
     finished(small) or one_run(small)
-teacher, saved = load_teacher(str(run))
+teacher, _ = load_teacher(str(run))
 T, H, D = teacher.config.block_size, teacher.config.n_head, teacher.config.n_embd // teacher.config.n_head
 tokens = data.prepare("stdlib")
 train, validation = tokens.split("train", T), tokens.split("validation", T)
@@ -75,10 +76,10 @@ print(f"perplexity {perplexity_of(teacher):.2f} a byte; {teacher.config.n_layer}
 # %% [markdown]
 # ## 2. What softmax looks at
 #
-# The docstring of the module `sched`, which is in the validation text: the teacher has never seen it. Of each token
-# come a query q and a key k, and softmax's weights are exp(q·k/√D), normalised (Eq. 1). We look at the head whose
-# weights are the **spikiest**: of the lowest entropy. They are **monotonic**, too: a larger q·k has a larger weight,
-# always.
+# Our text is the docstring of the module `sched`, on which the teacher was not trained. Every token has a query q and a
+# key k, and softmax's weights are exp(q·k/√D), normalised (Eq. 1). We take the head whose weights are the **spikiest**:
+# those of the lowest entropy. And they are **monotonic**: of two keys, the one with the larger q·k has the larger
+# weight, always; Kendall's tau, which counts pairs in order, is 1.
 
 # %%
 import sched
@@ -102,7 +103,7 @@ def numbers(name: str, A) -> None:
     print(f"{name}: entropy {entropy(A)[0, head].mean():.2f} nats, Kendall's tau {tau:.2f}")
 
 
-print(text[:84], f"\nentropies by layer and head: {entropies.tolist()}; {which} it is")
+print(text[:84], f"\nentropies by layer and head: {entropies.double().round(decimals=2).tolist()}; {which} it is")
 numbers("softmax", softmax)
 figures.one_head(OUT / "softmax.png", COMMAND, {"softmax": softmax[0, head]}, list(text), which)
 Picture("softmax.png")
@@ -146,9 +147,9 @@ against_scores("elu.png", {"softmax": softmax, "1+ELU": elu})
 # %% [markdown]
 # ## 4. Hedgehog's feature map, by hand
 #
-# φ is learned: u = Wᵀx + b, one W and b for each head. The exponential makes it spiky, −u beside u keeps the sign of
-# q·k (Eq. 5), and softmax over the features keeps it stable (Eq. 4). It begins with W = I, b = 0. That is
-# [feature_maps.py](../feature_maps.py)'s `Hedgehog`; and it has the right shape, but nothing spiky yet.
+# φ is learned: u = Wᵀx + b, one W and b for each head. The exponential makes it spiky, −u beside u keeps the sign of u
+# (Eq. 5), and softmax over the features keeps it stable (Eq. 4). It begins with W = I, b = 0. That is all of
+# [feature_maps.py](../feature_maps.py)'s `Hedgehog`. Untrained, it is more monotonic than 1+ELU, and as flat.
 
 # %%
 W, b = torch.eye(D), torch.zeros(D)
@@ -220,8 +221,10 @@ figures.plot(OUT / "kl.png", COMMAND, draw)
 Picture("kl.png")
 
 # %% [markdown]
-# The head of before: its weights have become spiky, in the right places, and more monotonic. They are not softmax's: a
-# product of F features cannot be every function of q·k.
+# The head of before: its weights have become spiky, and those of the largest q·k are the largest. They are not
+# softmax's: a product of F features cannot be every function of q·k. And Eq. 3 counts a key as much as softmax weighs
+# it, so it does not order the many keys whose weight is nearly zero: Kendall's tau, which counts all pairs alike, may
+# fall.
 
 # %%
 distilled = weights_of(pupil.transformer.h[layer].attn.attend)
@@ -231,7 +234,8 @@ for name, A in panels.items():
 against_scores("distilled.png", panels)
 
 # %% [markdown]
-# And the whole text, the four side by side on one scale: where softmax is dark, Hedgehog has become dark, too.
+# The four side by side, on one scale, over the beginning of the text. Where softmax is dark, Hedgehog has become dark,
+# too; but it spreads a weight over some neighbours.
 
 # %%
 figures.one_head(OUT / "maps.png", COMMAND, {name: A[0, head] for name, A in panels.items()}, list(text), which)
@@ -241,8 +245,9 @@ Picture("maps.png")
 # ## 7. Swap
 #
 # Now softmax is taken out, and the maps carry the attention. Swapped without distillation, the model is broken; with
-# it, most of the damage is gone, and none of the teacher's weights has changed. And generating a token now takes a
-# state of constant size, where softmax has to keep the keys and values of everything before.
+# it, most of the damage is gone, and none of the teacher's weights has changed. To write one more token, it needs a
+# state of constant size, where softmax has to keep the keys and values of everything before. (What it writes is what so
+# short a training gives.)
 
 # %%
 swapped = pupil_of(teacher, "hedgehog").eval()  # maps as they begin
@@ -274,7 +279,7 @@ print(bytes(written[0].tolist()).decode(errors="replace"))
 #   nearly as flat as 1+ELU's and solve it: [Associative recall](../README.md#associative-recall).
 # - **From scratch, Hedgehog is behind softmax**, by a little, and its learning rate decides by how much:
 #   [Results](../README.md#results).
-# - **Short texts gain nothing**: where linear attention becomes faster, and by how much, is measured in
+# - **Short texts gain little**: from how many tokens on linear attention is faster, and by how much, is measured in
 #   [Speed](../README.md#speed).
 # - What is missing altogether: [What this does not include](../README.md#what-this-does-not-include).
 

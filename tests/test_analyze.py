@@ -181,8 +181,10 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tm
     figures.one_head(tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4)
     ((figure, axes),) = drawn
     uniform = math.log(24) / 4  # the mean of log n over rows of 1 to 4 keys
-    assert [a.get_title() for a in axes[0]] == ["certain\nentropy 0.00 nats", f"flat\nentropy {uniform:.2f} nats"]
-    assert f"1.0 with certain, {math.exp(uniform):.1f} with flat (head 7)" in figure.get_suptitle()
+    certain, flat = (a.get_title() for a in axes[0])
+    assert certain == "certain\nlooks at 1.0 tokens: entropy 0.00 nats"
+    assert flat == f"flat\nlooks at {math.exp(uniform):.1f} tokens: entropy {uniform:.2f} nats"
+    assert "head 7" in figure.get_suptitle()
     assert [t.get_text() for t in axes[0, 1].get_xticklabels()] == ["a", "b", "↵", "d"]
     assert axes[0, 0].images[0].get_clim() == axes[0, 1].images[0].get_clim() == (0, 1)
     assert axes[0, 1].images[0].get_array().mask.sum() == 6  # what no query may see
