@@ -11,8 +11,9 @@ For the queries and keys of every layer and head: softmax's weights (Eq. 1) and 
     monotonicity  Kendall's tau between a query's weights and its q.k, averaged: 1 keeps every pair in order
     fidelity      KL(softmax || linear) in nats: Eq. 3's cross-entropy minus softmax's entropy; 0 is a perfect mimic
 
-Learned maps are the checkpoint's own, where it has them, and else as they begin (W = I). Nothing is trained. Writes
-analysis.json and PNGs into out/analysis; a minute on a CPU.
+Learned maps are the checkpoint's own, where it has them, and else as they begin (W = I). In a checkpoint of distill.py
+queries and keys are the softmax teacher's, which its maps were trained on. Nothing is trained. Writes analysis.json and
+PNGs into out/analysis; a minute on a CPU.
 """
 
 import json
@@ -204,7 +205,8 @@ class AnalyzeConfig:
 
 
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
-    """(our model, its tokenizer's name): the checkpoint, or a small random one, aloud."""
+    """(our model, its tokenizer's name): the checkpoint, or a small random one, aloud. Distilled maps come with the
+    teacher's softmax around them, as they were trained."""
     path = config.checkpoint or FIRST
     if not config.checkpoint and not Path(path).exists():
         print(
@@ -218,6 +220,10 @@ def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
     with as_user_error():
         model = GPT(GPTConfig.of(meta.get("config", {})))
     restore(tensors, model, path=path)
+    if "distilled" in meta:
+        from distill import set_mode
+
+        set_mode(model, "softmax")
     return model.to(device).eval(), meta.get("tokenizer", "")
 
 
@@ -260,7 +266,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     name = config.checkpoint
     if name and (not Path(name).exists() or (Path(name) / "config.json").exists() or is_linearized(Path(name))):
-        model, idx = hugging_face(name, text, config.tokens)
+        (model, idx), tokenizer = hugging_face(name, text, config.tokens), ""
         attention = "softmax" if not is_linearized(Path(name)) else model.hedgehog["feature_map"]
     else:
         model, tokenizer = load(config, device)
@@ -295,6 +301,12 @@ def main() -> None:
         weights = {labels[m]: A[0] for m, A in all_weights(q[:1], k[:1], causal, attends_of(layer)).items()}
     scores = (q[0].double() @ k[0].double().mT) / math.sqrt(D)
     drawn = figures.analysis(out, facts, labels, weights, scores, layer, facts["command"])
+    shown = list(dict.fromkeys(["softmax", attention, *labels]))[:3]  # the model's own, and the first of --maps
+    characters = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
+    h = int(heads[layer].argmin())
+    of_head = {figures.label(m) if m == attention else labels[m]: weights[labels[m]][h] for m in shown}
+    which = f"layer {layer}, head {h}"
+    drawn.append(figures.one_head(out / "head.png", facts["command"], of_head, characters, which))
     print(f"written to {out}: analysis.json, {', '.join(drawn)}")
 
 

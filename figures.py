@@ -148,6 +148,33 @@ def attention_maps(path: Path, command: str, weights: dict, layer: int, most_hea
     return plot(path, command, draw, heads, cols, (1.35 * cols + 0.5, 1.65 * heads + 0.9), squeeze=False)
 
 
+def one_head(path: Path, command: str, weights: dict, tokens: list[str], which: str, most: int = 34) -> str:
+    """Attention weights A (T, T) of one head by name, side by side on one scale, over the first `most` tokens; how many
+    it looks at is exp(entropy). tokens: what to write along the axes; which: the head's name."""
+    from matplotlib.colors import PowerNorm
+
+    n = min(most, len(next(iter(weights.values()))))
+    written = ["\u21b5" if token == "\n" else token for token in tokens[:n]]
+
+    def draw(figure, axes) -> None:
+        for axis, (name, A) in zip(axes[0], weights.items()):
+            A = np.asarray(A, float)[:n]
+            spread = abs((A * np.log(np.maximum(A, 1e-30))).sum(-1).mean())  # abs: no -0.00
+            A = np.ma.array(A[:, :n], mask=np.triu(A[:, :n] == 0, 1))  # what a query may not see
+            axis.set_facecolor("0.92")
+            image = axis.imshow(A, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+            axis.set_title(f"{name}\nlooks at {math.exp(spread):.1f} tokens: entropy {spread:.2f} nats", fontsize=11)
+            axis.set_xlabel("key: looked at")
+            axis.set_xticks(range(len(written)), written, family="monospace", fontsize=8)
+            axis.set_yticks(range(len(written)), written, family="monospace", fontsize=8)
+            axis.tick_params(length=0)
+        axes[0, 0].set_ylabel("query: it looks")
+        figure.colorbar(image, ax=axes, label="attention weight", ticks=[0, 0.02, 0.1, 0.25, 0.5, 1], pad=0.01)
+        figure.suptitle(f"What each token looks at: {which}" + ", the same queries and keys" * (len(weights) > 1))
+
+    return plot(path, command, draw, 1, len(weights), (4 * len(weights) + 0.7, 5), squeeze=False)
+
+
 def taylor(axes, facts: dict, scores) -> None:
     """Fig. 6, and where 1 + x + x^2 / 2 turns."""
     x = np.linspace(-6, 6, 400)

@@ -9,7 +9,8 @@ import reference
 import torch
 
 import analyze
-from analyze import cross_entropy, entropy, kendall_tau, kl, measure, queries_and_keys, rank_correlation
+import figures
+from analyze import AnalyzeConfig, cross_entropy, entropy, kendall_tau, kl, measure, queries_and_keys, rank_correlation
 from attention import LinearAttention, softmax_weights
 from feature_maps import FEATURE_MAPS, make_feature_map
 from model import GPT, GPTConfig
@@ -123,7 +124,7 @@ def test_every_map_is_measured_against_plain_loops():
 
 
 def check_files(out):
-    for name in ("spikiness", "monotonicity", "weights", "taylor"):
+    for name in ("spikiness", "monotonicity", "weights", "taylor", "head"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((out / "analysis.json").read_text())
 
@@ -149,6 +150,45 @@ def test_any_checkpoint_and_any_text(train, command, tmp_path, text, attention):
     facts = check_files(tmp_path / "a")
     assert list(facts["maps"]) == ["softmax", "elu", *([attention] if attention != "softmax" else [])]
     assert ("this model's" in stdout) and facts["tokens"] == 20
+
+
+def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, tmp_path, text):
+    """In the second layer a swapped model would have others."""
+    assert train("--n_layer", 2, "--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
+    few = "--max_steps 2 --batch_size 2 --held_out 1 --device cpu --lr 1".split()
+    assert command("distill", tmp_path / "teacher", *few, "--out_dir", tmp_path / "pupil")[0] == 0
+    idx, qk = torch.arange(20)[None], {}
+    for name in ("teacher", "pupil"):
+        model, tokenizer = analyze.load(AnalyzeConfig(checkpoint=str(tmp_path / name)), torch.device("cpu"))
+        qk[name] = torch.stack([torch.stack(pair) for pair in queries_and_keys(model, idx)])
+    torch.testing.assert_close(qk["pupil"], qk["teacher"])
+    (attend, _), (q, k) = analyze.attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
+    fresh = LinearAttention(make_feature_map("hedgehog", *q.shape[1::2]))
+    assert tokenizer == "bytes" and not torch.allclose(attend.weights(q, k), fresh.weights(q, k), rtol=0.01)
+
+
+def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tmp_path):
+    import matplotlib.pyplot as plt
+
+    def plot(path, command, draw, rows, cols, size, **kwargs):
+        figure, axes = plt.subplots(rows, cols, **kwargs)
+        draw(figure, axes)
+        drawn.append((figure, axes))
+
+    drawn: list = []
+    monkeypatch.setattr(figures, "plot", plot)
+    flat = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
+    figures.one_head(tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4)
+    ((figure, axes),) = drawn
+    uniform = math.log(24) / 4  # the mean of log n over rows of 1 to 4 keys
+    certain, flat = (a.get_title() for a in axes[0])
+    assert certain == "certain\nlooks at 1.0 tokens: entropy 0.00 nats"
+    assert flat == f"flat\nlooks at {math.exp(uniform):.1f} tokens: entropy {uniform:.2f} nats"
+    assert "head 7" in figure.get_suptitle()
+    assert [t.get_text() for t in axes[0, 1].get_xticklabels()] == ["a", "b", "↵", "d"]
+    assert axes[0, 0].images[0].get_clim() == axes[0, 1].images[0].get_clim() == (0, 1)
+    assert axes[0, 1].images[0].get_array().mask.sum() == 6  # what no query may see
+    plt.close(figure)
 
 
 def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
