@@ -150,7 +150,10 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
             set_mode(linearize(model), "softmax")
     model.config.use_cache = False  # with a cache a linear layer is not called, but extends its state
     n_tokens = min(n_tokens, getattr(model.config, "max_position_embeddings", n_tokens))
-    return model, torch.tensor(Tokenizer(name).encode_many([text])[0][:n_tokens])[None]
+    if any(getattr(attend, "causal", True) for attend in attends_in(model)):
+        return model, torch.tensor(Tokenizer(name).encode_many([text])[0][:n_tokens])[None]
+    ids = Tokenizer(name).hf(text, truncation=True, max_length=n_tokens)["input_ids"]  # an encoder sees [CLS] and [SEP]
+    return model, torch.tensor(ids)[None]
 
 
 # ---------------------------------------------------------------- all measures of all maps
@@ -193,6 +196,7 @@ class AnalyzeConfig:
     tokens: int = 256  # how many tokens of it
     maps: list[str] = field(default_factory=lambda: list(FEATURE_MAPS))  # feature maps beside softmax
     layer: int = -1  # of the pictures of single heads, from 0; -1: the layer with softmax's spikiest head
+    heads: int = 4  # most heads of that layer in the picture of attention maps
     out_dir: str = "out/analysis"  # where the numbers and pictures go
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     seed: int = 1  # of Performer's random features, and of a model made for want of a checkpoint
@@ -200,8 +204,8 @@ class AnalyzeConfig:
     def check(self) -> None:
         if unknown := set(self.maps) - set(FEATURE_MAPS):
             raise UserError(f"--maps takes {', '.join(FEATURE_MAPS)}, not {', '.join(sorted(unknown))}")
-        if self.tokens < 2:
-            raise UserError(f"tokens must be at least 2, not {self.tokens}")
+        if self.tokens < 2 or self.heads < 1:
+            raise UserError(f"tokens must be at least 2, and heads 1, not {self.tokens} and {self.heads}")
 
 
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
@@ -300,7 +304,7 @@ def main() -> None:
     with torch.no_grad():
         weights = {labels[m]: A[0] for m, A in all_weights(q[:1], k[:1], causal, attends_of(layer)).items()}
     scores = (q[0].double() @ k[0].double().mT) / math.sqrt(D)
-    drawn = figures.analysis(out, facts, labels, weights, scores, layer, facts["command"])
+    drawn = figures.analysis(out, facts, labels, weights, scores, layer, config.heads)
     shown = list(dict.fromkeys(["softmax", attention, *labels]))[:3]  # the model's own, and the first of --maps
     characters = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
     h = int(heads[layer].argmin())

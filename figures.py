@@ -56,13 +56,14 @@ def plot(path: Path, command: str, draw: Callable, rows: int = 1, cols: int = 1,
 # ---------------------------------------------------------------- analyze.py
 
 
-def analysis(out: Path, facts: dict, labels: dict, weights: dict, scores, layer: int, command: str) -> list[str]:
+def analysis(out: Path, facts: dict, labels: dict, weights: dict, scores, layer: int, most_heads: int) -> list[str]:
     """The pictures of analyze.py; returns their names. weights: {label: A (H, T, T)} of one layer; scores: its
     q.k / sqrt(D)."""
+    command = facts["command"]
     return [
         plot(out / "spikiness.png", command, lambda f, axes: spikiness(axes, facts, labels), 1, 2, (11, 4.4)),
         monotonicity(out / "monotonicity.png", command, facts, weights, scores, layer),
-        attention_maps(out / "weights.png", command, weights, layer),
+        attention_maps(out / "weights.png", command, weights, layer, most_heads),
         plot(out / "taylor.png", command, lambda f, axes: taylor(axes, facts, scores), 1, 2, (9.5, 4)),
     ]
 
@@ -124,7 +125,7 @@ def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, l
     return plot(path, command, draw, rows, cols, (10, 2.4 * rows + 0.6))
 
 
-def attention_maps(path: Path, command: str, weights: dict, layer: int, most_heads: int = 4) -> str:
+def attention_maps(path: Path, command: str, weights: dict, layer: int, most_heads: int) -> str:
     """Figs. 4 and 8: attention weights side by side, a row for each head."""
     first = next(iter(weights.values()))
     heads, cols = min(len(first), most_heads), len(weights)

@@ -47,6 +47,21 @@ def test_captured_queries_and_keys_give_the_models_own_attention_weights(folder)
         assert A[0, :, 19].amax() > 0.2  # far from uniform: a wrong scale or mask would show
 
 
+def test_encoders_read_their_special_tokens_and_decoders_the_text_alone(folder):
+    from tokenizers.processors import TemplateProcessing
+
+    name, path = folder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> $A <end>", special_tokens=[("<end>", end)]
+    )
+    tokenizer.save_pretrained(path)
+    ids = hugging_face(str(path), "words", 20)[1][0].tolist()
+    assert (ids[0] == ids[-1] == end and len(ids) == 7) if name == "bert" else (end not in ids and len(ids) == 5)
+    assert hugging_face(str(path), "words", 4)[1].shape == (1, 4)
+
+
 def test_the_command_analyses_a_hugging_face_folder(folder, command, tmp_path):
     _, path = folder
     code, stdout, stderr = command(
