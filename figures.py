@@ -1,6 +1,6 @@
 """Every picture: one look, and readable in print: colours of Okabe and Ito, markers that differ, the command below.
 
-Called by analyze.py, recall.py, compare.py and results/render.py.
+Called by analyze.py, recall.py, compare.py, distill.py, results/render.py and docs/notebook.py.
 """
 
 import math

@@ -67,7 +67,7 @@ def test_its_links_lead_to_files_and_to_headings():
 
 @pytest.mark.slow
 def test_it_runs_from_softmax_to_hedgehog_and_renders(tmp_path):
-    """The claims of its text, from what it prints: 1+ELU is flat, mimicry lowers the KL, distilled beats untrained."""
+    """What its text claims, from what it prints: mimicry lowers the KL; distilled is spikier and better."""
     left_out = shutil.ignore_patterns("out", "prepared", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
     for script, wanted in (("docs/notebook.py", "minutes; pictures in"), ("docs/render_notebook.py", "notebook.ipynb")):
