@@ -14,6 +14,8 @@ from analyze import rank_correlation
 from convert import ARMS
 from runs import mean_sd
 
+DRAWS = 100  # bootstrap samples: a standard error to 7%
+
 
 def facts_of(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict:
     """All that the table needs of the results of arms and seeds."""
@@ -40,7 +42,7 @@ def slim(run: dict) -> dict:
     return {**run, "final": {**run["final"], "sets": sets}}
 
 
-def differences(runs: list[dict], labels: np.ndarray, scores: Callable, draws: int = 100) -> dict[str, list[float]]:
+def differences(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict[str, list[float]]:
     """{arm: [mean over seeds of its score minus that of the equally finetuned teacher, standard error]}: the error over
     bootstrap samples of the examples, the same ones for both and for all seeds. labels (N,) and scores(labels, found):
     of the first validation set."""
@@ -48,7 +50,7 @@ def differences(runs: list[dict], labels: np.ndarray, scores: Callable, draws: i
     found = {(r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs}
     seeds = [seed for arm, seed in found if arm == "teacher_finetuned"]
     rng = np.random.default_rng(0)
-    picks = [np.arange(len(labels)), *(rng.integers(0, len(labels), len(labels)) for _ in range(draws))]
+    picks = [np.arange(len(labels)), *(rng.integers(0, len(labels), len(labels)) for _ in range(DRAWS))]
 
     def score(arm: str, seed: int, i: np.ndarray) -> float:
         return next(iter(scores(labels[i], found[arm, seed][i]).values()))

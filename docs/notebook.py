@@ -278,7 +278,7 @@ print(bytes(written[0].tolist()).decode(errors="replace"))
 # - **Spiky is not enough.** exp(2x) has the spikiest weights of all and fails at associative recall; Taylor's are
 #   nearly as flat as 1+ELU's and solve it: [Associative recall](../README.md#associative-recall).
 # - **From scratch, Hedgehog is behind softmax**, by a little, and its learning rate decides by how much:
-#   [Results](../README.md#results).
+#   [From scratch](../README.md#from-scratch).
 # - **Short texts gain little**: from how many tokens on linear attention is faster, and by how much, is measured in
 #   [Speed](../README.md#speed).
 # - What is missing altogether: [What this does not include](../README.md#what-this-does-not-include).

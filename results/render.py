@@ -141,8 +141,8 @@ def glance() -> str:
         "python convert_gpt2.py out/stdlib-softmax")  # fmt: skip
     row(f"SmolLM2-135M on WikiText-2, 300 steps: {over}", "", "convert-smollm2-long.json", ratio, seeds_of,
         "python convert_llama.py HuggingFaceTB/SmolLM2-135M")  # fmt: skip
-    row("ViT: recovered", "99.0% (ImageNet, second-hand)", "vit-digits.json", lambda f: f"{share(f)} (digits)", seeds_of,
-        "python convert_vit.py")  # fmt: skip
+    row("ViT: recovered", "99.0% (ImageNet, second-hand)", "vit-digits.json", lambda f: f"{share(f)} (digits)",
+        seeds_of, "python convert_vit.py")  # fmt: skip
     row("Fig. 7, forward at 32K tokens, times softmax's speed", "4 times (GPU)", "bench-cpu.json", of_32k, lambda f: "",
         "python bench.py")  # fmt: skip
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from recover import RecoverConfig, batches_of, outputs_of, split_dev  # noqa: E4
 
 WORDS = "the a cat dog tree sees eats red big small and near".split()
 QUICK = (
-    "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 4 "
+    "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 2 "
     "--eval_interval 4 --save_interval 4 --log_interval 4 --warmup_steps 1 --device cpu --dtype float32"
 ).split()
 
@@ -63,7 +63,9 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(command, encoder, files, tmp_path):
+def convert(command, encoder, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "DRAWS", 5)
+
     def call(task, *flags, out="out"):
         where = ["--model", encoder, "--data_dir", files, "--out_dir", tmp_path / out]
         return command("convert_bert", task, *where, *QUICK, *flags)
@@ -238,7 +240,8 @@ def test_decoders_are_sent_elsewhere_and_long_examples_are_cut_on_request(comman
 # ---------------------------------------------------------------- differences
 
 
-def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error():
+def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monkeypatch):
+    monkeypatch.setattr(recovery, "DRAWS", 400)
     labels, rng = np.array([0, 1] * 200), np.random.default_rng(1)
 
     def run(arm: str, seed: int, right: float) -> dict:
@@ -252,7 +255,7 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error():
         run("hedgehog", 2, 0.8),
     ]
     runs.append({**runs[0], "arm": "t2r"})
-    found = recovery.differences(runs, labels, lambda y, x: {"accuracy": 100 * float((x == y).mean())}, draws=400)
+    found = recovery.differences(runs, labels, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
     right = {(r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels for r in runs}
     d = 50 * sum(right["hedgehog", s].astype(float) - right["teacher_finetuned", s] for s in (1, 2))
     assert found["hedgehog"][0] == pytest.approx(d.mean(), abs=1e-3)
