@@ -16,11 +16,11 @@ pytest.importorskip("sklearn")
 import recovery  # noqa: E402
 from common import load_checkpoint  # noqa: E402
 from convert import ARMS  # noqa: E402
-from convert_bert import KIND, BertConfig, examples_of, padded  # noqa: E402
+from convert_bert import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
 from convert_vit import digits  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf_models import Classifier, load  # noqa: E402
-from recover import RecoverConfig, batches_of, outputs_of, split_dev  # noqa: E402
+from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of  # noqa: E402
 
 WORDS = "the a cat dog tree sees eats red big small and near".split()
 QUICK = (
@@ -120,10 +120,31 @@ def test_padding_and_order_change_no_output(encoder, files, feature_map, pooling
     assert mask.sum(1).tolist() == [len(row[0]) for row in rows] and not ids[~mask.bool()].any()
 
 
-def test_pairs_have_segments_and_regression_has_the_squared_error(files, encoder):
-    config = replace(config_of(encoder, files), task="stsb")
+def test_pairs_have_segments_and_regression_has_labels_that_are_numbers(files, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = make_encoder(tmp_path / "bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    pair = TemplateProcessing(single="$A", pair="$A:0 <end>:0 $B:1", special_tokens=[("<end>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = pair
+    tokenizer.save_pretrained(folder)
+    examples = examples_of(replace(config_of(folder, files), task="stsb"))
+    ids, segments, mask, labels = examples.collate(examples.train[:3])
+    for row, parts, real in zip(ids, segments, mask):
+        first = row.tolist().index(tokenizer.eos_token_id) + 1
+        assert parts.tolist() == [0] * first + [1] * (int(real.sum()) - first) + [0] * (len(row) - int(real.sum()))
+    assert examples.regression and labels.dtype == torch.float32
+
+
+def test_what_is_mimicked_is_the_teacher_in_use_without_dropout(encoder, files):
+    config = config_of(encoder, files)
     examples = examples_of(config)
-    assert examples.regression and examples.collate(examples.train[:3])[-1].dtype == torch.float32
+    model = models_of(config, taught=False)
+    subject = subject_of(config, examples, model, str(encoder))
+    net = model.load(str(encoder)).train()
+    assert net.hf.config.hidden_dropout_prob > 0
+    rows = subject.batch(0)
+    assert torch.equal(subject.forward(net, *rows), net.eval()(*rows[:-1]))
 
 
 # ---------------------------------------------------------------- the arms
@@ -237,7 +258,15 @@ def test_decoders_are_sent_elsewhere_and_long_examples_are_cut_on_request(comman
     assert code == 0, stderr
 
 
-# ---------------------------------------------------------------- differences
+# ---------------------------------------------------------------- what was recovered
+
+
+def test_recovered_is_the_share_of_the_equally_finetuned_teacher_with_the_same_seed():
+    scores = {("teacher", 1): 80, ("teacher_finetuned", 1): 90, ("hedgehog", 1): 45, ("teacher_finetuned", 2): 50,
+              ("hedgehog", 2): 50, ("hedgehog", 3): 7}  # fmt: skip
+    runs = [{"arm": arm, "config": {"seed": seed}, "final": {"score": x}} for (arm, seed), x in scores.items()]
+    assert recovery.recovered({"runs": runs}, "hedgehog") == [50, 100]
+    assert recovery.recovered({"runs": runs}, "teacher") == pytest.approx([800 / 9])
 
 
 def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monkeypatch):
