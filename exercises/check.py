@@ -145,7 +145,7 @@ def cross_entropy_is_equation_3_in_values_and_gradients(my):
 
 @of("distil")
 def distilled_head_is_within_0_4_nats_of_softmax_on_new_sequences(my):
-    """Untrained it is at 0.66."""
+    """Untrained it is at 0.65, our solution at 0.29."""
     phi, (q, k) = make_feature_map("hedgehog", 1, 16), draw(-1)
     my.distil(phi, draw, 200)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def the_bound_is_the_rank_of_the_weights(my):
 @of("breaks_at", "least_that_cannot_fit")
 def more_features_break_later_and_none_beyond_the_bound(my):
     torch.manual_seed(0)
-    found = {F: my.breaks_at(F) for F in (64, 256)}
-    assert found[64] < found[256], f"first n with less than half right: {found}"
+    found = {F: my.breaks_at(F) for F in (64, 1024)}
+    assert found[64] < found[1024], f"first n with less than half right: {found}"
     for F, n in found.items():
-        assert 8 < n <= my.least_that_cannot_fit(F, 32), f"F = {F} breaks at {n}"
+        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), f"F = {F}: more than half right at n = {n // 2}"

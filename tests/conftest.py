@@ -21,6 +21,8 @@ TINY = (
 ).split()
 FORMS = [f"linear_attention_{form}" for form in ("recurrent", "chunked", "quadratic", "bidirectional")]
 student: ModuleType | None = None  # the file of --attention
+replaced: list[str] = []  # those of FORMS that are its own
+pytest.register_assert_rewrite("exercises.check")  # so that a failed assert there shows its values, as one in a test does
 
 
 def pytest_addoption(parser) -> None:
@@ -49,14 +51,14 @@ def pytest_configure(config) -> None:
         raise pytest.UsageError(f"--attention {file} cannot be imported: {type(e).__name__}: {e}") from None
     import attention
 
-    for name in FORMS:
-        setattr(attention, name, getattr(student, name, getattr(attention, name)))
+    replaced[:] = [name for name in FORMS if getattr(student, name, None) not in (None, getattr(attention, name))]
+    for name in replaced:
+        setattr(attention, name, getattr(student, name))
 
 
 def pytest_sessionstart(session) -> None:
     if student is not None:
-        forms = [name for name in FORMS if hasattr(student, name)]
-        what = f"{', '.join(forms)} replaced" if forms else "no form of attention.py is replaced"
+        what = f"{', '.join(replaced)} replaced" if replaced else "no form of attention.py is replaced"
         session.config.get_terminal_writer().line(f"--attention {session.config.getoption('--attention')}: {what}")
 
 
