@@ -1,0 +1,322 @@
+"""What a file for tasks 4 to 10 has to obey; tests/test_exercises.py runs it.
+
+    pytest tests/test_exercises.py --attention exercises/my_overflow.py
+
+`my` is the student's file as a module. Tasks 1 to 3 need nothing here: tests/test_attention.py is their check.
+"""
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from analyze import entropy, kendall_tau
+from attention import LinearAttention, SoftmaxAttention, linear_weights, make_attention, softmax_weights
+from distill import attention_cross_entropy
+from exercises import broken
+from feature_maps import make_feature_map
+
+THEOREMS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {}  # name: (what a file defines, check)
+
+
+def of(*needs: str) -> Callable:
+    """Marks a theorem about the functions with these names."""
+
+    def mark(check: Callable) -> Callable:
+        THEOREMS[check.__name__] = (needs, check)
+        return check
+
+    return mark
+
+
+def exp_form(q, k, v, dtype):
+    """w_ij of task 4 as it is written, with every weight in memory."""
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    u = q[..., :, None, :] + k[..., None, :, :]  # (B, H, T, T, D)
+    w = (u.exp() + (-u).exp()).sum(-1).tril()
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+# ---------------------------------------------------------------- task 4: overflow
+
+
+@of("overflows_at")
+def naive_exp_overflows_where_predicted(my):
+    def finite(u):
+        x = torch.full((1, 1, 1, 1), u)
+        phi = torch.cat([x.exp(), (-x).exp()], -1)
+        return bool(((phi @ phi.mT) / (phi @ phi.mT)).isfinite().all())
+
+    u = my.overflows_at()
+    assert finite(u - 0.5), f"at {u - 0.5} float32 is still finite: predict more carefully"
+    assert not finite(u + 0.5), f"at {u + 0.5} float32 is finite, too"
+
+
+@of("exp_attention")
+def repaired_exp_has_the_weights_of_the_formula(my):
+    torch.manual_seed(0)
+    for scale in (0.3, 3.0, 60.0):  # at 60 the naive form overflows in float32, the formula in float64 does not
+        q, k = scale * (2 * torch.rand(2, 2, 2, 9, 4) - 1)
+        v = torch.randn(2, 2, 9, 4)
+        want = exp_form(q, k, v, torch.float64)
+        assert want.isfinite().all()
+        torch.testing.assert_close(my.exp_attention(q, k, v).double(), want, rtol=1e-3, atol=1e-4)
+
+
+@of("exp_attention")
+def repaired_exp_is_finite_with_finite_gradients(my):
+    torch.manual_seed(0)
+    for scale in (1.0, 100.0, 1e4):
+        q, k, v = (x.requires_grad_() for x in (scale * torch.randn(3, 1, 2, 12, 4)).unbind())
+        y = my.exp_attention(q, k, v)
+        assert y.isfinite().all(), f"not finite at |x| = {scale}"
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+@of("exp_attention")
+def repaired_exp_never_looks_ahead(my):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 12, 4)
+    y = my.exp_attention(q, k, v)
+    later = k.clone()
+    later[:, :, 6:] = 50.0
+    assert torch.equal(my.exp_attention(q, later, v)[:, :, :6], y[:, :, :6]), "a later key changed an earlier output"
+
+
+# ---------------------------------------------------------------- task 5: a feature map
+
+
+@of("Mine")
+def the_map_is_a_feature_map(my):
+    torch.manual_seed(0)
+    attn = LinearAttention(my.Mine(2, 8))
+    for scale in (0.0, 1.0, 100.0, 1e30):
+        q, k, v = scale * torch.randn(3, 1, 2, 20, 8)
+        features = attn.phi(q)
+        assert features.shape == (1, 2, 20, attn.phi.feature_dim), "set self.feature_dim in __init__"
+        assert (features > 0).all() and (features <= 1.001e15).all(), "features leave FLOOR .. CEIL"
+        A = attn.weights(q, k)
+        torch.testing.assert_close(A.sum(-1), torch.ones(1, 2, 20))
+        changed = k.clone()
+        changed[:, :, 10:] += 1.0
+        assert torch.equal(attn.weights(q, changed)[:, :, :10], A[:, :, :10]), "the map looks at other tokens"
+
+
+@of("Mine")
+@torch.no_grad()
+def the_map_is_spikier_and_more_monotonic_than_1_plus_elu(my):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 4, 64, 16)
+    spread, tau = {}, {}
+    for name, phi in (("elu", make_feature_map("elu", 4, 16)), ("mine", my.Mine(4, 16))):
+        A = linear_weights(phi(q), phi(k))
+        spread[name], tau[name] = entropy(A).mean().item(), kendall_tau(A, q @ k.mT).mean().item()
+    assert spread["mine"] < spread["elu"], f"entropy, nats: {spread}"
+    assert tau["mine"] > tau["elu"], f"Kendall's tau: {tau}"
+
+
+# ---------------------------------------------------------------- task 6: distil one head
+
+
+def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of one head, of 8 sequences of 64 tokens: two projections of the same random x."""
+    random = torch.Generator().manual_seed(0)
+    W_q, noise = torch.randn(2, 16, 16, generator=random) / 4
+    x = torch.randn(8, 1, 64, 16, generator=torch.Generator().manual_seed(1 + step))
+    return x @ W_q, x @ (W_q + 0.3 * noise)
+
+
+@of("cross_entropy")
+def cross_entropy_is_equation_3_in_values_and_gradients(my):
+    torch.manual_seed(0)
+    q, k = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
+    leaves = [x.requires_grad_() for x in torch.rand(2, 2, 3, 9, 6, dtype=torch.float64).unbind()]
+    got, want = my.cross_entropy(q, k, *leaves), attention_cross_entropy(q, k, *leaves)[0]
+    torch.testing.assert_close(got, want)
+    dy = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    found = torch.autograd.grad(got, (*leaves, q, k), dy, allow_unused=True)
+    for a, b in zip(found, torch.autograd.grad(want, leaves, dy)):
+        torch.testing.assert_close(a, b)
+    assert all(g is None or not g.any() for g in found[2:]), "the teacher's q and k got a gradient"
+
+
+@of("distil")
+def distilled_head_is_within_0_4_nats_of_softmax_on_new_sequences(my):
+    """Untrained it is at 0.65, our solution at 0.29."""
+    phi, (q, k) = make_feature_map("hedgehog", 1, 16), draw(-1)
+    my.distil(phi, draw, 200)
+    with torch.no_grad():
+        CE, H = attention_cross_entropy(q, k, phi(q), phi(k))
+    assert CE - H < 0.4, f"KL(softmax, linear) is {(CE - H).item():.3f} nats"
+
+
+# ---------------------------------------------------------------- task 7: find the leak
+
+
+def holds(theorem: Callable, attend: Callable) -> bool:
+    torch.manual_seed(0)
+    try:
+        theorem(attend)
+    except AssertionError:
+        return False
+    return True
+
+
+def ours(q, k, v):
+    return make_attention("exp_t1", q.size(1), q.size(3))(q, k, v)
+
+
+@of("first", "second", "third")
+def each_theorem_holds_for_ours_and_fails_for_its_own_alone(my):
+    for name in ("first", "second", "third"):
+        theorem = getattr(my, name)
+        assert holds(theorem, ours), f"{name}: the theorem fails for correct attention"
+        for other in ("first", "second", "third"):
+            if other == name:
+                assert not holds(theorem, getattr(broken, name)), f"{name}: the theorem holds for broken.{name}"
+            else:
+                assert holds(theorem, getattr(broken, other)), f"{name}: the theorem fails for broken.{other}, too"
+
+
+@of("repairs")
+def each_repaired_line_makes_the_attention_right(my):
+    repairs = my.repairs()
+    assert set(repairs) == {"first", "second", "third"}
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 9, 4)
+    for name, (wrong, right) in repairs.items():
+        lines = textwrap.dedent(inspect.getsource(getattr(broken, name))).splitlines()
+        at = [i for i, line in enumerate(lines) if line.strip() == wrong]
+        assert len(at) == 1, f"broken.{name} has no line {wrong!r}"
+        lines[at[0]] = "    " + right
+        scope = dict(vars(broken))
+        exec("\n".join(lines), scope)
+        torch.testing.assert_close(scope[name](q, k, v), ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}")
+
+
+# ---------------------------------------------------------------- task 8: grouped queries and RoPE
+
+
+@of("grouped")
+def grouped_queries_read_their_own_keys(my):
+    torch.manual_seed(0)
+    attend = LinearAttention(make_feature_map("hedgehog", 6, 4)).double()
+    q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
+    k, v = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
+    y = my.grouped(attend, q, k, v)
+    one = LinearAttention(make_feature_map("hedgehog", 1, 4)).double()  # all heads begin with the same map
+    want = torch.cat([one(q[:, [h]], k[:, [h // 2]], v[:, [h // 2]]) for h in range(6)], 1)
+    torch.testing.assert_close(y, want)
+    for a, b in zip(torch.autograd.grad(y.sum(), (k, v)), torch.autograd.grad(want.sum(), (k, v))):
+        torch.testing.assert_close(a, b)
+
+
+@of("rotate")
+def rotated_products_depend_on_the_distance_alone(my):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(my.rotate(x).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(my.rotate(x, 3)[:, :, 2:], my.rotate(x[:, :, 2:], 5))
+    at = [(my.rotate(q, i) * my.rotate(k, j)).sum().item() for i, j in ((5, 2), (103, 100), (5, 4))]
+    assert abs(at[0] - at[1]) < 1e-5 and abs(at[0] - at[2]) > 1e-2
+    unit = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
+    unit[..., 1] = 1.0  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1 a position, towards coordinate 1 + D/2
+    a, b = my.rotate(unit, 1)[0, 0, 0, [1, 5]].tolist()
+    assert abs(a - math.cos(0.1)) < 1e-5 and abs(b - math.sin(0.1)) < 1e-5
+
+
+@of("relative", "rotate")
+def predicted_which_weights_are_relative(my):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64)
+    measured = {}
+    for name in ("softmax", "elu", "relu", "taylor", "hedgehog"):
+        attn = make_attention(name, 2, 8).double()
+        A, moved = (attn.weights(my.rotate(x[0], offset), my.rotate(x[1], offset)) for offset in (0, 7))
+        measured[name] = (A - moved).abs().max().item()
+    assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, f"measured: {measured}"
+
+
+# ---------------------------------------------------------------- task 9: decode cost
+
+
+@of("cache_bytes", "state_bytes")
+def bytes_are_those_of_the_caches(my):
+    H, D, F = 3, 8, 16
+    for dtype in (torch.float32, torch.bfloat16):
+        for T in (1, 40):
+            q, k, v = torch.randn(3, 1, H, T, D).to(dtype)
+            kv, state = {}, {}
+            SoftmaxAttention().extend(q, k, v, kv)
+            LinearAttention(make_feature_map("hedgehog", H, D)).extend(q, k, v, state)
+            assert my.cache_bytes(T, H, D, dtype.itemsize) == kv["k"].nbytes + kv["v"].nbytes
+            assert my.state_bytes(H, D, F) == sum(x.nbytes for x in state["state"])
+    assert (my.cache_bytes(1024, 12, 64), my.state_bytes(12, 64, 128)) == (6291456, 399360)  # README's table
+
+
+@of("predicted_crossover")
+def predicted_crossover_is_where_bytes_moved_are_equal(my):
+    for D, F, itemsize in ((64, 128, 4), (64, 128, 2), (32, 561, 4)):
+        T = my.predicted_crossover(12, D, F, itemsize)
+        assert abs(2 * T * 12 * D * itemsize - 2 * 12 * F * (D + 1) * 4) < 12 * D * itemsize
+
+
+@of("measure", "measured_crossover")
+def softmax_slows_down_with_the_context_and_hedgehog_does_not(my):
+    """With room for a busy machine: the cache grows 64 times."""
+    times = {T: my.measure(T) for T in (128, 8192)}
+    softmax, hedgehog = (times[8192][i] / times[128][i] for i in (0, 1))
+    assert softmax > 5 and hedgehog < softmax / 4, f"seconds (softmax, Hedgehog) after T tokens: {times}"
+    assert my.measured_crossover([8192]) == 8192
+
+
+# ---------------------------------------------------------------- task 10: capacity
+
+
+def pairs(n: int, D: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.nn.functional.normalize(torch.randn(n, D), dim=-1)
+    return 2 * D**0.5 * keys, torch.randn(n, D)
+
+
+@of("retrieve", "accuracy")
+def retrieval_is_attention_without_a_mask(my):
+    torch.manual_seed(0)
+    keys, values = pairs(40)
+    for phi in (None, make_feature_map("hedgehog", 1, 32)):
+        A = softmax_weights(keys, keys, causal=False) if phi is None else None
+        if phi is not None:
+            features = phi(keys[None, None])
+            A = linear_weights(features, features, causal=False)[0, 0]
+        torch.testing.assert_close(my.retrieve(phi, keys, values).detach(), (A @ values).detach())
+        right = torch.cdist(A @ values, values).argmin(-1) == torch.arange(40)
+        assert abs(my.accuracy(phi, keys, values) - right.double().mean().item()) < 1e-6
+
+
+@of("accuracy")
+def softmax_forgets_nothing_at_1024_pairs(my):
+    torch.manual_seed(0)
+    assert my.accuracy(None, *pairs(1024)) > 0.99
+
+
+@of("least_that_cannot_fit")
+def the_bound_is_the_rank_of_the_weights(my):
+    torch.manual_seed(0)
+    for F in (8, 32):
+        bound = my.least_that_cannot_fit(F, 64)
+        for n in (bound - 1, bound):
+            features = torch.rand(n, F, dtype=torch.float64)
+            full = torch.linalg.matrix_rank(features @ features.mT).item() == n  # else A is no identity
+            assert full == (n < bound), f"F = {F}: the weights of {n} pairs {'can' if full else 'cannot'} have rank {n}"
+
+
+@of("breaks_at", "least_that_cannot_fit")
+def more_features_break_later_and_none_beyond_the_bound(my):
+    torch.manual_seed(0)
+    found = {F: my.breaks_at(F) for F in (64, 1024)}
+    assert found[64] < found[1024], f"first n with less than half right: {found}"
+    for F, n in found.items():
+        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), f"F = {F}: more than half right at n = {n // 2}"

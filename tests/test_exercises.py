@@ -1,0 +1,124 @@
+"""Exercises: every solution obeys the theorems of its task, no stub obeys one, and --attention puts a student's
+functions into our own tests.
+
+    pytest tests/test_exercises.py --attention FILE     the theorems of exercises/check.py that FILE has functions for
+"""
+
+import re
+import types
+
+import conftest
+import pytest
+import test_attention
+from conftest import ROOT, load_file, start
+
+import attention
+from exercises import check
+
+STUDENT, FOLDER = conftest.student, ROOT / "exercises"
+STUBS = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
+ours = pytest.mark.skipif(STUDENT is not None, reason="with --attention, that file alone is checked")
+BY_OUR_TESTS = {  # tasks 1 to 3: a function, and the theorems of tests/test_attention.py at one size
+    "01_recurrent.py": (
+        "linear_attention_recurrent",
+        lambda form: test_attention.test_every_causal_form_is_equation_2_in_outputs_and_gradients("recurrent", 3),
+        lambda form: test_attention.test_state_carried_across_calls_continues_the_sequence_exactly(form, [0, 5, 0, 6]),
+    ),
+    "02_chunked.py": (
+        "linear_attention_chunked",
+        lambda form: test_attention.test_every_causal_form_is_equation_2_in_outputs_and_gradients("chunked by 3", 7),
+        lambda form: test_attention.test_state_carried_across_calls_continues_the_sequence_exactly(form, [0, 5, 0, 6]),
+    ),
+    "03_denominator.py": (
+        "linear_attention_quadratic",
+        lambda form: test_attention.test_every_causal_form_is_equation_2_in_outputs_and_gradients("quadratic", 7),
+        lambda form: test_attention.test_gradients_of_the_feature_map_pass_through_the_denominator(),
+    ),
+}
+
+
+def theorems(module) -> list[str]:
+    """Those of exercises/check.py about functions that the module has."""
+    return [name for name, (needs, _) in check.THEOREMS.items() if all(hasattr(module, need) for need in needs)]
+
+
+def cases() -> list:
+    """(module, theorem): the student's file, or else every solution."""
+    modules = {"": STUDENT} if STUDENT else {f"{stub}-": load_file(FOLDER / "solutions" / stub) for stub in STUBS}
+    return [pytest.param(m, name, id=stub + name) for stub, m in modules.items() for name in theorems(m)]
+
+
+@pytest.mark.parametrize("module, theorem", cases())
+def test_solutions_or_the_students_file_obey(module, theorem):
+    check.THEOREMS[theorem][1](module)
+
+
+@pytest.mark.skipif(STUDENT is None, reason="for a student's file")
+def test_the_students_file_has_something_to_check():
+    if not theorems(STUDENT):
+        pytest.fail(f"{STUDENT.__file__} has no function that a theorem here is about; attention.py's forms are tested "
+                    "by pytest tests/test_attention.py", pytrace=False)  # fmt: skip
+
+
+@ours
+@pytest.mark.parametrize("stub", STUBS)
+def test_every_theorem_says_that_the_stub_is_not_implemented(stub):
+    module, solution = load_file(FOLDER / stub), load_file(FOLDER / "solutions" / stub)
+    assert theorems(module) == theorems(solution) and bool(theorems(module)) == (stub not in BY_OUR_TESTS)
+    for theorem in theorems(module):
+        with pytest.raises(NotImplementedError, match=f"^task {int(stub[:2])}: "):
+            check.THEOREMS[theorem][1](module)
+
+
+@ours
+@pytest.mark.parametrize("stub", BY_OUR_TESTS)
+def test_tasks_1_to_3_solutions_obey_our_own_theorems_and_stubs_are_not_implemented(stub, monkeypatch):
+    name, *checks = BY_OUR_TESTS[stub]
+    for path in (FOLDER / "solutions" / stub, FOLDER / stub):
+        form = getattr(load_file(path), name)
+        for room in (attention, test_attention):
+            monkeypatch.setattr(room, name, form)
+        for theorem in checks:
+            if path.parent.name == "solutions":
+                theorem(form)
+            else:
+                with pytest.raises(NotImplementedError, match=f"^task {int(stub[:2])}: "):
+                    theorem(form)
+
+
+@ours
+def test_the_option_puts_the_files_functions_into_our_tests_and_says_so():
+    which = "sum_to_one or (equation_2 and (7-recurrent or 7-quadratic))"
+    run = start("-m", "pytest", "tests/test_attention.py", "--attention", "exercises/01_recurrent.py", "-k", which)
+    out = run.communicate()[0]
+    assert out.startswith("--attention exercises/01_recurrent.py: linear_attention_recurrent replaced\n")
+    assert "NotImplementedError: task 1: " in out and "1 failed, 3 passed" in out
+
+
+@ours
+@pytest.mark.parametrize("text, line", [
+    (None, "there is no Python file"),
+    ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("def f(:", "cannot be imported: SyntaxError"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_clear_line(text, line, tmp_path):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    config = types.SimpleNamespace(getoption=lambda name: str(path))
+    with pytest.raises(pytest.UsageError) as error:
+        conftest.pytest_configure(config)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@ours
+@pytest.mark.parametrize("page", ["README.md", "instructors.md"])
+def test_both_pages_name_every_task_and_link_to_files_that_exist(page):
+    text = (FOLDER / page).read_text()
+    assert not [stub for stub in STUBS if stub not in text]
+    assert not [to for to in re.findall(r"\]\(([^)#]+)\)", text) if "//" not in to and not (FOLDER / to).exists()]
+
+
+@ours
+def test_stubs_are_short():
+    assert len(STUBS) == 10 and all((FOLDER / stub).read_text().count("\n") < 60 for stub in STUBS)
