@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pytest -n has a process for each core
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +25,9 @@ TINY = (
 FORMS = [f"linear_attention_{form}" for form in ("recurrent", "chunked", "quadratic", "bidirectional")]
 student: ModuleType | None = None  # the file of --attention
 replaced: list[str] = []  # those of FORMS that are its own
-pytest.register_assert_rewrite("exercises.check")  # so that a failed assert there shows its values, as one in a test does
+pytest.register_assert_rewrite(
+    "exercises.check"
+)  # so that a failed assert there shows its values, as one in a test does
 
 
 def pytest_addoption(parser) -> None:
