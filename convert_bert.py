@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention import learns_map
 from common import UserError, as_user_error, parse, run
 from data import glue
 
@@ -25,7 +24,7 @@ try:
     for name in ("transformers", "sklearn"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
-    from hf import attention_modules, check_plain, is_causal, linearize
+    from hf import attention_modules, check_plain, is_causal
     from hf_models import Classifier, Tokenizer, load, transformers, where
     from recover import HELP, Examples, Model, RecoverConfig, recover
 except ModuleNotFoundError as e:
@@ -144,19 +143,13 @@ def models_of(config: BertConfig, taught: bool) -> Model:
         model = load(source, KIND, new=fresh, num_labels=n_labels)
         return Classifier(model, config.pooling if fresh else getattr(model.config, "pooling", "model"))
 
-    def linear(source: str, feature_map: str, **options) -> Classifier:
-        model = load_classifier(source)
-        with as_user_error():
-            linearize(model.hf, feature_map, tie=config.tie or not learns_map(feature_map), **options)
-        return model
-
     def save(model: nn.Module, folder: Path) -> None:
         beside = folder.with_name(f"{folder.name}.tmp")
         model.hf.save_pretrained(beside)
         tokenizer.hf.save_pretrained(beside)
         beside.rename(folder)
 
-    return Model(load_classifier, linear, save, taught, tokenizer.name)
+    return Model(load_classifier, save, taught, tokenizer.name)
 
 
 # ---------------------------------------------------------------- the command

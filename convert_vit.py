@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import figures
 from analyze import queries_and_keys
-from attention import learns_map, softmax_weights
+from attention import softmax_weights
 from common import UserError, as_user_error, parse, pick_device, provenance, run
 from data import hub
 
@@ -29,7 +29,7 @@ try:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
     from distill import sockets
-    from hf import attention_modules, check_plain, linearize
+    from hf import attention_modules, check_plain
     from hf_models import ImageClassifier, load, transformers
     from recover import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned
 except ModuleNotFoundError as e:
@@ -155,13 +155,7 @@ def models_of(config: ViTConfig, taught: bool, classes: int) -> Model:
         fresh = () if taught or source != config.model else HEADS
         return ImageClassifier(load(source, KIND, new=fresh, num_labels=classes))
 
-    def linear(source: str, feature_map: str, **options) -> ImageClassifier:
-        model = load_classifier(source)
-        with as_user_error():
-            linearize(model.hf, feature_map, tie=config.tie or not learns_map(feature_map), **options)
-        return model
-
-    return Model(load_classifier, linear, lambda model, folder: model.hf.save_pretrained(folder), taught, "")
+    return Model(load_classifier, lambda model, folder: model.hf.save_pretrained(folder), taught, "")
 
 
 # ---------------------------------------------------------------- the picture

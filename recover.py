@@ -29,6 +29,7 @@ from tqdm import tqdm
 import kernels
 import recovery
 from analyze import measure, queries_and_keys
+from attention import learns_map
 from common import (
     RunError,
     UserError,
@@ -42,7 +43,7 @@ from common import (
 )
 from convert import ARMS, HELP, ConvertConfig, Subject, fit_config, groups_of, minutes_of, run_arm
 from distill import map_parameters, set_mode, sockets
-from hf import save_linearized
+from hf import linearize, save_linearized
 from model import param_groups
 from runs import write_json
 from train import fit
@@ -99,10 +100,9 @@ class Examples(NamedTuple):
 
 
 class Model(NamedTuple):
-    """How to make and keep the models of one task. All of `load`'s and `build`'s map inputs to outputs (B, n)."""
+    """How to make and keep the models of one task."""
 
-    load: Callable[[str], nn.Module]  # folder or hub name -> softmax, for the task
-    linear: Callable[..., nn.Module]  # folder, feature map, options -> the same with linear attention
+    load: Callable[[str], nn.Module]  # folder or hub name -> inputs to outputs (B, n), around a transformers model `hf`
     save: Callable[[nn.Module, Path], None]  # write a softmax model into a folder that `load` takes
     taught: bool  # whether config.model is finetuned on the task already
     tokenizer: str
@@ -189,7 +189,11 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
         return net.eval()(*rows[:-1])  # the teacher that is mimicked is the one in use: nothing dropped
 
     def build(feature_map: str, **options) -> nn.Module:
-        return (model.linear(teacher, feature_map, **options) if feature_map else model.load(teacher)).to(device)
+        net = model.load(teacher)
+        if feature_map:
+            with as_user_error():
+                linearize(net.hf, feature_map, tie=config.tie or not learns_map(feature_map), **options)
+        return net.to(device)
 
     return Subject(
         build=build,
@@ -307,6 +311,6 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
              **recovery.facts_of(runs, labels, examples.scores)}  # fmt: skip
     write_json(out / "recover.json", facts)
     print(recovery.table(facts))
-    drawn = recovery.draw(out / "recover.png", facts)
+    drawn = recovery.draw(out / "recover.png", [facts])
     print(f"written to {out}: recover.json, {drawn}, and a folder for each seed, stage and arm")
     return facts

@@ -19,9 +19,8 @@ DRAWS = 100  # bootstrap samples: a standard error to 7%
 
 def facts_of(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict:
     """All that the table needs of the results of arms and seeds."""
-    facts = {"minutes": minutes_together(runs), "differences": differences(runs, labels, scores),
-             "runs": [slim(r) for r in runs]}  # fmt: skip
-    return facts | {"correlations": correlations(facts)}
+    return {"minutes": minutes_together(runs), "differences": differences(runs, labels, scores),
+            "runs": [slim(r) for r in runs]}  # fmt: skip
 
 
 def minutes_together(runs: list[dict]) -> float:
@@ -84,13 +83,17 @@ def points(facts: dict) -> list[tuple[str, float, dict]]:
             if ARMS[arm].finetuned and weights and share]  # fmt: skip
 
 
-def correlations(facts: dict) -> dict[str, tuple[float, float, float]]:
-    """Spearman's rho of what arms recover with KL, tau and entropy of their weights, and its 95% interval."""
-    found = points(facts)
-    if len(found) < 4:
-        return {}
-    return {key: rank_correlation([w[key] for *_, w in found], [share for _, share, _ in found])
-            for key in ("kl", "tau", "entropy")}  # fmt: skip
+def correlations(found: list[tuple[str, float, dict]]) -> str:
+    """Spearman's rho of what `points` recover with KL, tau and entropy of their weights, said with its 95% interval;
+    nothing, if there are fewer than 6."""
+    if len(found) < 6:
+        return ""
+    shares, said = [share for _, share, _ in found], []
+    for key in ("kl", "tau", "entropy"):
+        rho, low, high = rank_correlation([weights[key] for *_, weights in found], shares)
+        said.append(f"{key} {rho:+.2f} ({low:+.2f} to {high:+.2f})")
+    return (f"Spearman's rank correlation of what is recovered with the weights' {', '.join(said)}, over {len(found)} "
+            "conversions (95% bootstrap interval).")  # fmt: skip
 
 
 def table(facts: dict) -> str:
@@ -112,10 +115,8 @@ def table(facts: dict) -> str:
             f"{facts['paper'][arm]:.1f}" if arm in facts["paper"] else "",
         ]  # fmt: skip
         lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
-    said = [f"{key} {rho:+.2f} ({low:+.2f} to {high:+.2f})" for key, (rho, low, high) in facts["correlations"].items()]
-    if said:
-        lines += ["", f"Spearman's rank correlation of what is recovered with the weights' {', '.join(said)}, over "
-                  f"{len(points(facts))} arms (95% bootstrap interval)."]  # fmt: skip
+    if said := correlations(points(facts)):
+        lines += ["", said]
     return "\n".join(lines)
 
 
@@ -129,8 +130,12 @@ def tasks_table(tasks: list[dict]) -> str:
         shares = [statistics.mean(recovered(facts, arm)) for facts in tasks if recovered(facts, arm)]
         cells = [*(f"{x:.1f}" for x in (*scores, statistics.mean(scores))), f"{statistics.mean(shares):.1f}"]
         lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    if said := correlations([p for facts in tasks for p in points(facts)]):
+        lines += ["", said]
     return "\n".join(lines)
 
 
-def draw(path: Path, facts: dict) -> str:
-    return figures.recovery(path, points(facts), facts["title"], facts["command"])
+def draw(path: Path, tasks: list[dict]) -> str:
+    """What was recovered on one task or several, against the weights' measures."""
+    names, commands = ", ".join(facts["title"] for facts in tasks), "; ".join(facts["command"] for facts in tasks)
+    return figures.recovery(path, [p for facts in tasks for p in points(facts)], names, commands)

@@ -123,8 +123,7 @@ def glance() -> str:
         "python compare.py --setting paper")  # fmt: skip
     row("Fig. 5, associative recall: accuracy (the paper shows softmax, not Hedgehog)", "100%", "recall-seeds.json",
         recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
-    glued = [read(path.name) for path in sorted(HERE.glob("glue-*.json"))]
-    if glued:
+    if glued := glue_tasks():
         shares = [statistics.mean(recovery.recovered(f, "hedgehog")) for f in glued]
         row(
             f"Table 2, finetuned encoders: recovered, average of {len(glued)} tasks of GLUE",
@@ -148,9 +147,13 @@ def glance() -> str:
     return "\n".join(lines)
 
 
+def glue_tasks() -> list[dict]:
+    return [read(path.name) for path in sorted(HERE.glob("glue-*.json"))]
+
+
 def glue() -> str:
     """Table 2 over the tasks in results/glue-*.json, and how each was run."""
-    tasks = [read(path.name) for path in sorted(HERE.glob("glue-*.json"))]
+    tasks = glue_tasks()
     if not tasks:
         return "Not run yet: `python convert_bert.py TASK`."
     said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
@@ -260,7 +263,7 @@ if __name__ == "__main__":
         figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
     if (HERE / "compare-stdlib.json").exists():
         compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
-    if (HERE / "glue-cola.json").exists():
-        recovery.draw(FIGURES / "recovery.png", read("glue-cola.json"))
+    if glue_tasks():
+        recovery.draw(FIGURES / "recovery.png", glue_tasks())
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))

@@ -43,7 +43,8 @@ def test_imports_go_one_way():
         "gpt2": {"attention", "common", "model"},
         "recovery": {"analyze", "convert", "figures", "runs"},
         "recover": {
-            "analyze", "common", "convert", "distill", "hf", "kernels", "model", "recovery", "runs", "train",
+            "analyze", "attention", "common", "convert", "distill", "hf", "kernels", "model", "recovery", "runs",
+            "train",
         },
         "convert": {"common", "configs", "data", "distill", "evaluate", "kernels", "model", "runs", "train"},
     }  # fmt: skip

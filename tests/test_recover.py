@@ -373,3 +373,10 @@ def test_numbers_that_make_no_sense_are_refused():
     for changes in (dict(seeds=0), dict(epochs=0), dict(lrs=[]), dict(dev_share=1.0), dict(train_rows=-1)):
         with pytest.raises(Exception, match="seeds|lrs|dev_share|train_rows"):
             replace(RecoverConfig(out_dir="x"), **changes).check()
+
+
+def test_correlations_need_six_conversions_and_follow_their_order():
+    found = [("elu", float(i), {"kl": -i, "tau": i, "entropy": (i * 3) % 7}) for i in range(7)]
+    assert recovery.correlations(found[:5]) == ""
+    said = recovery.correlations(found)
+    assert "kl -1.00 (-1.00 to -1.00), tau +1.00" in said and "over 7 conversions" in said
