@@ -25,9 +25,7 @@ TINY = (
 FORMS = [f"linear_attention_{form}" for form in ("recurrent", "chunked", "quadratic", "bidirectional")]
 student: ModuleType | None = None  # the file of --attention
 replaced: list[str] = []  # those of FORMS that are its own
-pytest.register_assert_rewrite(
-    "exercises.check"
-)  # so that a failed assert there shows its values, as one in a test does
+pytest.register_assert_rewrite("exercises.check")  # a failed assert there shows its values, as in a test
 
 
 def pytest_addoption(parser) -> None:
@@ -53,7 +51,8 @@ def pytest_configure(config) -> None:
     try:
         student = load_file(Path(file))
     except Exception as e:
-        raise pytest.UsageError(f"--attention {file} cannot be imported: {type(e).__name__}: {e}") from None
+        why = str(e).partition("\n")[0]
+        raise pytest.UsageError(f"--attention {file} cannot be imported: {type(e).__name__}: {why}") from None
     import attention
 
     replaced[:] = [name for name in FORMS if getattr(student, name, None) not in (None, getattr(attention, name))]

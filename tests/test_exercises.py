@@ -96,13 +96,15 @@ def test_the_option_puts_the_files_functions_into_our_tests_and_says_so():
 
 
 @ours
-@pytest.mark.parametrize("text, line", [
-    (None, "there is no Python file"),
-    ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
-    ("def f(:", "cannot be imported: SyntaxError"),
+@pytest.mark.parametrize("name, text, line", [
+    ("no.py", None, "there is no Python file"),
+    ("notes.txt", "", "there is no Python file"),
+    ("mine.py", "import nothing_of_this_name", "cannot be imported: ModuleNotFoundError: No module named 'nothing_of_"),
+    ("mine.py", "def f(:", "cannot be imported: SyntaxError"),
+    ("mine.py", "raise ValueError('one' + chr(10) + 'two')", "cannot be imported: ValueError: one"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_read_is_one_clear_line(text, line, tmp_path):
-    path = tmp_path / "mine.py"
+def test_a_file_that_cannot_be_read_is_one_clear_line(name, text, line, tmp_path):
+    path = tmp_path / name
     if text is not None:
         path.write_text(text)
     config = types.SimpleNamespace(getoption=lambda name: str(path))
