@@ -27,7 +27,7 @@ LABELS = {
 
 
 def style(name: str) -> tuple[str, str]:
-    return STYLE.get(name, ("0.5", "."))
+    return STYLE.get(name, ("#c00000", "*"))  # a reader's own map stands out
 
 
 def label(name: str) -> str:

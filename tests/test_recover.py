@@ -236,7 +236,7 @@ def test_a_finetuned_model_needs_no_teacher(command, convert, files, tmp_path):
     (["cola", "--model", "nowhere"], "no model that can classify"),
     (["cola", "--block_size", "8"], "tokens, the model 8 positions or --block_size: cut such examples with --truncate"),
     (["cola", "--arms", "hedgehod"], "--arms takes teacher"),
-    (["cola", "--train_rows", "20"], "20 training examples are too few"),
+    (["cola", "--train_rows", "8"], "8 training examples are too few"),
     (["cola", "--pooling", "max"], "--pooling takes model or mean"),
     (["cola", "--lrs", "-1"], "positive learning rates"),
     (["cola", "--epocs", "2"], "--epochs"),
