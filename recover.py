@@ -180,8 +180,8 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
         result: dict = {"sets": {}}
         for name, rows in examples.tests.items():
             loss, labels, found = found_by(net, rows)
-            digits = [round(float(x), 4) for x in found]
-            result["sets"][name] = {"loss": loss, **examples.scores(labels, found), "found": digits}
+            each = {"found": [round(float(x), 4) for x in found], "labels": labels.tolist()}
+            result["sets"][name] = {"loss": loss, **examples.scores(labels, found), **each}
         first = next(iter(result["sets"].values()))
         return {"score": list(first.values())[1], "examples": len(first["found"]), **result}
 
@@ -306,9 +306,8 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
             tqdm.write(f"{ARMS[name].label}: score {best['final']['score']:.2f}")
     if not runs:
         return {}
-    labels = examples.collate(next(iter(examples.tests.values())))[-1].numpy()
     facts = {"recover": 1, **provenance(), "title": title, "paper": paper, "config": asdict(config),
-             **recovery.facts_of(runs, labels, examples.scores)}  # fmt: skip
+             **recovery.facts_of(runs, examples.scores)}  # fmt: skip
     write_json(out / "recover.json", facts)
     print(recovery.table(facts))
     drawn = recovery.draw(out / "recover.png", [facts])

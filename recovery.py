@@ -17,9 +17,9 @@ from runs import mean_sd
 DRAWS = 100  # bootstrap samples: a standard error to 7%
 
 
-def facts_of(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict:
+def facts_of(runs: list[dict], scores: Callable) -> dict:
     """All that the table needs of the results of arms and seeds."""
-    return {"minutes": minutes_together(runs), "differences": differences(runs, labels, scores),
+    return {"minutes": minutes_together(runs), "differences": differences(runs, scores),
             "runs": [slim(r) for r in runs]}  # fmt: skip
 
 
@@ -37,15 +37,19 @@ def minutes_together(runs: list[dict]) -> float:
 
 def slim(run: dict) -> dict:
     """A result without what was found for every example: result.json keeps that."""
-    sets = {name: {k: v for k, v in values.items() if k != "found"} for name, values in run["final"]["sets"].items()}
+    sets = {
+        name: {key: value for key, value in of_set.items() if key not in ("found", "labels")}
+        for name, of_set in run["final"]["sets"].items()
+    }
     return {**run, "final": {**run["final"], "sets": sets}}
 
 
-def differences(runs: list[dict], labels: np.ndarray, scores: Callable) -> dict[str, list[float]]:
+def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
     """{arm: [mean over seeds of its score minus that of the equally finetuned teacher, standard error]}: the error over
-    bootstrap samples of the examples, the same ones for both and for all seeds. labels (N,) and scores(labels, found):
-    of the first validation set."""
+    bootstrap samples of the first validation set, the same ones for both and for all seeds. scores(labels, found): the
+    task's, {metric: x 100}."""
     name = next(iter(runs[0]["final"]["sets"]))
+    labels = np.asarray(runs[0]["final"]["sets"][name]["labels"])
     found = {(r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs}
     seeds = [seed for arm, seed in found if arm == "teacher_finetuned"]
     rng = np.random.default_rng(0)

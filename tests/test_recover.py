@@ -275,7 +275,11 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monke
 
     def run(arm: str, seed: int, right: float) -> dict:
         found = np.where(rng.random(400) < right, labels, 1 - labels)
-        return {"arm": arm, "config": {"seed": seed}, "final": {"sets": {"validation": {"loss": 0, "found": found}}}}
+        return {
+            "arm": arm,
+            "config": {"seed": seed},
+            "final": {"sets": {"validation": {"loss": 0, "found": found, "labels": labels}}},
+        }
 
     runs = [
         run("teacher_finetuned", 1, 0.9),
@@ -284,7 +288,7 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monke
         run("hedgehog", 2, 0.8),
     ]
     runs.append({**runs[0], "arm": "t2r"})
-    found = recovery.differences(runs, labels, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
+    found = recovery.differences(runs, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
     right = {(r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels for r in runs}
     d = 50 * sum(right["hedgehog", s].astype(float) - right["teacher_finetuned", s] for s in (1, 2))
     assert found["hedgehog"][0] == pytest.approx(d.mean(), abs=1e-3)
