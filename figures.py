@@ -286,7 +286,7 @@ def recovery(path: Path, points: list[tuple[str, float, dict]], title: str, comm
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("score recovered, % of the teacher's")
         found = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6, fontsize=8)
+        axes[0].legend(found.values(), found.keys(), fontsize=7)
         best = max(points, key=lambda p: p[1], default=("none", 0.0, {}))
         figure.suptitle(f"{title}: most is recovered by {label(best[0])} ({best[1]:.0f}%)", fontsize=10)
 
