@@ -260,10 +260,7 @@ def table(facts: dict) -> str:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--checkpoint")
-    config, _ = parse(AnalyzeConfig(), argv, __doc__)
+    config, _ = parse(AnalyzeConfig(), sys.argv[1:], __doc__, "checkpoint")
     config.check()
     device = pick_device(config.device)
     text = data.read_text(Path(config.text) if config.text else Path(__file__).parent / "feature_maps.py")

@@ -74,25 +74,25 @@ def run(main: Callable[[], None]) -> None:
 Config = TypeVar("Config")
 
 
-def parse(default: Config, argv: list[str], description: str) -> tuple[Config, set[str]]:
+def parse(default: Config, argv: list[str], description: str, first: str = "") -> tuple[Config, set[str]]:
     """Read flags into a copy of the dataclass instance `default`: (config, names of the flags given).
 
-    --some_flag and --some-flag are the same; a bool takes true or false or stands alone.
-    Bad flags end the program with one line and exit code 2. Fields are explained by their comments.
+    --some_flag and --some-flag are the same; a bool takes true or false or stands alone; a first word without dashes is
+    the flag `first`. Bad flags end the program with one line and exit code 2. Fields are explained by their comments.
     """
     fields = {f.name: f for f in dataclasses.fields(default)}
     args, given, rest = [], set(), list(argv)
+    if first and rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{first}")
     while rest:
         arg = rest.pop(0)
         name, _, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if arg.startswith("--") and name.startswith("no_") and name.removeprefix("no_") in fields:
             given.add(name.removeprefix("no_"))
-        if not arg.startswith("--") or name not in fields:
-            args.append(arg)
-            continue
-        given.add(name)
-        if fields[name].type is not bool:
+        known = arg.startswith("--") and name in fields
+        given |= {name} if known else set()
+        if not known or fields[name].type is not bool:
             args.append(arg)
             continue
         if not value and rest and not rest[0].startswith("-"):

@@ -49,11 +49,8 @@ SMALL = dict(
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--model")
     with as_user_error():
-        config, given = parse(GPT2Config(), argv, f"{__doc__}\n{HELP}")
+        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
     path = Path(config.model)
     ours = path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last"))
     changes = {}

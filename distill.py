@@ -316,11 +316,8 @@ def write_heads(out: Path, found: dict[str, Tensor], **facts) -> None:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--checkpoint")
     with as_user_error():
-        config, _ = parse(DistillConfig(), argv, __doc__)
+        config, _ = parse(DistillConfig(), sys.argv[1:], __doc__, "checkpoint")
         config.check()
     began, world = time.perf_counter(), World(0, 1, pick_device(config.device))
     with as_user_error():

@@ -66,10 +66,7 @@ def read_prompt(config: SampleConfig) -> str:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--checkpoint")
-    config, _ = parse(SampleConfig(), argv, __doc__)
+    config, _ = parse(SampleConfig(), sys.argv[1:], __doc__, "checkpoint")
     config.check()
     device, path = pick_device(config.device), config.checkpoint or newest_run()
     tensors, meta = load_checkpoint(path)

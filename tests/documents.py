@@ -44,8 +44,8 @@ def check_command(line: str, monkeypatch) -> str:
     elif "--help" not in argv:
         module, parse = importlib.import_module(script.removesuffix(".py")), common.parse
 
-        def read(default, argv, description):
-            config = parse(default, argv, description)[0]
+        def read(*args):
+            config = parse(*args)[0]
             config.check()
             raise Understood
 
