@@ -12,6 +12,8 @@ the ladder is finetuned on the same batches; an undistilled map has the time of 
 Each stage leaves its checkpoints in a folder of out_dir: the same command goes on where it was interrupted.
 """
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,6 +46,14 @@ from runs import finished, write_json
 from train import fit
 
 HELP = __doc__.split("\n\n", 1)[1]  # for the commands: what happens at each stage
+
+
+def need(*packages: str) -> None:
+    """End a command with one line if a package of requirements-hf.txt is missing: before it imports them."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            print(f"error: there is no {name} here: pip install -r requirements-hf.txt", file=sys.stderr)
+            sys.exit(2)
 
 
 class Arm(NamedTuple):

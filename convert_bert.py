@@ -8,7 +8,6 @@
 Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte. Needs requirements-hf.txt. Hours and memory: README.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, as_user_error, parse, run
+from convert import need
 from data import glue
 
-try:
-    for name in ("transformers", "sklearn"):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
-    from hf import attention_modules, check_plain, is_causal
-    from hf_models import Classifier, Tokenizer, load, transformers, where
-    from recover import HELP, Examples, Model, RecoverConfig, recover
-except ModuleNotFoundError as e:
-    print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
-    sys.exit(2)
+need("transformers", "sklearn")
+from hf import attention_modules, check_plain, is_causal  # noqa: E402
+from hf_models import Classifier, Tokenizer, load, transformers, where  # noqa: E402
+from recover import HELP, Examples, Model, RecoverConfig, recover  # noqa: E402
 
 TABLE_5 = {"elu": 28.1, "relu": 39.5, "performer": 24.7, "cosformer": 39.9, "exp": 45.9, "exp2": 50.0}  # CoLA
 KIND = transformers.AutoModelForSequenceClassification
@@ -144,10 +138,8 @@ def models_of(config: BertConfig, taught: bool) -> Model:
         return Classifier(model, config.pooling if fresh else getattr(model.config, "pooling", "model"))
 
     def save(model: nn.Module, folder: Path) -> None:
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.hf.save_pretrained(beside)
-        tokenizer.hf.save_pretrained(beside)
-        beside.rename(folder)
+        model.hf.save_pretrained(folder)
+        tokenizer.hf.save_pretrained(folder)
 
     return Model(load_classifier, save, taught, tokenizer.name)
 
@@ -162,11 +154,8 @@ def paper_of(task: str) -> dict[str, float]:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--task")
     with as_user_error():
-        config, _ = parse(BertConfig(), argv, f"{__doc__}\n{HELP}")
+        config, _ = parse(BertConfig(), sys.argv[1:], f"{__doc__}\n{HELP}", "task")
         config.check()
     config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.task}"
     taught = check_encoder(config)

@@ -9,7 +9,6 @@ The paper's four rows are the arms teacher (zero-shot), teacher_finetuned (softm
 hedgehog (Hedgehog + LoRA). Needs requirements-hf.txt. Hours and memory: README.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -22,19 +21,23 @@ from tqdm import tqdm
 
 from attention import learns_map
 from common import UserError, as_user_error, parse, pick_device, run, step_seed
-from convert import HELP, ConvertConfig, Subject, groups_of, ladder, language_modelling, table_of, table_perplexity
+from convert import (
+    HELP,
+    ConvertConfig,
+    Subject,
+    groups_of,
+    ladder,
+    language_modelling,
+    need,
+    table_of,
+    table_perplexity,
+)
 from data import dialogue
 from distill import ZeroAttention, map_parameters, sockets
 
-try:
-    for name in ("transformers", "peft", "rouge_score"):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
-    from hf import attention_modules, check_plain, linearize, save_linearized
-    from hf_models import LanguageModel, Tokenizer, load, transformers, where
-except ModuleNotFoundError as e:
-    print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
-    sys.exit(2)
+need("transformers", "peft", "rouge_score")
+from hf import attention_modules, check_plain, linearize, save_linearized  # noqa: E402
+from hf_models import LanguageModel, Tokenizer, load, transformers, where  # noqa: E402
 
 
 @dataclass
@@ -247,11 +250,8 @@ def check_fits(config: LlamaConfig) -> None:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--model")
     with as_user_error():
-        config, given = parse(LlamaConfig(), argv, f"{__doc__}\n{HELP}")
+        config, given = parse(LlamaConfig(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
         config.check()
     if config.task == "dialogue" and "dataset" not in given:
         config.dataset = "samsum"

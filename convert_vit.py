@@ -9,7 +9,6 @@ An image is a sequence of patches after one class token, from which the class is
 patches.png: what the class token looks at, with softmax and with linear attention. Needs requirements-hf.txt.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +21,14 @@ import figures
 from analyze import queries_and_keys
 from attention import softmax_weights
 from common import UserError, as_user_error, parse, pick_device, provenance, run
+from convert import need
 from data import hub
 
-try:
-    for name in ("transformers", "sklearn"):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
-    from distill import sockets
-    from hf import attention_modules, check_plain
-    from hf_models import ImageClassifier, load, transformers
-    from recover import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned
-except ModuleNotFoundError as e:
-    print(f"error: there is no {e.name} here: pip install -r requirements-hf.txt", file=sys.stderr)
-    sys.exit(2)
+need("transformers", "sklearn")
+from distill import sockets  # noqa: E402
+from hf import attention_modules, check_plain  # noqa: E402
+from hf_models import ImageClassifier, load, transformers  # noqa: E402
+from recover import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned  # noqa: E402
 
 KIND = transformers.AutoModelForImageClassification
 HEADS = ("classifier",)  # what a model that is not finetuned may lack
@@ -182,11 +176,8 @@ def draw_patches(config: ViTConfig, examples: Examples, model: Model, n: int = 8
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--model")
     with as_user_error():
-        config, given = parse(ViTConfig(), argv, f"{__doc__}\n{HELP}")
+        config, given = parse(ViTConfig(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
         if config.dataset == "imagenet":
             for name, value in IMAGENET.items():
                 if name not in given:

@@ -49,7 +49,7 @@ from runs import write_json
 from train import fit
 
 Hidden = Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress]  # set from epochs, or without a meaning here
-HELP = f"{__doc__.split(chr(10) * 2, 1)[1]}\n{HELP.split(chr(10) * 2, 1)[1]}"
+HELP = "\n".join(text.split("\n\n", 1)[1] for text in (__doc__, HELP))
 
 
 @dataclass
@@ -228,7 +228,8 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
     fit(net, groups, subject.batch, subject.loss, subject.evaluate, stage, World(0, 1, device), meta)
     if not folder.exists():
         restore(load_checkpoint(Path(stage.out_dir) / "best.safetensors")[0], net, path=stage.out_dir)
-        model.save(net, folder)
+        model.save(net, folder.with_name("teacher.tmp"))
+        folder.with_name("teacher.tmp").rename(folder)  # whole, or not there
     best = 100 * (1 - load_checkpoint(Path(stage.out_dir) / "best.safetensors")[1]["best"])
     tqdm.write(
         f"teacher, seed {config.seed}: score {best:.2f} on the examples that choose, {minutes_of(stage)} minutes"
@@ -286,7 +287,7 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
         subject = subject_of(mine, examples, model, teacher)
         for name in config.arms:
             tqdm.write(f"--- seed {seed}: {ARMS[name].label}")
-            rates = [chosen.get(name) or config.lrs, config.lrs[:1]][not ARMS[name].finetuned]
+            rates = chosen.get(name, config.lrs) if ARMS[name].finetuned else config.lrs[:1]
             tried = []
             for lr in rates:
                 arm = replace(mine, lr=lr, lrs=[lr], out_dir=str(Path(mine.out_dir) / f"lr{lr:g}"))
