@@ -69,6 +69,11 @@ class Arm(NamedTuple):
         """The stage that distils this arm's maps, which several arms may share."""
         return f"distil-{self.feature_map}{'-shared' if self.shared else ''}"
 
+    @property
+    def options(self) -> dict:
+        """Of its feature map."""
+        return {"share_heads": True} if self.shared else {}
+
 
 ARMS = {
     "teacher": Arm("teacher", finetuned=False),
@@ -137,7 +142,7 @@ class Subject(NamedTuple):
     """What a conversion must know of a model and its task. `batch(step)`, `loss(model, *rows)` and
     `evaluate(model)`: as for train.fit."""
 
-    build: Callable[..., nn.Module]  # feature map -> the pretrained model, on its device; "": with softmax
+    build: Callable[..., nn.Module]  # feature map, its options -> the pretrained model, on its device; "": with softmax
     groups: Callable[[nn.Module], list[dict]]  # what finetuning trains (LoRA is put in here), AdamW's groups
     batch: Callable[[int], tuple[Tensor, ...]]
     held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
@@ -167,8 +172,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     if (result := finished(mine)) is not None:
         return result
     torch.manual_seed(config.seed)
-    options = {"share_heads": True} if arm.shared else {}
-    model, minutes, kl, trained, dev_loss = subject.build(arm.feature_map, **options), {}, None, 0, None
+    model, minutes, kl, trained, dev_loss = subject.build(arm.feature_map, **arm.options), {}, None, 0, None
     meta = {"config": asdict(mine), "tokenizer": subject.tokenizer}
     stages = STAGES[: STAGES.index(config.stage) + 1]
     if arm.distilled and "distil" in stages:

@@ -18,8 +18,8 @@ from pathlib import Path
 from torch import nn
 
 from attention import learns_map
-from common import as_user_error, parse, pick_device, run, save_checkpoint
-from convert import HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
+from common import UserError, as_user_error, parse, pick_device, run, save_checkpoint
+from convert import ARMS, HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
 from data import get_tokenizer
 from distill import load_teacher, pupil_of
 from gpt2 import check_tokenizer, from_pretrained, to_hf  # noqa: F401  for whoever converts by hand
@@ -40,6 +40,12 @@ class GPT2Config(ConvertConfig):
     dev_tokens: int = 65536  # about so many tokens of the training text's end choose the best checkpoint
     eval_tokens: int = 0  # about so many scored tokens of the evaluation, evenly spaced; 0: all
 
+    def check(self) -> None:
+        super().check()
+        if shared := [name for name in self.arms if ARMS[name].shared]:
+            raise UserError(f"--arms {' '.join(shared)}: our GPT has a map for each head; transformers' models, in "
+                            "convert_llama.py and convert_bert.py, may share one")  # fmt: skip
+
 
 # For a checkpoint of this repository: minutes on a CPU.
 SMALL = dict(
@@ -51,6 +57,7 @@ SMALL = dict(
 def main() -> None:
     with as_user_error():
         config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
+        config.check()  # before anything is loaded; below, with the model's own defaults
     path = Path(config.model)
     ours = path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last"))
     changes = {}

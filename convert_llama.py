@@ -260,11 +260,11 @@ def main() -> None:
     config.distil_dir = config.distil_dir or f"out/{name}-{config.dataset}-maps"
     device = pick_device(config.device)
 
-    def build(feature_map: str) -> nn.Module:
+    def build(feature_map: str, **options) -> nn.Module:
         model = load(config.model, dtype=getattr(torch, config.weights))
         with as_user_error():
             if feature_map:
-                linearize(model, feature_map, tie=config.tie or not learns_map(feature_map))
+                linearize(model, feature_map, tie=config.tie or not learns_map(feature_map), **options)
         return LanguageModel(model).to(device)
 
     check_fits(config)

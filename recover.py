@@ -240,7 +240,7 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
 def unfinetuned(name: str, config: RecoverConfig, subject: Subject) -> nn.Module:
     """The model of an arm before its finetuning, in mode "softmax": the teacher, with the arm's maps beside it."""
     arm = ARMS[name]
-    net = subject.build(arm.feature_map, **({"share_heads": True} if arm.shared else {}))
+    net = subject.build(arm.feature_map, **arm.options)
     if arm.distilled:
         net.requires_grad_(False)
         for p in map_parameters(net):

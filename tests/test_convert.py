@@ -192,6 +192,16 @@ def test_wrong_flags_are_one_line(convert, flags, message):
     assert code == 2 and message in stderr, stderr
 
 
+def test_one_map_for_all_heads_is_an_arm_where_models_can_share_one(convert, command, tmp_path):
+    code, _, stderr = convert("--arms", "shared", "hedgehog", "exp2", "--finetune", "all")
+    assert code == 0, stderr
+    runs = {r["arm"]: r for r in json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]}
+    assert 4 * runs["shared"]["map_parameters"] == runs["hedgehog"]["map_parameters"] > 0
+    assert len({r["final"]["loss"] for r in runs.values()}) == 3
+    code, _, stderr = command("convert_gpt2", tmp_path, "--arms", "shared", "elu")
+    assert code == 2 and "--arms shared: our GPT has a map for each head" in stderr
+
+
 def test_without_transformers_it_says_what_to_install():
     code = "import sys, runpy; sys.modules['transformers'] = None; runpy.run_path('convert_llama.py')"
     process = start("-c", code)
