@@ -8,7 +8,7 @@ score; for any classifier. Not a command: convert_bert.py and convert_vit.py are
 
 convert.py has the stages and the arms. Every arm, the teacher too, is finetuned for as many epochs more, on the same
 batches, with the same learning rates to choose from. Learning rates (with the first seed) and checkpoints are chosen on
-a part of the training data that nothing trains on.
+a part of the training data that nothing trains on: there "validation loss" is what the score lacks, 1 - score / 100.
 """
 
 import copy
