@@ -121,8 +121,10 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def progress(config) -> tuple[int, str]:
-    """(steps done, "loss") of a run, from its log."""
-    last = next((e for e in reversed(Log(Path(config.out_dir) / "log.jsonl").read()) if "loss" in e), None)
+    """(steps done, "loss") of a run that has not ended, from its log; nothing of an older one in its folder."""
+    out = Path(config.out_dir)
+    log = [] if (out / "result.json").exists() else Log(out / "log.jsonl").read()
+    last = next((e for e in reversed(log) if "loss" in e), None)
     return (last["step"], f"{last['loss']:.2f}") if last else (0, "-")
 
 
@@ -146,7 +148,8 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
     jobs = min(jobs or cores, len(waiting))
     threads = max(1, cores // jobs)
     spawn = multiprocessing.get_context("spawn")
-    bar = tqdm(total=sum(c.max_steps for c in waiting), unit="step", dynamic_ncols=True)
+    before = sum(progress(c)[0] for c in waiting)  # of runs that were interrupted: no part of the speed
+    bar = tqdm(total=sum(c.max_steps for c in waiting), initial=before, unit="step", dynamic_ncols=True)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
     with bar, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         futures = {pool.submit(one, work, config, threads): config for config in waiting}
@@ -159,9 +162,10 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
                     results[config.out_dir] = future.result()
                     ended += config.max_steps
                     bar.write(describe(results[config.out_dir]))
-                states = {Path(c.out_dir).name: progress(c) for f, c in futures.items() if f.running()}
-                bar.set_postfix_str(", ".join(f"{n}: loss {x}" for n, (step, x) in states.items() if step), False)
-                bar.update(ended + sum(step for step, _ in states.values()) - bar.n)
+                states = [(Path(c.out_dir).name, f.running(), *progress(c)) for f, c in futures.items()]
+                losses = (f"{name}: loss {loss}" for name, running, step, loss in states if running and step)
+                bar.set_postfix_str(", ".join(losses), False)
+                bar.update(max(0, ended + sum(step for *_, step, _ in states) - bar.n))
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(e, KeyboardInterrupt):  # the workers had it, too: fit saves, then they end

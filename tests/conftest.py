@@ -117,17 +117,6 @@ def start(*argv, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, **{**pipes, **kwargs})
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A transformers tokenizer whose tokens are bytes, 256 is the end, as `save_pretrained` leaves it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
-
-
 @pytest.fixture(autouse=True)
 def same_threads():
     """Tests that set the number of threads leave it as it was."""

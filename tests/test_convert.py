@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, save_byte_tokenizer, start
+from conftest import TINY, start
 from safetensors.torch import load_file, save_file
+from tiny import save_byte_tokenizer, save_dialogues, save_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,15 +29,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A random Llama of bytes in a folder."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-                                      eos_token_id=256, bos_token_id=256)  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    save_byte_tokenizer(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -282,13 +275,7 @@ def test_the_papers_recipe_is_the_default():
 
 @pytest.fixture
 def dialogues(tmp_path):
-    folder = tmp_path / "dialogues"
-    folder.mkdir()
-    rows = [{"dialogue": f"A: is {i} even?\nB: {'yes' if i % 2 == 0 else 'no'}", "summary": f"{i} is discussed."}
-            for i in range(300)]  # fmt: skip
-    (folder / "some.train.jsonl").write_text("\n".join(json.dumps(r) for r in rows[:280]))
-    (folder / "validation.json").write_text(json.dumps(rows[280:]))
-    return folder
+    return save_dialogues(tmp_path / "dialogues")
 
 
 def test_summaries_are_trained_written_and_scored(command, llama, dialogues, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import save_byte_tokenizer
+from tiny import save_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,14 +2,38 @@
 
 import importlib.util
 import re
+import shlex
 
 import pytest
+import tiny
 import torch
-from conftest import ROOT, save_byte_tokenizer
+from conftest import ROOT, TINY
 from documents import blocks_of, broken_links, check_command
+
+import data
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = blocks_of(README)
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+STEPS = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --device cpu --dtype float32"
+CONVERT = f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 --dev_tokens 200 --eval_tokens 200"
+RECOVER = f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
+OVERRIDES = {  # what makes each command of README small; a flag given twice counts as the last time
+    "train": f"{' '.join(TINY)} --batch_size 16",
+    "sample": "--max_new_tokens 5",
+    "compare": f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --sweep_steps 2 "
+    "--eval_tokens 200 --jobs 1 --seeds 1 --lrs 1e-3 --map_lr_scales 1",
+    "recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 --lrs 1e-3 "
+    "--stage_steps 0 --test_sequences 8 --jobs 1",
+    "analyze": "--tokens 48 --device cpu",
+    "distill": f"{STEPS} --max_steps 2 --batch_size 2 --held_out 2",
+    "convert_gpt2": CONVERT,
+    "convert_llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
+    "convert_bert": RECOVER,
+    "convert_vit": f"{RECOVER} --dev_share 0.2 --train_rows 80",
+    "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32",
+    "bench_encoder": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
+}
 
 
 def test_the_results_table_is_rendered_from_the_results():
@@ -22,12 +46,8 @@ def test_the_results_table_is_rendered_from_the_results():
 
 def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
     """In their order; but a small random model takes the place of the one from the hub."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    save_byte_tokenizer(tmp_path)
+    pytest.importorskip("transformers")
+    tiny.save_llama(tmp_path)
     monkeypatch.chdir(tmp_path)
     examples = [code for language, code in BLOCKS if language == "python"]
     assert len(examples) == 2 and "HuggingFaceTB/SmolLM2-135M" in examples[0]
@@ -37,12 +57,53 @@ def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
     assert (tmp_path / "linear.safetensors").stat().st_size < 50_000
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, text):
+    """A folder to work in, and what stands in it for the models, the data and the tokenizer of the hub: word of a
+    command -> words in its place."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recovery.DRAWS", 5)
+    monkeypatch.setattr(data.GPT2Tokenizer, "__init__", lambda self: None)  # GPT-2's is a download: bytes
+    monkeypatch.setattr(data.GPT2Tokenizer, "vocab_size", 257)
+    for method in ("encode_many", "decode_bytes"):
+        monkeypatch.setattr(data.GPT2Tokenizer, method, getattr(data.ByteTokenizer, method))
+    words = tmp_path / "words"
+    words.mkdir()
+    for name in ("input.txt", "wiki.train.raw", "wiki.valid.raw"):
+        (words / name).write_text(text.read_text())
+    glue = tiny.save_glue(tmp_path / "glue")
+    dialogues, images = tiny.save_dialogues(tmp_path / "dialogues"), tiny.save_images(tmp_path / "images")
+    bert = tiny.save_encoder(tmp_path / "bert")
+    folders = {
+        "shakespeare": ["shakespeare", "--data_dir", words], "wikitext2": ["wikitext2", "--data_dir", words],
+        "wikitext103": ["wikitext103", "--data_dir", words], "imagenet": ["imagenet", "--data_dir", images],
+        "dialogue": ["dialogue", "--data_dir", dialogues], "cola": ["cola", "--data_dir", glue, "--model", bert],
+        "gpt2": [tiny.save_gpt2(tmp_path / "gpt2"), "--data_dir", words],
+        "HuggingFaceTB/SmolLM2-135M": [tiny.save_llama(tmp_path / "llama")],
+        "google/vit-base-patch16-224": [tiny.save_vit(tmp_path / "vit")],
+    }  # fmt: skip
+    return folders | {"FOLDER": [bert], "GLUE_FILES": [glue], "FILE": [text], "FILE_OR_FOLDER": [text]}
+
+
+def test_every_command_runs(command, elsewhere):
+    """Every line of every bash block, in README's order, each finding what those before it have left: with small
+    models and data in the place of the hub's. torchrun's line runs in one process; two are in test_train.py."""
+    for line in COMMANDS:
+        words = shlex.split(line, comments=True)
+        words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
+        script = next((w.removesuffix(".py") for w in words if w.endswith(".py")), None)
+        if script is None:
+            assert not words or words[0] in ("pip", "pytest"), line
+            continue
+        flags = [part for w in words[words.index(f"{script}.py") + 1 :] for part in elsewhere.get(w, [w])]
+        code, stdout, stderr = command(script, *flags, *OVERRIDES[script].split())
+        assert code == 0, f"{line}\n{stdout}\n{stderr}"
+
+
 def test_every_command_is_understood(monkeypatch):
     """Flags and recipes are read by the commands' own parsers; nothing is trained."""
-    lines = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
-    commands = """train bench sample analyze recall compare distill convert_gpt2 convert_llama convert_bert convert_vit
-        bench_encoder""".split()
-    assert {f"{name}.py" for name in commands} <= {check_command(line, monkeypatch) for line in lines}
+    assert {f"{name}.py" for name in OVERRIDES} <= {check_command(line, monkeypatch) for line in COMMANDS}
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():

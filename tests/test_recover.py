@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import save_byte_tokenizer
+from tiny import save_byte_tokenizer, save_encoder, save_glue, save_images, save_vit
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -22,44 +22,20 @@ from hf import linearize, load_linearized  # noqa: E402
 from hf_models import Classifier, load  # noqa: E402
 from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of  # noqa: E402
 
-WORDS = "the a cat dog tree sees eats red big small and near".split()
 QUICK = (
     "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 2 "
     "--eval_interval 4 --save_interval 4 --log_interval 4 --warmup_steps 1 --device cpu --dtype float32"
 ).split()
 
 
-def make_encoder(folder, kind="BertModel", **changes):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**{**dict(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.2, max_position_embeddings=64, pad_token_id=0), **changes})  # fmt: skip
-    getattr(transformers, kind)(config).save_pretrained(folder)
-    save_byte_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random BERT of bytes in a folder."""
-    return make_encoder(tmp_path_factory.mktemp("bert"))
+    return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """GLUE's layout: acceptable is what has a cat in it; similar are sentences with as many words."""
-    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(160)]
-    for name in ("CoLA", "STS-B"):
-        (folder / name).mkdir()
-        for file, rows in (("train", texts[:120]), ("dev", texts[120:])):
-            if name == "CoLA":
-                lines = [f"x\t{int('cat' in text)}\t\t{text}" for text in rows]
-            else:
-                lines = ["sentence1\tsentence2\tscore"]
-                lines += [f"{a}\t{b}\t{5 - abs(len(a.split()) - len(b.split()))}" for a, b in zip(rows, reversed(rows))]
-            (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
+    return save_glue(tmp_path_factory.mktemp("glue"))
 
 
 @pytest.fixture
@@ -123,7 +99,7 @@ def test_padding_and_order_change_no_output(encoder, files, feature_map, pooling
 def test_pairs_have_segments_and_regression_has_labels_that_are_numbers(files, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
-    folder = make_encoder(tmp_path / "bert")
+    folder = save_encoder(tmp_path / "bert")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     pair = TemplateProcessing(single="$A", pair="$A:0 <end>:0 $B:1", special_tokens=[("<end>", tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = pair
@@ -337,30 +313,14 @@ def test_the_vit_command_converts_draws_and_keeps_what_it_made(command, tmp_path
 
 
 def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 40), ("validation", 6)):
-        for kind in ("cat", "dog"):
-            folder = tmp_path / "images" / split / kind
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 120, (14, 10, 3)) + (100 if kind == "dog" else 0)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    config = transformers.ViTConfig(
-        image_size=12, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=2,
-    )  # fmt: skip
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path / "vit")
+    save_images(tmp_path / "images")
+    save_vit(tmp_path / "vit")
     flags = ["--dataset", "imagenet", "--data_dir", tmp_path / "images", "--batch_size", 8, "--dev_share", 0.2,
              "--held_out", 4, "--out_dir", tmp_path / "out", "--arms", "teacher", "hedgehog"]  # fmt: skip
     code, _, stderr = command("convert_vit", tmp_path / "vit", *flags)
     assert code == 0, stderr
     assert not (tmp_path / "out" / "seed1" / "teach").exists() and (tmp_path / "out" / "patches.png").exists()
-    three = transformers.ViTConfig(**{**config.to_dict(), "num_labels": 3})
-    transformers.ViTForImageClassification(three).save_pretrained(tmp_path / "three")
-    shutil.copy(tmp_path / "vit" / "preprocessor_config.json", tmp_path / "three")
+    save_vit(tmp_path / "three", classes=3)
     code, _, stderr = command("convert_vit", tmp_path / "three", *flags)
     assert code == 2 and "is for 3 classes, and these images have 2" in stderr
     shutil.rmtree(tmp_path / "images" / "train" / "dog")

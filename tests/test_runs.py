@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
-from common import RunError, load_checkpoint
-from runs import finished, mean_sd, one, sweep_and_seeds, write_json
+from common import Log, RunError, load_checkpoint
+from runs import finished, mean_sd, one, progress, sweep_and_seeds, write_json
 
 
 @dataclass
@@ -55,6 +55,17 @@ def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path):
     assert sweep(tmp_path)[1] == final
     assert {p.read_text() for p in tmp_path.glob("*/count")} == {"1"}
     assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
+
+
+def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
+    config = Config(out_dir=str(tmp_path))
+    assert progress(config) == (0, "-")
+    for step in (1, 4):
+        Log(tmp_path / "log.jsonl").write(step=step, loss=step / 2)
+    Log(tmp_path / "log.jsonl").write(step=5, val_loss=1.0)
+    assert progress(config) == (4, "2.00")
+    write_json(tmp_path / "result.json", {})
+    assert progress(config) == (0, "-")
 
 
 def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
