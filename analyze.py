@@ -41,7 +41,7 @@ from common import (
     run,
     write_atomically,
 )
-from feature_maps import FEATURE_MAPS, make_feature_map
+from feature_maps import FEATURE_MAPS, make_feature_map, unknown
 from model import GPT, GPTConfig
 
 FIRST = "out/stdlib-hedgehog"  # where the first command leaves its checkpoint
@@ -202,8 +202,8 @@ class AnalyzeConfig:
     seed: int = 1  # of Performer's random features, and of a model made for want of a checkpoint
 
     def check(self) -> None:
-        if unknown := set(self.maps) - set(FEATURE_MAPS):
-            raise UserError(f"--maps takes {', '.join(FEATURE_MAPS)}, not {', '.join(sorted(unknown))}")
+        if strange := [name for name in self.maps if name not in FEATURE_MAPS]:
+            raise UserError("--maps: " + unknown("feature map", strange[0], FEATURE_MAPS))
         if self.tokens < 2 or self.heads < 1:
             raise UserError(f"tokens must be at least 2, and heads 1, not {self.tokens} and {self.heads}")
 

@@ -38,6 +38,7 @@ from feature_maps import (
     Untied,
     at_least_float32,
     make_feature_map,
+    unknown,
     without_autocast,
 )
 from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
@@ -296,5 +297,5 @@ def make_attention(name: str, n_head: int, head_dim: int, *, window: int = 32, *
         phi = make_feature_map("hedgehog", n_head, head_dim, **options)
         return WindowAttention(phi, n_head, head_dim, window, linear=WINDOWS[name])
     if name not in FEATURE_MAPS:
-        raise ValueError(f"unknown attention {name!r}: choose one of {', '.join(attentions())}")
+        raise ValueError(unknown("attention", name, attentions()))
     return LinearAttention(make_feature_map(name, n_head, head_dim, **options))

@@ -16,6 +16,7 @@ in FEATURE_MAPS; see CONTRIBUTING.md.
 """
 
 import contextlib
+import difflib
 import math
 
 import torch
@@ -266,19 +267,42 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 }
 
 
+def unknown(what: str, name: str, known) -> str:
+    """What to say of a name that is none of `known`."""
+    near = "".join(f" (did you mean {n}?)" for n in difflib.get_close_matches(name, known, n=1))
+    names = ", ".join(known)
+    return f"unknown {what} {name!r}{near}: choose one of {names}, or give your own a line in FEATURE_MAPS"
+
+
 def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
     tie=False gives queries and keys a map each (learned maps only). Other options go to the class:
     n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t (exp_t1,
     exp_t2).
-    Raises ValueError for an unknown name, and for tie=False on a map without parameters.
+    Raises ValueError for an unknown name, for tie=False on a map without parameters, and for a class that is no
+    feature map: features of another shape than it says, not finite, or whose products are negative.
     """
     if name not in FEATURE_MAPS:
-        raise ValueError(f"unknown feature map {name!r}: choose one of {', '.join(FEATURE_MAPS)}")
+        raise ValueError(unknown("feature map", name, FEATURE_MAPS))
     cls = FEATURE_MAPS[name]
+    phi = cls(n_head, head_dim, **options)
+    check_features(name, phi)
     if tie:
-        return cls(n_head, head_dim, **options)
+        return phi
     if not issubclass(cls, Learned):
         raise ValueError(f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters")
-    return Untied(cls(n_head, head_dim, **options), cls(n_head, head_dim, **options))
+    return Untied(phi, cls(n_head, head_dim, **options))
+
+
+@torch.no_grad()
+def check_features(name: str, phi: FeatureMap) -> None:
+    """Try a new map on a few tokens: a mistake in it would else show much later, as a loss that is not finite."""
+    D, tokens = phi.head_dim, 5
+    x = torch.linspace(-2, 2, tokens * D).sin().view(1, 1, tokens, D).expand(1, phi.n_head, -1, -1)
+    found, shape = phi(x), (1, phi.n_head, tokens, phi.feature_dim)
+    if found.shape != shape:
+        raise ValueError(f"feature map {name!r}: phi(x) of x {tuple(x.shape)} has shape {tuple(found.shape)}, and must "
+                         f"have {shape}: (B, H, T, F), F = feature_dim")  # fmt: skip
+    if not (found @ found.mT >= 0).all():
+        raise ValueError(f"feature map {name!r}: phi(q).phi(k) must not be negative or NaN, it is an attention weight")

@@ -3,6 +3,7 @@
 Called by analyze.py, recall.py, compare.py, distill.py, results/render.py and docs/notebook.py.
 """
 
+import itertools
 import math
 import statistics
 import textwrap
@@ -26,8 +27,13 @@ LABELS = {
 }  # fmt: skip
 
 
+OWN = itertools.cycle(("#c00000", "#7a00cc", "#00a0a0", "#d0008c"))
+
+
 def style(name: str) -> tuple[str, str]:
-    return STYLE.get(name, ("#c00000", "*"))  # a reader's own map stands out
+    if name not in STYLE:  # a reader's own map: a star, the first one red
+        STYLE[name] = (next(OWN), "*")
+    return STYLE[name]
 
 
 def label(name: str) -> str:
@@ -96,7 +102,7 @@ def spikiness(axes, facts: dict, labels: dict) -> None:
 def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, layer: int) -> str:
     """Fig. 3: weight against q.k, for one head and a few queries, each map in a panel of its own."""
     head = int(np.argmin(facts["maps"]["softmax"]["entropy"][layer]))
-    T, cols = scores.shape[-1], 4
+    T, cols = scores.shape[-1], min(4, len(weights))
     queries = [T - 1, 3 * T // 4, T // 2]
     rows = math.ceil(len(weights) / cols)
 
@@ -118,11 +124,11 @@ def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, l
         figure.supylabel("attention weight", fontsize=9)
         who = ", ".join(str(i) for i in queries)
         figure.suptitle(
-            f"Only where points rise from left to right does a larger q.k mean a larger weight "
+            "Only where points rise from left to right does a larger q.k mean a larger weight\n"
             f"(layer {layer}, head {head}, queries {who})", fontsize=9,
         )  # fmt: skip
 
-    return plot(path, command, draw, rows, cols, (10, 2.4 * rows + 0.6))
+    return plot(path, command, draw, rows, cols, (2.5 * cols, 2.4 * rows + 0.6))
 
 
 def attention_maps(path: Path, command: str, weights: dict, layer: int, most_heads: int) -> str:
@@ -141,12 +147,14 @@ def attention_maps(path: Path, command: str, weights: dict, layer: int, most_hea
             column[0].set_title(name.replace(", ", "\n"), fontsize=7)
         for h, axis in enumerate(axes[:, 0]):
             axis.set_ylabel(f"head {h}: query", fontsize=8)
-        figure.suptitle(
-            f"Attention weights of layer {layer}: keys from left to right, black where a query's weight is largest\n"
-            "(square root of weight / largest weight); below: mean entropy", fontsize=8,
-        )  # fmt: skip
+        said = (
+            f"Attention weights of layer {layer}: keys from left to right, black where a query's weight is largest "
+            "(square root of weight / largest weight); below: mean entropy"
+        )
+        figure.suptitle("\n".join(textwrap.wrap(said, int(16 * width))), fontsize=8)
 
-    return plot(path, command, draw, heads, cols, (1.35 * cols + 0.5, 1.65 * heads + 0.9), squeeze=False)
+    width = 1.35 * cols + 0.5
+    return plot(path, command, draw, heads, cols, (width, 1.65 * heads + 0.9), squeeze=False)
 
 
 def one_head(path: Path, command: str, weights: dict, tokens: list[str], which: str, most: int = 34) -> str:
@@ -188,14 +196,14 @@ def taylor(axes, facts: dict, scores) -> None:
     T = scores.shape[-1]
     seen = scores[:, *np.tril_indices(T)].flatten() if facts["causal"] else scores.flatten()
     twin = axes[0].twinx()
-    twin.hist(seen.clamp(-6, 6), bins=60, color="#0072b2", alpha=0.3)
+    twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
     twin.set_yticks([])
     below = float(np.mean(facts["below_minus_one"]))
     axes[0].set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9)
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="upper center")
     teacher = np.ravel(facts["maps"]["softmax"]["entropy"])
-    for name in ("taylor", "hedgehog", "elu"):
-        if name in facts["maps"]:
+    for name in facts["maps"]:
+        if name in ("taylor", "hedgehog", "elu") or name not in (*LABELS, "softmax"):  # or a reader's own
             color, marker = style(name)
             axes[1].scatter(teacher, np.ravel(facts["maps"][name]["entropy"]), color=color, marker=marker, s=28,
                             label=label(name))  # fmt: skip
@@ -232,9 +240,10 @@ def recall(path: Path, groups: dict[str, list[dict]], command: str) -> str:
     def draw(figure, axes) -> None:
         for name, runs in groups.items():
             color, marker = style(name)
+            size, order = (90, 4) if marker == "*" else (36, 3)
             for axis, measure in zip(axes, ("entropy", "tau")):
                 x, y = [r["final"][measure] for r in runs], [100 * r["final"]["accuracy"] for r in runs]
-                axis.scatter(x, y, color=color, marker=marker, s=36, alpha=0.8, label=label(name))
+                axis.scatter(x, y, color=color, marker=marker, s=size, alpha=0.8, label=label(name), zorder=order)
             for i, r in enumerate(runs):
                 steps, accuracy = zip(*r["curve"])
                 axes[2].plot(steps, [100 * a for a in accuracy], color=color, linewidth=1.2,
@@ -247,9 +256,9 @@ def recall(path: Path, groups: dict[str, list[dict]], command: str) -> str:
             axis.grid(alpha=0.3)
         solved = [label(n) for n, runs in groups.items() if statistics.mean(r["final"]["accuracy"] for r in runs) > 0.9]
         figure.suptitle(f"Associative recall: solved by {', '.join(solved) or 'none'}", fontsize=10)
-        axes[0].legend(fontsize=7, loc="center left")
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
 
-    return plot(path, command, draw, 1, 3, (12, 4.2))
+    return plot(path, command, draw, 1, 3, (13, 4.2))
 
 
 def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, command: str) -> str:

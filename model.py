@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import WINDOWS, attentions, learns_map, make_attention
-from feature_maps import FeatureMap
+from feature_maps import FeatureMap, unknown
 
 
 @dataclass
@@ -51,7 +51,7 @@ class GPTConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.attention not in attentions():
-            raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(attentions())}")
+            raise ValueError(unknown("attention", self.attention, attentions()))
         if self.map_init not in ("identity", "random"):
             raise ValueError(f"unknown map_init {self.map_init!r}: choose identity or random")
         if self.map_features < 0 or self.conv < 0 or self.conv == 1:

@@ -5,6 +5,8 @@ same command continues an experiment. What a run prints goes to output.txt in it
 """
 
 import contextlib
+import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -33,6 +35,7 @@ from common import (
     restore,
     write_atomically,
 )
+from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from train import fit
 
@@ -64,6 +67,7 @@ def train_one(config, batch: Callable, evaluate: Callable, final: Callable, toke
     points = [e for e in entries if "val_loss" in e]
     result = {
         "config": asdict(config),
+        "code": code_of(config),
         **provenance(),
         "parameters": model.num_params(),
         "steps": points[-1]["step"],
@@ -78,6 +82,15 @@ def train_one(config, batch: Callable, evaluate: Callable, final: Callable, toke
     return result
 
 
+def code_of(config) -> str:
+    """The source of the run's feature map: a map that was changed is another one, under the same name."""
+    cls = FEATURE_MAPS.get(getattr(config, "attention", ""))
+    try:
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16] if cls else ""
+    except OSError:  # typed into an interpreter
+        return ""
+
+
 def same_config(a: dict, b: dict) -> bool:
     """Whether two configurations train the same: all but where, and whether to go on."""
     return {**a, "resume": None, "out_dir": None} == {**b, "resume": None, "out_dir": None}
@@ -87,7 +100,7 @@ def finished(config) -> dict | None:
     """The result of a run that has been made before with the same settings."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not such a file
         result = json.loads((Path(config.out_dir) / "result.json").read_text())
-        if same_config(result["config"], asdict(config)):
+        if same_config(result["config"], asdict(config)) and result.get("code", "") in ("", code_of(config)):
             return result
     return None
 
@@ -101,7 +114,7 @@ def one(work: Callable, config, threads: int) -> dict:
         try:
             return work(replace(config, resume=not (out / "result.json").exists()))
         except RunError as e:
-            result = {"config": asdict(config), **provenance(), "failed": str(e)}
+            result = {"config": asdict(config), "code": code_of(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
             return result
 
@@ -142,6 +155,8 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict],
     waiting = [c for c in configs if c.out_dir not in results]
     if results:
         print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
+        for result in (r for r in results.values() if "failed" in r):
+            print(describe(result))
     if not waiting:
         return [results[c.out_dir] for c in configs]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -121,7 +121,7 @@ def glance() -> str:
     row(gap, "68.6%", "compare-stdlib.json", closed, seeds_of, "python compare.py")
     row("the same with nothing that we add", "68.6%", "compare-stdlib-paper.json", closed, seeds_of,
         "python compare.py --setting paper")  # fmt: skip
-    row("Fig. 5, associative recall: accuracy (the paper shows softmax, not Hedgehog)", "100%", "recall-seeds.json",
+    row("Fig. 5, associative recall: accuracy (the paper shows softmax, not Hedgehog)", "100%", "recall.json",
         recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
     if glued := glue_tasks():
         shares = [statistics.mean(recovery.recovered(f, "hedgehog")) for f in glued]
@@ -162,10 +162,7 @@ TABLES = {
     "glance": lambda: glance(),
     "results": lambda: table(),
     "speed": lambda: speed_table(),
-    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all"),
-    "recall-seeds": lambda: experiment(
-        "recall-seeds.json", recall.table, "python recall.py --all --attentions softmax hedgehog taylor --seeds 3"
-    ),
+    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all --seeds 3"),
     "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
     "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
     "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
@@ -174,6 +171,7 @@ TABLES = {
         "convert-stdlib.json", convert.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
     ),
     "smollm2": lambda: experiment("convert-smollm2.json", convert.table_perplexity, SMOLLM2),
+    "smollm2-lora": lambda: experiment("convert-smollm2-lora.json", convert.table_perplexity, SMOLLM2),
     "smollm2-long": lambda: experiment("convert-smollm2-long.json", convert.table_perplexity, SMOLLM2),
     "glue": lambda: glue(),
     "cola": lambda: experiment("cola-controls.json", recovery.table, "python convert_bert.py cola"),

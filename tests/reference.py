@@ -72,13 +72,14 @@ def feature(name: str, x: Tensor, position: int, phi) -> list:
     if name == "taylor":  # all D^2 second-order features; the repository keeps half of them
         x = x / D**0.25
         return [1 + 0 * x[0], *x, *(x[a] * x[b] / math.sqrt(2) for a in range(D) for b in range(D))]
+    assert "weight" in phi, f"feature(): write the formula of {name} here"
     u = [sum(phi["weight"][d, f] * x[d] for d in range(D)) + phi["bias"][f] for f in range(len(phi["bias"]))]
     if name == "t2r":
         return [ui if ui > 0 else 0 * ui for ui in u]
     plus, minus = [ui.exp() for ui in u], [(-ui).exp() for ui in u]
     if name == "hedgehog_exp":  # Eq. 5
         return plus + minus
-    assert name == "hedgehog"  # Eq. 4 of u and of -u
+    assert name == "hedgehog", f"feature(): write the formula of {name} here"  # Eq. 4 of u and of -u
     return [p / sum(plus) for p in plus] + [m / sum(minus) for m in minus]
 
 

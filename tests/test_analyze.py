@@ -205,7 +205,7 @@ def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
     "flags, line",
     [
         ("no/such/run", "no/such/run"),
-        ("--maps elo", "--maps takes elu, relu"),
+        ("--maps elo", "--maps: unknown feature map 'elo' (did you mean elu?): choose one of elu, relu"),
         ("--tokens 1", "tokens must be at least 2"),
         ("--text no/such/file", "cannot read no/such/file"),
         ("--layer 7 --tokens 9", "this model has layers 0 to 1"),

@@ -7,10 +7,10 @@ import reference
 import torch
 
 from attention import LinearAttention, linear_attention_quadratic, linear_weights, softmax_weights
-from feature_maps import EXP_MAX, FEATURE_MAPS, FLOOR, Untied, make_feature_map
+from feature_maps import EXP_MAX, FEATURE_MAPS, FLOOR, FeatureMap, Learned, Untied, make_feature_map
 
 NAMES = list(FEATURE_MAPS)
-LEARNED = ["t2r", "hedgehog", "hedgehog_exp"]
+LEARNED = [name for name in NAMES if issubclass(FEATURE_MAPS[name], Learned)]
 
 
 def random_map(name: str, H: int, D: int, dtype=torch.float64, **options):
@@ -165,6 +165,21 @@ def test_untied_maps_differ_by_role_and_fixed_maps_cannot_be_untied():
         make_feature_map("elu", 2, 4, tie=False)
     with pytest.raises(ValueError, match="unknown feature map 'hedgehg'"):
         make_feature_map("hedgehg", 2, 4)
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (lambda self, x, offset: x.square().sum(-1), r"has shape \(1, 2, 5\), and must have \(1, 2, 5, 4\)"),
+        (lambda self, x, offset: torch.cat([x, -x], -1).exp(), r"\(1, 2, 5, 8\), and must have \(1, 2, 5, 4\)"),
+        (lambda self, x, offset: x.tanh(), "must not be negative or NaN"),
+        (lambda self, x, offset: x.log(), "must not be negative or NaN"),
+    ],
+)
+def test_what_is_no_feature_map_is_refused_by_its_name(features, message, monkeypatch):
+    monkeypatch.setitem(FEATURE_MAPS, "mine", type("Mine", (FeatureMap,), {"features": features}))
+    with pytest.raises(ValueError, match=f"feature map 'mine': .*{message}"):
+        make_feature_map("mine", 2, 4)
 
 
 def test_hedgehog_is_two_softmaxes_and_not_one_over_both_halves():

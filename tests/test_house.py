@@ -35,7 +35,7 @@ def test_imports_go_one_way():
         "common": set(), "data": {"common"}, "evaluate": {"common", "model"},
         "configs": {"common", "model"},
         "analyze": {"attention", "common", "data", "feature_maps", "figures", "model"},
-        "runs": {"common", "kernels", "model", "train"},
+        "runs": {"common", "feature_maps", "kernels", "model", "train"},
         "distill": {
             "attention", "common", "configs", "data", "feature_maps", "figures", "kernels", "model", "runs", "train",
         },

@@ -12,7 +12,8 @@ from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
 from common import Log, RunError, load_checkpoint
-from runs import finished, mean_sd, one, progress, sweep_and_seeds, write_json
+from feature_maps import FEATURE_MAPS
+from runs import code_of, finished, mean_sd, one, progress, sweep_and_seeds, write_json
 
 
 @dataclass
@@ -66,6 +67,28 @@ def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
     assert progress(config) == (4, "2.00")
     write_json(tmp_path / "result.json", {})
     assert progress(config) == (0, "-")
+
+
+def test_a_run_with_a_map_that_was_changed_since_is_made_again(tmp_path, monkeypatch):
+    @dataclass
+    class WithMap(Config):
+        attention: str = "mine"
+
+    class Mine(FEATURE_MAPS["elu"]):
+        pass
+
+    class Changed(FEATURE_MAPS["elu"]):
+        t = 2
+
+    config = WithMap(out_dir=str(tmp_path))
+    monkeypatch.setitem(FEATURE_MAPS, "mine", Mine)
+    result = {"config": asdict(config), "code": code_of(config)}
+    write_json(tmp_path / "result.json", result)
+    assert finished(config) == result
+    monkeypatch.setitem(FEATURE_MAPS, "mine", Changed)
+    assert finished(config) is None
+    write_json(tmp_path / "result.json", {"config": asdict(config)})  # from before the code was noted
+    assert finished(config) is not None
 
 
 def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):

@@ -450,7 +450,7 @@ def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
         ("--batch_size 0", "batch_size must be positive"), ("--n_layer 0", "n_layer must be at least 1"),
         ("--beta2 1", "beta2 must be below 1"), ("--seed -1", "seed must be zero or more"),
         ("--dropout 1.5", "dropout must be in [0, 1)"), ("--block_size 100000", "too few for --block_size"),
-        ("--attention hedgehock", "unknown attention 'hedgehock': choose one of softmax"),
+        ("--attention hedgehock", "unknown attention 'hedgehock' (did you mean hedgehog?): choose one of softmax"),
         ("--dataset foo", "unknown data set 'foo'"), ("--data_dir /nowhere", "/nowhere does not exist"),
         ("--tokenizer foo", "unknown tokenizer"), ("--dtype float16", "dtype must be auto, float32 or bfloat16"),
         ("--device cuda:7", "device 'cuda:7' is not available"), ("--device gpu", "device 'gpu' is not available"),
