@@ -254,8 +254,8 @@ def table(facts: dict) -> str:
     for name, of_map in facts["maps"].items():
         cells = (f"{np.mean(of_map[key]):.3f}" for key in ("entropy", "tau", "kl"))
         lines.append(f"| {label_of(name, facts['attention'])} | {' | '.join(cells)} |")
-    lines += [f"| uniform | {facts['uniform_entropy']:.3f} | | |", "", "1 + x + x²/2, Taylor's weight, falls below "
-              f"x = -1: there are {np.mean(facts['below_minus_one']):.0%} of all q.k / sqrt(D)."]  # fmt: skip
+    lines += [f"| uniform | {facts['uniform_entropy']:.3f} | | |", "", "1 + x + x²/2, Taylor's weight, falls with x "
+              f"below x = -1, where {np.mean(facts['below_minus_one']):.0%} of all q.k / sqrt(D) are."]  # fmt: skip
     return "\n".join(lines)
 
 

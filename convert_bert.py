@@ -22,7 +22,7 @@ from data import glue
 
 need("transformers", "sklearn")
 from hf import attention_modules, check_plain, is_causal  # noqa: E402
-from hf_models import Classifier, Tokenizer, load, transformers, where  # noqa: E402
+from hf_models import Classifier, Tokenizer, load, read_config, transformers  # noqa: E402
 from recover import HELP, Examples, Model, RecoverConfig, recover  # noqa: E402
 
 TABLE_5 = {"elu": 28.1, "relu": 39.5, "performer": 24.7, "cosformer": 39.9, "exp": 45.9, "exp2": 50.0}  # CoLA
@@ -102,13 +102,11 @@ def examples_of(config: BertConfig) -> Examples:
 def check_encoder(config: BertConfig) -> bool:
     """Whether the model is finetuned on a task of this kind already. Raises UserError for what cannot be converted:
     before the first hour, on the model's shape, without its weights."""
-    name, options = where(config.model)
-    n_labels = glue.TASKS[config.task].n_labels
+    n_labels, of_model = glue.TASKS[config.task].n_labels, read_config(config.model)
     try:
-        of_model = transformers.AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
             model = KIND.from_config(of_model)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise UserError(f"{config.model} is no model that can classify ({str(e).splitlines()[0][:160]}): give a hub "
                         "name or a folder of a BERT-type encoder") from e  # fmt: skip
     with as_user_error():

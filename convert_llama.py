@@ -37,7 +37,7 @@ from distill import ZeroAttention, map_parameters, sockets
 
 need("transformers", "peft", "rouge_score")
 from hf import attention_modules, check_plain, linearize, save_linearized  # noqa: E402
-from hf_models import LanguageModel, Tokenizer, load, transformers, where  # noqa: E402
+from hf_models import LanguageModel, Tokenizer, load, read_config, transformers  # noqa: E402
 
 
 @dataclass
@@ -226,13 +226,11 @@ def table_rouge(results: list[dict]) -> str:
 
 def check_fits(config: LlamaConfig) -> None:
     """Complain before the first hour, not after it: on the model's shape, without its weights."""
-    name, options = where(config.model)
-    tokenizer = Tokenizer(config.model)
+    tokenizer, of_model = Tokenizer(config.model), read_config(config.model)
     try:
-        of_model = transformers.AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(of_model)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise UserError(f"{config.model} is no causal language model ({str(e).splitlines()[0][:160]})") from e
     with as_user_error():
         for module in attention_modules(model):

@@ -27,7 +27,7 @@ from data import hub
 need("transformers", "sklearn")
 from distill import sockets  # noqa: E402
 from hf import attention_modules, check_plain  # noqa: E402
-from hf_models import ImageClassifier, load, transformers  # noqa: E402
+from hf_models import ImageClassifier, load, read_config, transformers  # noqa: E402
 from recover import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned  # noqa: E402
 
 KIND = transformers.AutoModelForImageClassification
@@ -128,13 +128,13 @@ def small_vit() -> nn.Module:
 
 def check_vit(config: ViTConfig) -> int | None:
     """How many classes the model is finetuned on, if it is. Raises UserError for what is no ViT."""
+    of_model = read_config(config.model)
     try:
-        of_model = transformers.AutoConfig.from_pretrained(config.model)
         with torch.device("meta"):
             modules = attention_modules(KIND.from_config(of_model))
         for module in modules:
             check_plain(module)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         reason = str(e).splitlines()[0][:160]
         raise UserError(f"{config.model} is no vision transformer that can be converted ({reason}): give a hub name or "
                         "a folder, as google/vit-base-patch16-224") from e  # fmt: skip

@@ -103,14 +103,14 @@ def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, l
     """Fig. 3: weight against q.k, for one head and a few queries, each map in a panel of its own."""
     head = int(np.argmin(facts["maps"]["softmax"]["entropy"][layer]))
     T, cols = scores.shape[-1], min(4, len(weights))
-    queries = [T - 1, 3 * T // 4, T // 2]
+    queries = {T - 1: "#000000", 3 * T // 4: "#0072b2", T // 2: "#e69f00"}  # black, blue, orange
     rows = math.ceil(len(weights) / cols)
 
     def draw(figure, axes) -> None:
         axes = np.ravel(axes)
         for axis, (name, A), key in zip(axes, weights.items(), facts["maps"]):
             tau = facts["maps"][key]["tau"][layer][head]
-            for i, shade in zip(queries, ("#000000", "#0072b2", "#e69f00")):
+            for i, shade in queries.items():
                 seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
                 axis.scatter(scores[head, i, seen], A[head, i, seen].clamp(min=1e-9), s=7, color=shade, alpha=0.6)
             axis.set_yscale("log")
@@ -120,9 +120,10 @@ def monotonicity(path: Path, command: str, facts: dict, weights: dict, scores, l
             axis.tick_params(labelsize=7)
         for axis in axes[len(weights) :]:
             axis.axis("off")
-        figure.supxlabel("q.k / sqrt(D)", fontsize=9)
-        figure.supylabel("attention weight", fontsize=9)
-        who = ", ".join(str(i) for i in queries)
+        for i, axis in enumerate(axes[: len(weights)]):
+            axis.set_xlabel("q.k / sqrt(D)" if i + cols >= len(weights) else "", fontsize=8)
+            axis.set_ylabel("" if i % cols else "attention weight", fontsize=8)
+        who = ", ".join(f"{i} ({shade})" for i, shade in zip(queries, ("black", "blue", "orange")))
         figure.suptitle(
             "Only where points rise from left to right does a larger q.k mean a larger weight\n"
             f"(layer {layer}, head {head}, queries {who})", fontsize=9,
@@ -280,24 +281,27 @@ def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, c
     return plot(path, command, draw)
 
 
-def recovery(path: Path, points: list[tuple[str, float, dict]], title: str, command: str) -> str:
-    """What converted models recover against KL, monotonicity and entropy of their weights: (feature map, % recovered,
-    the weights' measures) for each."""
+def recovery(path: Path, points: list[tuple], title: str, command: str) -> str:
+    """What converted models recover against KL, monotonicity and entropy of their weights: (convert.Arm, % recovered,
+    the weights' measures) for each. Marks are filled where the map was distilled."""
 
     def draw(figure, axes) -> None:
         labels = {"kl": "KL(softmax, linear) before finetuning (nats)", "tau": "monotonicity: Kendall's tau",
                   "entropy": "mean attention entropy (nats)"}  # fmt: skip
         for axis, (key, text) in zip(axes, labels.items()):
-            for name, share, weights in points:
-                color, marker = style(name)
-                axis.scatter(weights[key], share, color=color, marker=marker, s=40, alpha=0.8, label=label(name))
+            for arm, share, weights in points:
+                color, marker = style("hedgehog_exp" if arm.shared else arm.feature_map)
+                fill = color if arm.distilled else "none"
+                axis.scatter(weights[key], share, edgecolors=color, facecolors=fill, marker=marker, s=40, alpha=0.8,
+                             label=arm.label.partition(":")[0].removesuffix(", finetuned"))  # fmt: skip
             axis.set(xlabel=text)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("score recovered, % of the teacher's")
         found = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
         axes[0].legend(found.values(), found.keys(), fontsize=7)
-        best = max(points, key=lambda p: p[1], default=("none", 0.0, {}))
-        figure.suptitle(f"{title}: most is recovered by {label(best[0])} ({best[1]:.0f}%)", fontsize=10)
+        best = sorted((share, arm.label.partition(":")[0]) for arm, share, _ in points)[-1:]
+        most = "".join(f": most is recovered by {name} ({share:.0f}%)" for share, name in best)
+        figure.suptitle(f"{title}{most}; filled: distilled", fontsize=10)
 
     return plot(path, command, draw, 1, 3, (11, 4.4))
 

@@ -89,6 +89,17 @@ def where(source: str) -> tuple[str, dict]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
 
 
+def read_config(source: str) -> transformers.PreTrainedConfig:
+    """A model's configuration, without its weights."""
+    name, options = where(source)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0][:160]
+        raise UserError(f"cannot load {source} ({reason}): give a hub name, which needs a network once, or a folder "
+                        "with config.json and weights") from e  # fmt: skip
+
+
 def load(
     source: str, kind=transformers.AutoModelForCausalLM, dtype: torch.dtype = torch.float32, new: tuple[str, ...] = (),
     **changes,

@@ -81,9 +81,9 @@ def recovered(facts: dict, arm: str) -> list[float]:
 
 
 def points(facts: dict) -> list[tuple[str, float, dict]]:
-    """(feature map, % recovered, the weights before finetuning) of every arm that is finetuned with a map."""
+    """(arm, % recovered, the weights before finetuning) of every arm that is finetuned with a map."""
     found = {arm: (recovered(facts, arm), runs[0].get("weights")) for arm, runs in by_arm(facts).items()}
-    return [(ARMS[arm].feature_map, statistics.mean(share), weights) for arm, (share, weights) in found.items()
+    return [(arm, statistics.mean(share), weights) for arm, (share, weights) in found.items()
             if ARMS[arm].finetuned and weights and share]  # fmt: skip
 
 
@@ -142,4 +142,5 @@ def tasks_table(tasks: list[dict]) -> str:
 def draw(path: Path, tasks: list[dict]) -> str:
     """What was recovered on one task or several, against the weights' measures."""
     names, commands = ", ".join(facts["title"] for facts in tasks), "; ".join(facts["command"] for facts in tasks)
-    return figures.recovery(path, [p for facts in tasks for p in points(facts)], names, commands)
+    found = [(ARMS[arm], *rest) for facts in tasks for arm, *rest in points(facts)]
+    return figures.recovery(path, found, names, commands)

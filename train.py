@@ -325,7 +325,7 @@ def main() -> None:
         result = evaluate(model.to(world.device).eval())
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
-            f"word perplexity {result['word_perplexity']:.4f}, bits per byte {result['bits_per_byte']:.4f}, "
+            f"word perplexity {result['word_perplexity']:.8g}, bits per byte {result['bits_per_byte']:.4f}, "
             f"loss {result['loss']:.4f} nats (context {config.block_size}, stride {stride}, "
             f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes)"
         )

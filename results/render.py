@@ -7,6 +7,7 @@ cp out/recall/recall.json results/                                    replaces a
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -79,8 +80,12 @@ def experiment(name: str, table, command: str) -> str:
         facts["minutes"] if {"ladder", "recover"} & set(facts) else sum(r["minutes"] for r in runs)
     )  # stages serve several arms
     what = f", {len(runs)} runs of together {minutes:.0f} minutes" if runs else ""
+    if facts.get("sweep"):
+        what += f" (and {len(facts['sweep'])} of the sweep, partly the same)"
     commits = ", ".join(sorted({r["commit"] for r in runs} or {facts["commit"]}))
-    source = f"`{facts['command']}`{what}, {facts['machine']}, commit {commits}."
+    arms = " --arms " + " ".join(r["arm"] for r in runs) if "ladder" in facts else ""  # of all commands that made it
+    command = re.sub(r" --arms( \w+)+", "", facts["command"]) + arms if arms else facts["command"]
+    source = f"`{command}`{what}, {facts['machine']}, commit {commits}."
     return f"{table(facts.get('runs', facts) if 'recover' not in facts else facts)}\n\n{source}"
 
 
@@ -121,23 +126,23 @@ def glance() -> str:
     row(gap, "68.6%", "compare-stdlib.json", closed, seeds_of, "python compare.py")
     row("the same with nothing that we add", "68.6%", "compare-stdlib-paper.json", closed, seeds_of,
         "python compare.py --setting paper")  # fmt: skip
-    row("Fig. 5, associative recall: accuracy (the paper shows softmax, not Hedgehog)", "100%", "recall.json",
+    row("Fig. 5, associative recall: Hedgehog's accuracy", "100% (softmax; Hedgehog not shown)", "recall.json",
         recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
     if glued := glue_tasks():
         shares = [statistics.mean(recovery.recovered(f, "hedgehog")) for f in glued]
         seeds = [str(n) for n in sorted({seeds_of(f) for f in glued})]
-        row(f"Table 2, finetuned encoders: recovered, average of {len(glued)} tasks of GLUE", "99.3% (8 tasks, BERT)",
+        row(f"Table 2, finetuned encoders: recovered, mean of {len(glued)} tasks of GLUE", "99.3% (8 tasks, BERT)",
             "glue-cola.json", lambda f: f"{statistics.mean(shares):.0f}% (MiniLM)", lambda f: " or ".join(seeds),
-            "python convert_bert.py TASK")  # fmt: skip
+            "python convert_bert.py TASK --model FOLDER")  # fmt: skip
     row("Table 5, CoLA: recovered by swapped 1+ELU", "48%", "cola-controls.json", lambda f: share(f, "elu"),
-        lambda f: len(recovery.recovered(f, "elu")), "python convert_bert.py cola")  # fmt: skip
+        lambda f: len(recovery.recovered(f, "elu")), "python convert_bert.py cola --model FOLDER")  # fmt: skip
     over = "perplexity over the equally finetuned teacher's"
     row(f"Table 3, a pretrained GPT: {over}", "1.06", "convert-stdlib.json", ratio, seeds_of,
         "python convert_gpt2.py out/stdlib-softmax")  # fmt: skip
     row(f"SmolLM2-135M on WikiText-2, 300 steps: {over}", "", "convert-smollm2-long.json", ratio, seeds_of,
         "python convert_llama.py HuggingFaceTB/SmolLM2-135M")  # fmt: skip
     row("ViT: recovered", "99.0% (ImageNet, second-hand)", "vit-digits.json", lambda f: f"{share(f)} (digits)",
-        seeds_of, "python convert_vit.py")  # fmt: skip
+        seeds_of, "python convert_vit.py --seeds 3")  # fmt: skip
     row("Fig. 7, forward at 32K tokens, times softmax's speed", "4 times (GPU)", "bench-cpu.json", of_32k, lambda f: "",
         "python bench.py")  # fmt: skip
     return "\n".join(lines)
@@ -236,8 +241,8 @@ def speed_table() -> str:
         f"{cross['forward cpp']} tokens on (forward) and {cross['training cpp']} (forward and backward), of the "
         f"lengths measured; PyTorch from {cross['forward torch']} and {cross['training torch']}. "
         f"At {longest['T']:,} tokens the kernel does {longest['of_peak']:.0%} of {peak:.0f} GFLOP/s, the most that the "
-        f"processor does in float32 products. PyTorch's own reach {speed['blas_gflops']:.0f}, copies "
-        f"{speed['copy_gb_s']:.0f} GB/s.",
+        f"processor does in float32 products; PyTorch's matrix products do {speed['blas_gflops']:.0f} of them, and "
+        f"memory is copied at {speed['copy_gb_s']:.0f} GB/s.",
         "",
         f"{bench['machine']}, commit {bench['commit']}. `{bench['command']}`, {bench['minutes']:.0f} minutes.",
     ]

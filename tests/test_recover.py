@@ -209,7 +209,7 @@ def test_a_finetuned_model_needs_no_teacher(command, convert, files, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["wnli"], "unknown task 'wnli': choose one of cola"),
     (["cola", "--data_dir", "nowhere"], "cannot read"),
-    (["cola", "--model", "nowhere"], "no model that can classify"),
+    (["cola", "--model", "nowhere"], "cannot load nowhere"),
     (["cola", "--block_size", "8"], "tokens, the model 8 positions or --block_size: cut such examples with --truncate"),
     (["cola", "--arms", "hedgehod"], "--arms takes teacher"),
     (["cola", "--train_rows", "8"], "8 training examples are too few"),

@@ -1,3 +1,22 @@
-from attention import linear_attention_chunked
+import torch
+from torch import Tensor
 
-__all__ = ["linear_attention_chunked"]  # its loop, and its gradient by hand, are in kernels/chunked.py
+from attention import zero_state
+from feature_maps import without_autocast
+from kernels.chunked import CHUNK, State, normalise
+
+
+def linear_attention_chunked(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State | None = None, *, chunk_size: int = CHUNK
+) -> tuple[Tensor, State]:
+    S, z = state or zero_state(phi_k, v)
+    ys = []
+    with without_autocast(v):
+        for Q, K, V in zip(*(x.to(S.dtype).split(chunk_size, 2) for x in (phi_q, phi_k, v))):
+            s = (Q @ K.mT).tril()
+            N, d = Q @ S + s @ V, Q @ z[..., None] + s.sum(-1, keepdim=True)
+            ys.append(normalise(N, d))
+            S = S + K.mT @ V
+            z = z + K.sum(2)
+        y = torch.cat(ys, 2)
+    return y.to(v.dtype), State(S, z)
