@@ -197,8 +197,8 @@ def taylor(axes, facts: dict, scores) -> None:
     T = scores.shape[-1]
     seen = scores[:, *np.tril_indices(T)].flatten() if facts["causal"] else scores.flatten()
     twin = axes[0].twinx()
-    twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
-    twin.set_yticks([])
+    bars, *_ = twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
+    twin.set(yticks=[], ylim=(0, 1.4 * max(bars)))  # room for the legend
     below = float(np.mean(facts["below_minus_one"]))
     axes[0].set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9)
     axes[0].legend(fontsize=8, loc="upper center")
