@@ -300,6 +300,8 @@ def check_features(name: str, phi: FeatureMap) -> None:
     """Try a new map on a few tokens: a mistake in it would else show much later, as a loss that is not finite."""
     D, tokens = phi.head_dim, 5
     x = torch.linspace(-2, 2, tokens * D).sin().view(1, 1, tokens, D).expand(1, phi.n_head, -1, -1)
+    if x.is_meta:  # a model without numbers
+        return
     found, shape = phi(x), (1, phi.n_head, tokens, phi.feature_dim)
     if found.shape != shape:
         raise ValueError(f"feature map {name!r}: phi(x) of x {tuple(x.shape)} has shape {tuple(found.shape)}, and must "
