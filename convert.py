@@ -303,3 +303,8 @@ def table_perplexity(results: list[dict]) -> str:
     found = [r["final"]["perplexity"] for r in results]
     ratios = [f"{ppl:.2f} | {'' if fair is None else f'{ppl / fair:.2f}'}" for ppl in found]
     return table_of(results, "perplexity | x finetuned teacher", ratios)
+
+
+def table_rouge(results: list[dict]) -> str:
+    scores = [" | ".join(f"{r['final'][name]:.1f}" for name in ("rouge1", "rouge2", "rougeL")) for r in results]
+    return table_of(results, "ROUGE-1 | ROUGE-2 | ROUGE-L", scores)

@@ -29,8 +29,8 @@ from convert import (
     ladder,
     language_modelling,
     need,
-    table_of,
     table_perplexity,
+    table_rouge,
 )
 from data import dialogue
 from distill import ZeroAttention, map_parameters, sockets
@@ -213,12 +213,6 @@ def rouge(references: list[str], written: list[str]) -> dict:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     scores = [scorer.score(r, w) for r, w in zip(references, written)]
     return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in ("rouge1", "rouge2", "rougeL")}
-
-
-def table_rouge(results: list[dict]) -> str:
-    """The ladder in Markdown."""
-    scores = [" | ".join(f"{r['final'][name]:.1f}" for name in ("rouge1", "rouge2", "rougeL")) for r in results]
-    return table_of(results, "ROUGE-1 | ROUGE-2 | ROUGE-L", scores)
 
 
 # ---------------------------------------------------------------- the command

@@ -198,7 +198,7 @@ def taylor(axes, facts: dict, scores) -> None:
     seen = scores[:, *np.tril_indices(T)].flatten() if facts["causal"] else scores.flatten()
     twin = axes[0].twinx()
     bars, *_ = twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
-    twin.set(yticks=[], ylim=(0, 1.4 * max(bars)))  # room for the legend
+    twin.set(yticks=[], ylim=(0, 1.4 * max(1, *bars)))  # room for the legend
     below = float(np.mean(facts["below_minus_one"]))
     axes[0].set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9)
     axes[0].legend(fontsize=8, loc="upper center")
@@ -290,7 +290,7 @@ def recovery(path: Path, points: list[tuple], title: str, command: str) -> str:
                   "entropy": "mean attention entropy (nats)"}  # fmt: skip
         for axis, (key, text) in zip(axes, labels.items()):
             for arm, share, weights in points:
-                color, marker = style("hedgehog_exp" if arm.shared else arm.feature_map)
+                color, marker = style("hedgehog_window" if arm.shared else arm.feature_map)
                 fill = color if arm.distilled else "none"
                 axis.scatter(weights[key], share, edgecolors=color, facecolors=fill, marker=marker, s=40, alpha=0.8,
                              label=arm.label.partition(":")[0].removesuffix(", finetuned"))  # fmt: skip
