@@ -22,16 +22,16 @@ OVERRIDES = {  # what makes each command of README small; a flag given twice cou
     "train": f"{' '.join(TINY)} --batch_size 16",
     "sample": "--max_new_tokens 5",
     "compare": f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --sweep_steps 2 "
-    "--eval_tokens 200 --jobs 1 --seeds 1 --lrs 1e-3 --map_lr_scales 1",
+    "--eval_tokens 200 --jobs 1 --seeds 1 --lrs 1e-3 --map_lr_scales 1 --attentions softmax hedgehog elu",
     "recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 --lrs 1e-3 "
     "--stage_steps 0 --test_sequences 8 --jobs 1",
     "analyze": "--tokens 48 --device cpu",
     "distill": f"{STEPS} --max_steps 2 --batch_size 2 --held_out 2",
     "convert_gpt2": CONVERT,
     "convert_llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
-    "convert_bert": RECOVER,
-    "convert_vit": f"{RECOVER} --dev_share 0.2 --train_rows 80",
-    "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32",
+    "convert_bert": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
+    "convert_vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --arms teacher_finetuned hedgehog",
+    "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32 --what forward training",
     "bench_encoder": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
 }
 
