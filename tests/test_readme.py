@@ -1,8 +1,11 @@
 """README tells the truth: its table is the results', its files exist, its commands are understood."""
 
 import importlib.util
+import json
 import re
 import shlex
+from math import exp
+from statistics import mean
 
 import pytest
 import tiny
@@ -111,6 +114,34 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line and not line.startswith(" ")}
     assert all((ROOT / name).exists() for name in listed)
     assert {p.name for p in ROOT.glob("*.py")} <= listed
+
+
+def test_shares_in_the_text_are_those_of_the_results():
+    """Those that no table has: in perplexities, against the better softmax, and as a share of averages."""
+
+    def losses(name: str) -> dict[str, float]:
+        runs = json.loads((ROOT / "results" / name).read_text())["runs"]
+        found = {r["config"]["attention"]: [] for r in runs}
+        for r in runs:
+            found[r["config"]["attention"]].append(r["final"]["loss"])
+        return {attention: mean(x) for attention, x in found.items()}
+
+    def closed(loss: dict[str, float], f=float) -> float:
+        return (f(loss["elu"]) - f(loss["hedgehog"])) / (f(loss["elu"]) - f(loss["softmax"]))
+
+    ours, paper = losses("compare-stdlib.json"), losses("compare-stdlib-paper.json")
+    better = closed({**ours, "softmax": min(ours["softmax"], paper["softmax"])})
+    row = re.search(
+        r"\| Hedgehog: distilled, finetuned \| [\d.]+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", README
+    )
+    fair = re.search(r"\| teacher, finetuned \| [\d.]+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| 100.0 \|", README)
+    of_means, text = float(row[1]) / float(fair[1]), " ".join(README.split())
+    for said in (
+        f"in perplexities {closed(ours, exp):.0%}, and {closed(paper, exp):.0%} with nothing added",
+        f"Against the better softmax of the two settings {better:.0%} of 1+ELU's gap is closed",
+        f"({float(row[2]):.0f}% as the mean of the shares, {of_means:.0%} as the share of the means)",
+    ):
+        assert said in text, said
 
 
 def test_links_lead_somewhere():

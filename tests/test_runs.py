@@ -49,11 +49,13 @@ def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
     )
 
 
-def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path):
+def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, capsys):
     tried, final = sweep(tmp_path)
     assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3]["failed"] == "step 3: loss nan"
     assert [(r["config"]["lr"], r["config"]["seed"]) for r in final] == [(2, 1), (2, 2)]
+    capsys.readouterr()
     assert sweep(tmp_path)[1] == final
+    assert "step 3: loss nan" in capsys.readouterr().out  # a run that failed is not made again, and not passed over
     assert {p.read_text() for p in tmp_path.glob("*/count")} == {"1"}
     assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
 
