@@ -60,7 +60,7 @@ def train_one(config, batch: Callable, evaluate: Callable, final: Callable, toke
         evaluate=evaluate,
         config=config,
         world=world,
-        meta={"config": asdict(config), "tokenizer": tokenizer},
+        meta={"config": asdict(config), "code": code_of(config), "tokenizer": tokenizer},
     )
     restore(load_checkpoint(out / "best.safetensors")[0], model, path=out)
     entries = Log(out / "log.jsonl").read()
@@ -105,6 +105,14 @@ def finished(config) -> dict | None:
     return None
 
 
+def log_of(config) -> list[dict]:
+    """What an interrupted run has logged; nothing of one that ended, or that had another map of the same name."""
+    out = Path(config.out_dir)
+    log = [] if (out / "result.json").exists() else Log(out / "log.jsonl").read()
+    begun = next((e for e in reversed(log) if "config" in e), {})
+    return log if begun.get("code", "") in ("", code_of(config)) else []
+
+
 def one(work: Callable, config, threads: int) -> dict:
     """work(config) in this process; what it prints goes to a file. A loss that is not finite is a result, too."""
     out = Path(config.out_dir)
@@ -112,7 +120,7 @@ def one(work: Callable, config, threads: int) -> dict:
     with open(out / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         torch.set_num_threads(threads)
         try:
-            return work(replace(config, resume=not (out / "result.json").exists()))
+            return work(replace(config, resume=bool(log_of(config))))
         except RunError as e:
             result = {"config": asdict(config), "code": code_of(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
@@ -134,10 +142,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def progress(config) -> tuple[int, str]:
-    """(steps done, "loss") of a run that has not ended, from its log; nothing of an older one in its folder."""
-    out = Path(config.out_dir)
-    log = [] if (out / "result.json").exists() else Log(out / "log.jsonl").read()
-    last = next((e for e in reversed(log) if "loss" in e), None)
+    """(steps done, "loss") of a run that has not ended, from its log."""
+    last = next((e for e in reversed(log_of(config)) if "loss" in e), None)
     return (last["step"], f"{last['loss']:.2f}") if last else (0, "-")
 
 

@@ -71,7 +71,7 @@ def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
     assert progress(config) == (0, "-")
 
 
-def test_a_run_with_a_map_that_was_changed_since_is_made_again(tmp_path, monkeypatch):
+def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tmp_path, monkeypatch):
     @dataclass
     class WithMap(Config):
         attention: str = "mine"
@@ -84,11 +84,16 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again(tmp_path, monkeyp
 
     config = WithMap(out_dir=str(tmp_path))
     monkeypatch.setitem(FEATURE_MAPS, "mine", Mine)
+    Log(tmp_path / "log.jsonl").write(step=0, config={}, code=code_of(config))
+    Log(tmp_path / "log.jsonl").write(step=4, loss=2.0)
+    assert progress(config) == (4, "2.00") and one(lambda c: c.resume, config, torch.get_num_threads())
     result = {"config": asdict(config), "code": code_of(config)}
     write_json(tmp_path / "result.json", result)
     assert finished(config) == result
     monkeypatch.setitem(FEATURE_MAPS, "mine", Changed)
     assert finished(config) is None
+    (tmp_path / "result.json").unlink()  # interrupted, then changed
+    assert progress(config) == (0, "-") and not one(lambda c: c.resume, config, torch.get_num_threads())
     write_json(tmp_path / "result.json", {"config": asdict(config)})  # from before the code was noted
     assert finished(config) is not None
 
@@ -116,7 +121,9 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_begins_anew(tmp_path):
         return {}
 
     threads = torch.get_num_threads()
-    one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # no result: resume what may be there
+    (tmp_path / "a").mkdir()
+    Log(tmp_path / "a" / "log.jsonl").write(step=0, config={})
+    one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # no result: it was interrupted
     write_json(tmp_path / "a" / "result.json", {})
     one(watch, Config(out_dir=str(tmp_path / "a")), threads)  # a result, but of other settings
     assert seen == [True, False]
