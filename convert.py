@@ -165,11 +165,17 @@ def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:
     return replace(config, out_dir=str(Path(config.out_dir) / name), arms=[name])
 
 
+def made_before(name: str, config: ConvertConfig) -> dict | None:
+    """The result of an arm that the same settings have finished; how maps are trained is none of a teacher's."""
+    of_maps = [f.name for f in fields(config) if f.name.startswith(("distil_", "map_"))]
+    return finished(of_arm(name, config), [] if ARMS[name].feature_map else of_maps)
+
+
 def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     """One row of the ladder: its result, also in out_dir/NAME/result.json; None if config.stage ends before."""
     arm, out, world = ARMS[name], Path(config.out_dir), World(0, 1, pick_device(config.device))
     mine = of_arm(name, config)
-    if (result := finished(mine)) is not None:
+    if (result := made_before(name, config)) is not None:
         return result
     torch.manual_seed(config.seed)
     model, minutes, kl, trained, dev_loss = subject.build(arm.feature_map, **arm.options), {}, None, 0, None
@@ -239,7 +245,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
             continue
         if result is not None:
             tqdm.write(table([result]).splitlines()[-1])
-    results = [r for name in ARMS if (r := finished(of_arm(name, config))) is not None]
+    results = [r for name in ARMS if (r := made_before(name, config)) is not None]
     if results:
         distilled = {ARMS[r["arm"]].maps: r["minutes"]["distil"] for r in results if "distil" in r["minutes"]}
         others = sum(m for r in results for stage, m in r["minutes"].items() if stage != "distil")

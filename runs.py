@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -91,16 +91,17 @@ def code_of(config) -> str:
         return ""
 
 
-def same_config(a: dict, b: dict) -> bool:
-    """Whether two configurations train the same: all but where, and whether to go on."""
-    return {**a, "resume": None, "out_dir": None} == {**b, "resume": None, "out_dir": None}
+def same_config(a: dict, b: dict, apart: Iterable[str] = ()) -> bool:
+    """Whether two configurations train the same: all but where, whether to go on, and the settings `apart`."""
+    left_out = dict.fromkeys(["resume", "out_dir", *apart])
+    return {**a, **left_out} == {**b, **left_out}
 
 
-def finished(config) -> dict | None:
-    """The result of a run that has been made before with the same settings."""
+def finished(config, apart: Iterable[str] = ()) -> dict | None:
+    """The result of a run that has been made before with the same settings; those in `apart` do not matter to it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not such a file
         result = json.loads((Path(config.out_dir) / "result.json").read_text())
-        if same_config(result["config"], asdict(config)) and result.get("code", "") in ("", code_of(config)):
+        if same_config(result["config"], asdict(config), apart) and result.get("code", "") in ("", code_of(config)):
             return result
     return None
 

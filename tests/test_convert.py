@@ -106,6 +106,17 @@ def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
     assert code == 0 and "exp(x), finetuned: step" in stdout  # said; the next arm is tried
 
 
+def test_a_teacher_does_not_depend_on_how_maps_are_distilled(convert, tmp_path):
+    assert convert("--arms", "teacher_finetuned", "distilled")[0] == 0
+    before = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    assert convert("--arms", "distilled", "--distil_steps", 3, "--distil_dir", tmp_path / "others")[0] == 0
+    after = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    assert [r["arm"] for r in after] == ["teacher_finetuned", "distilled"]
+    assert after[0] == before[0] and after[1]["kl"] != before[1]["kl"]
+    assert convert("--arms", "distilled", "--max_steps", 3)[0] == 0  # of other finetuning: not kept
+    assert [r["arm"] for r in json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]] == ["distilled"]
+
+
 def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
     code, stdout, stderr = convert("--arms", "hedgehog", "--finetune", "lora", "--lr", 0.05)
     assert code == 0, stderr
