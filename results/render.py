@@ -139,7 +139,7 @@ def glance() -> str:
     over = "perplexity over the equally finetuned teacher's"
     row(f"Table 3, a pretrained GPT: {over}", "1.06", "convert-stdlib.json", ratio, seeds_of,
         "python convert_gpt2.py out/stdlib-softmax")  # fmt: skip
-    row(f"SmolLM2-135M on WikiText-2, 400 steps: {over}", "", "convert-smollm2-long.json", ratio, seeds_of,
+    row(f"SmolLM2-135M on WikiText-2, 400 steps a stage: {over}", "", "convert-smollm2-long.json", ratio, seeds_of,
         "python convert_llama.py HuggingFaceTB/SmolLM2-135M")  # fmt: skip
     row("ViT: recovered", "99.0% (ImageNet, second-hand)", "vit-digits.json", lambda f: f"{share(f)} (digits)",
         seeds_of, "python convert_vit.py --seeds 3")  # fmt: skip
