@@ -35,6 +35,7 @@ from feature_maps import (
     FeatureMap,
     Hedgehog,
     Learned,
+    Taylor,
     Untied,
     at_least_float32,
     make_feature_map,
@@ -44,7 +45,7 @@ from feature_maps import (
 from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
 from window import WindowAttention
 
-SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8, forward and backward on a CPU
+SHORT = 16  # up to so many tokens a model uses the quadratic form: 4x as fast at 8, forward and backward on a CPU
 PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
 
 
@@ -91,9 +92,14 @@ def linear_weights(phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mas
     """A_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m): (B, H, T, F) twice -> (B, H, T, T).
     Rows sum to one."""
     with without_autocast(phi_q):
-        scores = at_least_float32(phi_q) @ at_least_float32(phi_k).mT
-        scores = scores.masked_fill(~visible(phi_q, phi_k, causal, key_mask), 0.0)
-        return normalise(scores, scores.sum(-1, keepdim=True))
+        products = at_least_float32(phi_q) @ at_least_float32(phi_k).mT
+        return weights_of(products, visible(phi_q, phi_k, causal, key_mask))
+
+
+def weights_of(products: Tensor, mask: Tensor) -> Tensor:
+    """A from phi(q_i).phi(k_j) of all pairs, (B, H, T, T); mask: which of them are visible."""
+    products = products.masked_fill(~mask, 0.0)
+    return normalise(products, products.sum(-1, keepdim=True))
 
 
 def linear_attention_quadratic(
@@ -213,23 +219,32 @@ class LinearAttention(nn.Module):
         return (phi, phi) if plain or not hasattr(phi, "key") else (Role(phi, "query"), Role(phi, "key"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        if q.size(2) <= self.short():
+            with without_autocast(v):
+                A = self.weights(q, k, key_mask)
+                return (A @ v.to(A.dtype)).to(v.dtype)
         if not self.causal:
             phi_query, phi_key = self.roles()
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
         return self.causal_attention(q, k, v, key_mask=key_mask, carry=False)[0]
 
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """A (B, H, T, T), to look at: forward never makes it."""
+        """A (B, H, T, T), to look at: forward makes it for short sequences alone."""
+        if type(self.phi) is Taylor:
+            return weights_of(self.phi.products(q, k), visible(q, k, self.causal, key_mask))
         phi_query, phi_key = self.roles()
         return linear_weights(phi_query(q), phi_key(k), causal=self.causal, key_mask=key_mask)
+
+    def short(self) -> int:
+        """Up to so many tokens the quadratic form is the fastest, and Taylor's weights need less memory than its
+        features."""
+        return max(SHORT, self.phi.feature_dim // 2) if type(self.phi) is Taylor else SHORT
 
     @torch.compiler.disable
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
         """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
         kernel = kernels.fused(q, k, v)
-        if q.size(2) <= SHORT and state is None and not carry:
-            return linear_attention_quadratic(phi_query(q, offset), phi_key(k, offset), v, key_mask=key_mask), None
         if kernel is None:
             options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
             return chunked_with_maps(phi_query, phi_key, q, k, v, state, **options)

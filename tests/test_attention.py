@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from attention import (
     CHUNK,
+    SHORT,
     LinearAttention,
     SoftmaxAttention,
     State,
@@ -273,6 +274,36 @@ def test_error_at_8k_tokens_float32_and_bfloat16(name):
     assert y.dtype == torch.bfloat16 and relative_error(y, want) < 1e-2
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(LinearAttention(phi)(q, k, v), want) < 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [1, SHORT + 1, 22, 23])  # D = 8: weights without features up to 22 tokens
+def test_short_sequences_of_taylor_without_features_are_eq_2(T, causal):
+    """Outputs and gradients, with padding; under autocast nothing is lost."""
+    torch.manual_seed(0)
+    q, k, v, g = (x.double() for x in torch.randn(4, 2, 3, T, 8))
+    phi, mask = make_feature_map("taylor", 3, 8), torch.rand(2, T) < 0.7
+    attn = LinearAttention(phi, causal)
+    assert attn.short() == 22
+    ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    y = attn(*ours, key_mask=mask)
+    a, b, u = theirs
+    want = linear_attention_quadratic(phi(a), phi(b), u, causal=causal, key_mask=mask)
+    torch.testing.assert_close(y, want)
+    for mine, other in zip(torch.autograd.grad(y, ours, g), torch.autograd.grad(want, theirs, g)):
+        torch.testing.assert_close(mine, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(attn(q.float(), k.float(), v.float(), key_mask=mask), want) < 1e-5
+
+
+def test_a_map_made_from_taylor_has_its_own_features():
+    class Mine(type(make_feature_map("taylor", 1, 4))):
+        def features(self, x, offset):
+            return x.exp()
+
+    q, k, v = torch.randn(3, 1, 1, 12, 4)
+    phi = Mine(1, 4)
+    torch.testing.assert_close(LinearAttention(phi)(q, k, v), linear_attention_quadratic(phi(q), phi(k), v))
 
 
 def test_taylor_at_2k_tokens_in_float32():

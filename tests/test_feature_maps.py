@@ -240,6 +240,8 @@ def test_taylor_weights_are_the_series_of_exp_and_never_negative():
     phi = make_feature_map("taylor", 1, 6).double()
     s = q @ k.mT / math.sqrt(6)
     torch.testing.assert_close(phi(q) @ phi(k).mT, 1 + s + s**2 / 2)
+    torch.testing.assert_close(phi.products(q, k), phi(q) @ phi(k).mT)
+    torch.testing.assert_close(phi.products(1e9 * q, k), phi(1e9 * q) @ phi(k).mT)  # clamped alike
     assert (1 + s + s**2 / 2).min() >= 0.5
     assert phi.feature_dim == 1 + 6 + 21
 
