@@ -6,9 +6,9 @@
     python compare.py --ablations                         what each addition is worth
 
 Every attention has the same sweep: each of --lrs with the first seed; where maps are learned, each with each of
---map_lr_scales. The one with the least loss on
-the first half of the validation text is trained in full with every seed, and its best checkpoint by that half is
-measured on the second half, which nothing else has seen. Interrupted, the same command goes on.
+--map_lr_scales. The one with the least loss on the first half of the validation text is trained in full with every
+seed, and its best checkpoint by that half is measured on the second half, which nothing else has seen. Interrupted, the
+same command goes on.
 """
 
 import sys
@@ -27,7 +27,7 @@ from configs import TrainConfig
 from evaluate import perplexity
 from runs import mean_sd, run_all, sweep_and_seeds, train_one, write_json
 
-PRIOR = ("elu", "relu", "performer", "cosformer", "t2r")  # linear attentions before Hedgehog, but for Taylor's series
+COMPARED = "softmax hedgehog elu relu performer cosformer t2r taylor".split()
 SETTINGS = {  # changes of TrainConfig's defaults
     "ours": {},
     "paper": dict(
@@ -60,9 +60,7 @@ ABLATIONS: dict[str, dict] = {
 
 @dataclass
 class CompareConfig(TrainConfig):
-    attentions: list[str] = field(
-        default_factory=lambda: ["softmax", "hedgehog", *PRIOR]
-    )  # any; Taylor takes 7x the time
+    attentions: list[str] = field(default_factory=lambda: list(COMPARED))  # any that train.py knows
     setting: str = "ours"  # ours, or paper: as published, where the paper says anything
     max_steps: int = 1200  # optimiser steps
     lrs: list[float] = field(default_factory=lambda: [2e-3, 4e-3])  # learning rates that each attention tries
