@@ -29,6 +29,8 @@ def test_the_gap_is_closed_seed_by_seed_against_each_prior_map():
     assert gap_closed(groups, "hedgehog", "elu") == pytest.approx([0.8, 0.8])
     assert "| Hedgehog | 1.350 ± 0.071 (2) | 1.944 |  |" in table(runs)
     assert "| 1+ELU | 2.150 ± 0.071 (2) | 3.096 | 80.0 ± 0.0 |" in table(runs)
+    ahead = table([*runs, run_of("taylor", 1, 1.0), run_of("taylor", 2, 1.2)])  # no gap behind softmax: no share of it
+    assert "| Taylor | 1.100 ± 0.141 (2) | 1.584 |  |" in ahead
 
 
 def test_a_run_that_failed_is_left_out_and_a_table_of_one_run_has_no_spread():
