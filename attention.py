@@ -219,12 +219,14 @@ class LinearAttention(nn.Module):
         return (phi, phi) if plain or not hasattr(phi, "key") else (Role(phi, "query"), Role(phi, "key"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        if q.size(2) <= self.short():
+        if type(self.phi) is Taylor and q.size(2) <= self.phi.feature_dim // 2:  # A is smaller than the features
             with without_autocast(v):
                 A = self.weights(q, k, key_mask)
                 return (A @ v.to(A.dtype)).to(v.dtype)
+        phi_query, phi_key = self.roles()
+        if q.size(2) <= SHORT:
+            return linear_attention_quadratic(phi_query(q), phi_key(k), v, causal=self.causal, key_mask=key_mask)
         if not self.causal:
-            phi_query, phi_key = self.roles()
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
         return self.causal_attention(q, k, v, key_mask=key_mask, carry=False)[0]
 
@@ -234,11 +236,6 @@ class LinearAttention(nn.Module):
             return weights_of(self.phi.products(q, k), visible(q, k, self.causal, key_mask))
         phi_query, phi_key = self.roles()
         return linear_weights(phi_query(q), phi_key(k), causal=self.causal, key_mask=key_mask)
-
-    def short(self) -> int:
-        """Up to so many tokens the quadratic form is the fastest, and Taylor's weights need less memory than its
-        features."""
-        return max(SHORT, self.phi.feature_dim // 2) if type(self.phi) is Taylor else SHORT
 
     @torch.compiler.disable
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:

@@ -277,14 +277,13 @@ def test_error_at_8k_tokens_float32_and_bfloat16(name):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T", [1, SHORT + 1, 22, 23])  # D = 8: weights without features up to 22 tokens
-def test_short_sequences_of_taylor_without_features_are_eq_2(T, causal):
+@pytest.mark.parametrize("T", [1, SHORT + 1, 22, 23])  # D = 8, F = 45: weights without features up to 22 tokens
+def test_short_sequences_of_taylor_without_features_are_eq_2(T, causal, monkeypatch):
     """Outputs and gradients, with padding; under autocast nothing is lost."""
     torch.manual_seed(0)
     q, k, v, g = (x.double() for x in torch.randn(4, 2, 3, T, 8))
     phi, mask = make_feature_map("taylor", 3, 8), torch.rand(2, T) < 0.7
     attn = LinearAttention(phi, causal)
-    assert attn.short() == 22
     ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
     y = attn(*ours, key_mask=mask)
     a, b, u = theirs
@@ -294,6 +293,12 @@ def test_short_sequences_of_taylor_without_features_are_eq_2(T, causal):
         torch.testing.assert_close(mine, other)
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(attn(q.float(), k.float(), v.float(), key_mask=mask), want) < 1e-5
+    monkeypatch.setattr(phi, "features", None)
+    if T <= 22:
+        attn(q, k, v)
+    else:
+        with pytest.raises(TypeError):
+            attn(q, k, v)
 
 
 def test_a_map_made_from_taylor_has_its_own_features():
