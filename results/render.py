@@ -265,7 +265,7 @@ if __name__ == "__main__":
         figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
     if (HERE / "compare-stdlib.json").exists():
         compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
-    if glue_tasks():
-        recovery.draw(FIGURES / "recovery.png", glue_tasks())
+    if (HERE / "cola-controls.json").exists():
+        recovery.draw(FIGURES / "recovery.png", [read("cola-controls.json")])
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))
