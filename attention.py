@@ -45,7 +45,7 @@ from feature_maps import (
 from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
 from window import WindowAttention
 
-SHORT = 16  # up to so many tokens a model uses the quadratic form: 4x as fast at 8, forward and backward on a CPU
+SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8, forward and backward on a CPU
 PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
 
 
@@ -93,10 +93,10 @@ def linear_weights(phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mas
     Rows sum to one."""
     with without_autocast(phi_q):
         products = at_least_float32(phi_q) @ at_least_float32(phi_k).mT
-        return weights_of(products, visible(phi_q, phi_k, causal, key_mask))
+        return weights_from(products, visible(phi_q, phi_k, causal, key_mask))
 
 
-def weights_of(products: Tensor, mask: Tensor) -> Tensor:
+def weights_from(products: Tensor, mask: Tensor) -> Tensor:
     """A from phi(q_i).phi(k_j) of all pairs, (B, H, T, T); mask: which of them are visible."""
     products = products.masked_fill(~mask, 0.0)
     return normalise(products, products.sum(-1, keepdim=True))
@@ -223,17 +223,15 @@ class LinearAttention(nn.Module):
             with without_autocast(v):
                 A = self.weights(q, k, key_mask)
                 return (A @ v.to(A.dtype)).to(v.dtype)
-        phi_query, phi_key = self.roles()
-        if q.size(2) <= SHORT:
-            return linear_attention_quadratic(phi_query(q), phi_key(k), v, causal=self.causal, key_mask=key_mask)
         if not self.causal:
+            phi_query, phi_key = self.roles()
             return linear_attention_bidirectional(phi_query(q), phi_key(k), v, key_mask=key_mask)
         return self.causal_attention(q, k, v, key_mask=key_mask, carry=False)[0]
 
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """A (B, H, T, T), to look at: forward makes it for short sequences alone."""
+        """A (B, H, T, T), to look at: forward makes it for short sequences of Taylor alone."""
         if type(self.phi) is Taylor:
-            return weights_of(self.phi.products(q, k), visible(q, k, self.causal, key_mask))
+            return weights_from(self.phi.products(q, k), visible(q, k, self.causal, key_mask))
         phi_query, phi_key = self.roles()
         return linear_weights(phi_query(q), phi_key(k), causal=self.causal, key_mask=key_mask)
 
@@ -242,6 +240,8 @@ class LinearAttention(nn.Module):
         """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
         kernel = kernels.fused(q, k, v)
+        if q.size(2) <= SHORT and state is None and not carry:
+            return linear_attention_quadratic(phi_query(q, offset), phi_key(k, offset), v, key_mask=key_mask), None
         if kernel is None:
             options = dict(key_mask=key_mask, offset=offset, chunk_size=self.chunk_size)
             return chunked_with_maps(phi_query, phi_key, q, k, v, state, **options)
