@@ -199,6 +199,11 @@ class Role(nn.Module):
         return getattr(self.phi, self.name)(x, offset)
 
 
+def watched(phi: nn.Module) -> bool:
+    """Whether hooks watch or change the map: they shall see it called."""
+    return bool(phi._forward_hooks or phi._forward_pre_hooks)
+
+
 class LinearAttention(nn.Module):
     """attn(q, k, v, key_mask=None) -> y, with the feature map inside.
 
@@ -230,7 +235,7 @@ class LinearAttention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """A (B, H, T, T), to look at: forward makes it for short sequences of Taylor alone."""
-        if type(self.phi) is Taylor:
+        if type(self.phi) is Taylor and not watched(self.phi):
             return weights_from(self.phi.products(q, k), visible(q, k, self.causal, key_mask))
         phi_query, phi_key = self.roles()
         return linear_weights(phi_query(q), phi_key(k), causal=self.causal, key_mask=key_mask)
@@ -264,8 +269,8 @@ class LinearAttention(nn.Module):
             return None
         if any(phi.feature_dim != 2 * phi.head_dim or len(phi.weight) != phi.n_head for phi in (phi_query, phi_key)):
             return None  # kernels take a square W for each head
-        if any(phi._forward_hooks or phi._forward_pre_hooks for phi in (phi_query, phi_key)):
-            return None  # what watches or changes the map shall see it called
+        if watched(phi_query) or watched(phi_key):
+            return None
         return [phi_query.weight, phi_query.bias, phi_key.weight, phi_key.bias]
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:

@@ -312,5 +312,6 @@ def table_perplexity(results: list[dict]) -> str:
 
 
 def table_rouge(results: list[dict]) -> str:
+    """The ladder of summaries in Markdown."""
     scores = [" | ".join(f"{r['final'][name]:.1f}" for name in ("rouge1", "rouge2", "rougeL")) for r in results]
     return table_of(results, "ROUGE-1 | ROUGE-2 | ROUGE-L", scores)

@@ -301,6 +301,15 @@ def test_short_sequences_of_taylor_without_features_are_eq_2(T, causal, monkeypa
             attn(q, k, v)
 
 
+def test_hooks_of_taylor_are_called_in_short_sequences_too():
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    attn = LinearAttention(make_feature_map("taylor", 1, 4))
+    attn.phi.register_forward_hook(lambda phi, args, features: torch.ones_like(features))  # flat weights
+    means = v.cumsum(2) / torch.arange(1, 6)[:, None]
+    torch.testing.assert_close(attn(q, k, v), means)
+    torch.testing.assert_close(attn.weights(q, k) @ v, means)
+
+
 def test_a_map_made_from_taylor_has_its_own_features():
     class Mine(type(make_feature_map("taylor", 1, 4))):
         def features(self, x, offset):
