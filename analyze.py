@@ -127,6 +127,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
     "softmax" but for a linearized one."""
     try:
         import transformers
+        from safetensors import SafetensorError
 
         from distill import set_mode
         from hf import linearize, load_linearized
@@ -141,7 +142,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
     else:
         try:
             model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TypeError, SafetensorError) as e:
             reason = str(e).splitlines()[0][:160]
             raise UserError(
                 f"{name} is neither a checkpoint of this program nor a Hugging Face model that can be loaded ({reason})"

@@ -32,6 +32,7 @@ from common import (
     UserError,
     World,
     as_user_error,
+    checksum,
     load_checkpoint,
     pick_device,
     pick_dtype,
@@ -78,7 +79,7 @@ class Arm(NamedTuple):
 ARMS = {
     "teacher": Arm("teacher", finetuned=False),
     "teacher_finetuned": Arm("teacher, finetuned"),
-    "zero": Arm("zero attention, finetuned", "hedgehog", mode="zero"),
+    "zero": Arm("zero attention, finetuned", "elu", mode="zero"),
     "swap": Arm("Hedgehog, swapped only", "hedgehog", finetuned=False),
     "elu": Arm("1+ELU, finetuned", "elu"),
     "relu": Arm("ReLU, finetuned", "relu"),
@@ -96,7 +97,8 @@ ARMS = {
 }
 LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
-SHAPE_MAPS = "model task weights dataset data_dir block_size tie held_out dev_tokens".split()
+SHAPE_MAPS = """model task weights dataset block_size tie held_out dev_tokens pooling truncate train_rows dev_share
+    dev_rows""".split()
 STAGES = ("measure", "distil", "finetune", "evaluate")
 
 
@@ -152,6 +154,7 @@ class Subject(NamedTuple):
     final: Callable[[nn.Module], dict]  # on test data: what is reported
     save: Callable[[nn.Module, Path], None]  # write a finished model into a folder, for use elsewhere
     tokenizer: str
+    data: str  # checksum of what is trained on: a stage that is resumed must have the same
 
 
 def fit_config(config: ConvertConfig, out: Path, **changes) -> FitConfig:
@@ -165,28 +168,30 @@ def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:
     return replace(config, out_dir=str(Path(config.out_dir) / name), arms=[name])
 
 
-def made_before(name: str, config: ConvertConfig) -> dict | None:
-    """The result of an arm that the same settings have finished; how maps are trained is none of a teacher's."""
+def made_before(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
+    """The result of an arm that the same settings and data have finished; how maps are trained is none of a
+    teacher's."""
     of_maps = [f.name for f in fields(config) if f.name.startswith(("distil_", "map_"))]
-    return finished(of_arm(name, config), [] if ARMS[name].feature_map else of_maps)
+    result = finished(of_arm(name, config), [] if ARMS[name].feature_map else of_maps)
+    return result if result is not None and result.get("data") == subject.data else None
 
 
 def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     """One row of the ladder: its result, also in out_dir/NAME/result.json; None if config.stage ends before."""
     arm, out, world = ARMS[name], Path(config.out_dir), World(0, 1, pick_device(config.device))
     mine = of_arm(name, config)
-    if (result := made_before(name, config)) is not None:
+    if (result := made_before(name, config, subject)) is not None:
         return result
     torch.manual_seed(config.seed)
     model, minutes, kl, trained, dev_loss = subject.build(arm.feature_map, **arm.options), {}, None, 0, None
-    meta = {"config": asdict(mine), "tokenizer": subject.tokenizer}
+    meta = {"config": {**asdict(mine), "data": subject.data}, "tokenizer": subject.tokenizer}
     stages = STAGES[: STAGES.index(config.stage) + 1]
     if arm.distilled and "distil" in stages:
         stage = fit_config(
             config, Path(config.distil_dir or out) / arm.maps, max_steps=config.distil_steps,
             lr=config.distil_lr, weight_decay=0.0, patience=config.distil_patience,
         )  # fmt: skip
-        shared = {key: value for key, value in asdict(config).items() if key in SHAPE_MAPS}  # by all arms, all out_dirs
+        shared = {key: value for key, value in meta["config"].items() if key in [*SHAPE_MAPS, "data"]}  # by all arms
         of_stage = {**meta, "config": {**shared, **asdict(stage), "map_lr_scale": 1.0}}
         found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, of_stage)
         minutes["distil"], kl = minutes_of(stage), found["kl"].mean().item()
@@ -213,7 +218,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         return None
     began = time.perf_counter()
     result: dict[str, Any] = {
-        "arm": name, "label": arm.label, "config": asdict(mine), **provenance(),
+        "arm": name, "label": arm.label, "config": asdict(mine), "data": subject.data, **provenance(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "map_parameters": sum(p.numel() for p in map_parameters(model)),
         "finetuned_parameters": trained, "kl": kl, "dev_loss": dev_loss, "minutes": minutes,
@@ -245,7 +250,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
             continue
         if result is not None:
             tqdm.write(table([result]).splitlines()[-1])
-    results = [r for name in ARMS if (r := made_before(name, config)) is not None]
+    results = [r for name in ARMS if (r := made_before(name, config, subject)) is not None]
     if results:
         distilled = {ARMS[r["arm"]].maps: r["minutes"]["distil"] for r in results if "distil" in r["minutes"]}
         others = sum(m for r in results for stage, m in r["minutes"].items() if stage != "distil")
@@ -290,6 +295,7 @@ def language_modelling(config: ConvertConfig, build, groups, save, tokenizer: st
         final=measured_on(test, config.eval_tokens),
         save=save,
         tokenizer=tokens.tokenizer.name,
+        data=checksum({"train": torch.from_numpy(np.array(ids))}, ""),
     )
 
 

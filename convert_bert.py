@@ -83,8 +83,10 @@ def padded(rows: list[tuple[list[int], list[int], float]], pad: int, regression:
 
 def examples_of(config: BertConfig) -> Examples:
     task, tokenizer = glue.TASKS[config.task], Tokenizer(config.model).hf
-    found = glue.load(config.task, config.data_dir)
+    found, order = glue.load(config.task, config.data_dir), label_order(config)
     sets = {split: encode(rows, tokenizer, config, split) for split, rows in found.items()}
+    if order:
+        sets = {split: [(*row, order[int(label)]) for *row, label in rows] for split, rows in sets.items()}
     regression, pad = not task.labels, tokenizer.pad_token_id or 0
 
     def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
@@ -97,6 +99,23 @@ def examples_of(config: BertConfig) -> Examples:
 
 
 # ---------------------------------------------------------------- models
+
+
+def is_classifier(of_model) -> bool:
+    return any("ForSequenceClassification" in kind for kind in of_model.architectures or [])
+
+
+def label_order(config: BertConfig) -> list[int]:
+    """Which output of a finetuned model is which of the task's labels, if these have names (MNLI, QNLI, RTE) and the
+    model's outputs, too: many models have an order of their own. []: GLUE's. Raises UserError for other names."""
+    names, of_model = glue.TASKS[config.task].labels, read_config(config.model)
+    theirs = [str(of_model.id2label[i]).lower() for i in range(len(names))] if is_classifier(of_model) else []
+    if names in ((), glue.BINARY) or all(name.startswith("label_") for name in theirs):
+        return []
+    if set(theirs) != set(names):
+        raise UserError(f"{config.model} tells {', '.join(theirs)} apart, and {config.task} {', '.join(names)}: give a "
+                        "model of this task")  # fmt: skip
+    return [theirs.index(name) for name in names]
 
 
 def check_encoder(config: BertConfig) -> bool:
@@ -115,13 +134,16 @@ def check_encoder(config: BertConfig) -> bool:
             check_plain(module)
     if not modules or any(is_causal(module) for module in modules):
         raise UserError(f"{config.model} ({of_model.model_type}) is not an encoder: convert_llama.py takes decoders")
-    taught = any("ForSequenceClassification" in kind for kind in of_model.architectures or [])
+    taught = is_classifier(of_model)
     if taught and of_model.num_labels != n_labels:
         raise UserError(f"{config.model} has a classifier for {of_model.num_labels} labels, and {config.task} has "
                         f"{n_labels}: give one for this task, or an encoder without a classifier")  # fmt: skip
     positions = getattr(of_model, "max_position_embeddings", config.block_size)
     positions -= of_model.pad_token_id + 1 if of_model.model_type == "roberta" else 0  # its first ones are not used
     config.block_size = min(config.block_size, positions)
+    if len(Tokenizer(config.model).hf) > model.get_input_embeddings().weight.size(0):
+        raise UserError(f"the tokenizer of {config.model} has more tokens than its embeddings: they do not belong "
+                        "together")  # fmt: skip
     if not taught and config.pooling == "mean" and of_model.model_type != "bert":
         raise UserError(f"--pooling mean is for BERT: {of_model.model_type} has a classifier of another form")
     return taught
@@ -133,7 +155,7 @@ def models_of(config: BertConfig, taught: bool) -> Model:
     def load_classifier(source: str) -> Classifier:
         fresh = () if taught or source != config.model else HEADS
         model = load(source, KIND, new=fresh, num_labels=n_labels)
-        return Classifier(model, config.pooling if fresh else getattr(model.config, "pooling", "model"))
+        return Classifier(model, config.pooling if fresh else "")
 
     def save(model: nn.Module, folder: Path) -> None:
         model.hf.save_pretrained(folder)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention import learns_map
-from common import UserError, as_user_error, parse, pick_device, run, step_seed
+from common import UserError, as_user_error, checksum, parse, pick_device, run, step_seed
 from convert import (
     HELP,
     ConvertConfig,
@@ -56,6 +56,7 @@ class LlamaConfig(ConvertConfig):
     save_interval: int = 200  # steps between checkpoints
     beta2: float = 0.99  # AdamW's memory of the gradient's square
     # dialogue
+    loss_on: str = "summary"  # what finetuning learns to write: the summary, or the text (dialogue and summary)
     test_dialogues: int = 200  # dialogues that ROUGE is measured on, none of them trained on
     new_tokens: int = 64  # longest summary
     examples: int = 3  # summaries to print
@@ -64,6 +65,8 @@ class LlamaConfig(ConvertConfig):
         super().check()
         if self.task not in ("lm", "dialogue"):
             raise UserError(f"--task takes lm or dialogue, not {self.task!r}")
+        if self.loss_on not in ("summary", "text"):
+            raise UserError(f"--loss_on takes summary or text, not {self.loss_on!r}")
         if self.finetune not in ("lora", "all"):
             raise UserError(f"--finetune takes lora or all, not {self.finetune!r}")
         if self.weights not in ("float32", "bfloat16") or (self.weights == "bfloat16" and self.finetune == "all"):
@@ -121,6 +124,13 @@ def prompt_of(text: str) -> str:
     return f"Summarize this dialogue.\n{text}\n---\nSummary:\n"
 
 
+def prompts_of(dialogues: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids, after the model's first token (BOS) if its tokenizer puts one before every text, as Llama's does."""
+    begins = tokenizer.hf("")["input_ids"][:1] == [tokenizer.hf.bos_token_id]
+    begin = [tokenizer.hf.bos_token_id] if begins else []
+    return [begin + ids for ids in tokenizer.encode_many([prompt_of(text) for text in dialogues])]
+
+
 def dialogue_summaries(config: LlamaConfig, build) -> Subject:
     """Finetuned to write the summary after the dialogue; ROUGE of greedy summaries of dialogues not trained on."""
     tokenizer = Tokenizer(config.model)
@@ -128,7 +138,7 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
     end, device = tokenizer.hf.eos_token_id, pick_device(config.device)
 
     def rows_of(pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        prompts = tokenizer.encode_many([prompt_of(d) for d, _ in pairs])
+        prompts = prompts_of([d for d, _ in pairs], tokenizer)
         summaries = tokenizer.encode_many([s for _, s in pairs])
         return [(p, [*s, end]) for p, s in zip(prompts, summaries) if len(p) + len(s) <= config.block_size]
 
@@ -138,13 +148,17 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
     if len(rows) < 2 * kept:
         raise UserError(f"{len(rows)} of {len(sets['train'])} training dialogues fit into --block_size "
                         f"{config.block_size}: raise it, or give more")  # fmt: skip
+    longest = max(map(len, prompts_of([d for d, _ in test], tokenizer))) + config.new_tokens
+    if longest > (positions := getattr(read_config(config.model), "max_position_embeddings", longest)):
+        raise UserError(f"a dialogue to summarize has {longest} tokens with its summary, {config.model} {positions} "
+                        "positions: take a model with more, or shorter dialogues")  # fmt: skip
     print(f"{config.dataset}: {len(rows):,} of {len(sets['train']):,} training dialogues fit into {config.block_size} "
           f"tokens; {kept} of them choose checkpoints; ROUGE on {len(test)} others")  # fmt: skip
     rows, dev = rows[:-kept], rows[-kept:]
 
     def batch_of(step: int) -> tuple[Tensor, ...]:
         picks = np.random.default_rng(step_seed(config.seed, step)).integers(0, len(rows), config.batch_size)
-        return padded([rows[i] for i in picks], end)
+        return padded([rows[i] for i in picks], end, config.loss_on == "text")
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> dict:
@@ -172,25 +186,28 @@ def dialogue_summaries(config: LlamaConfig, build) -> Subject:
         final=final,
         save=save,
         tokenizer=tokenizer.name,
+        data=checksum({}, repr(rows)),
     )
 
 
-def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(prompt, summary) rows as (x, y, mask), (B, T): y is x one token later in the summary, and -100 (ignored)
-    elsewhere; mask is 1 at real tokens. Padded on the right: there a causal model's loss needs no mask."""
+def padded(rows: list[tuple[list[int], list[int]]], pad: int, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(prompt, summary) rows as (x, y, mask), (B, T): y is x one token later in the summary (whole: in all of the
+    text), and -100 (ignored) elsewhere; mask is 1 at real tokens. Padded on the right, where a causal model's loss
+    needs no mask."""
     T = max(len(p) + len(s) for p, s in rows) - 1
     x, y, mask = torch.full((len(rows), T), pad), torch.full((len(rows), T), -100), torch.zeros(len(rows), T).long()
     for i, (p, s) in enumerate(rows):
         ids = torch.tensor(p + s)
         x[i, : len(ids) - 1], mask[i, : len(ids) - 1] = ids[:-1], 1
-        y[i, len(p) - 1 : len(ids) - 1] = ids[len(p) :]
+        first = 1 if whole else len(p)  # that is learned
+        y[i, first - 1 : len(ids) - 1] = ids[first:]
     return x, y, mask
 
 
 @torch.no_grad()
 def summarize(model: nn.Module, tokenizer: Tokenizer, dialogues: list[str], config: LlamaConfig, device) -> list[str]:
     """Greedy summaries, 16 dialogues at a time, padded on the left; memory does not grow with linear attention."""
-    prompts = tokenizer.encode_many([prompt_of(d) for d in dialogues])
+    prompts = prompts_of(dialogues, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like with like: little padding
     written, end = [""] * len(prompts), tokenizer.hf.eos_token_id
     for start in tqdm(range(0, len(order), 16), desc="summaries", unit="batch", mininterval=10.0):

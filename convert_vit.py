@@ -10,6 +10,7 @@ patches.png: what the class token looks at, with softmax and with linear attenti
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,10 +106,16 @@ def imagenet(config: ViTConfig) -> tuple[Examples, int]:
     except OSError as e:
         raise UserError(f"{config.model} has no preprocessor_config.json, which says how it wants its images") from e
 
+    threads = ThreadPoolExecutor()  # decoding and scaling images frees Python's lock
+
+    def read(row: tuple[str, int]) -> tuple[Tensor, int]:
+        split, i = row
+        r = found[split][i]
+        return processor(r["image"].convert("RGB"), return_tensors="pt")["pixel_values"], r["label"]
+
     def collate(rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
-        read = [found[split][i] for split, i in rows]
-        pixels = processor([r["image"].convert("RGB") for r in read], return_tensors="pt")["pixel_values"]
-        return pixels, torch.tensor([r["label"] for r in read])
+        pixels, labels = zip(*threads.map(read, rows))
+        return torch.cat(pixels), torch.tensor(labels)
 
     sets = {split: [(split, i) for i in range(len(found[split]))] for split in ("train", "validation")}
     classes = found["train"].features["label"].num_classes
@@ -134,6 +141,8 @@ def check_vit(config: ViTConfig) -> int | None:
             modules = attention_modules(KIND.from_config(of_model))
         for module in modules:
             check_plain(module)
+        if not modules:
+            raise ValueError(f"{of_model.model_type} has no attention of a known kind")
     except ValueError as e:
         reason = str(e).splitlines()[0][:160]
         raise UserError(f"{config.model} is no vision transformer that can be converted ({reason}): give a hub name or "

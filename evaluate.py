@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import Log, load_checkpoint, peak_gib, restore, write_atomically
 from model import GPT
@@ -47,7 +48,8 @@ def perplexity(
     device = next(model.parameters()).device
     windows = windows_of(ids, block_size, stride, max_tokens)
     nats, per_pass = 0.0, max(1, 4096 // block_size)
-    for i in range(0, len(windows), per_pass):
+    passes = range(0, len(windows), per_pass)
+    for i in tqdm(passes, desc="evaluating", unit="pass", delay=10.0, leave=False, mininterval=5.0):
         rows = [torch.from_numpy(ids[s : e + 1].astype(np.int64)) for s, e, _ in windows[i : i + per_pass]]
         x = torch.stack([row[:-1] for row in rows])
         y = torch.stack([row[1:] for row in rows])

@@ -212,7 +212,7 @@ class StateLayer(CacheLayerMixin):
         raise ValueError("a state cannot forget its last tokens: assisted generation needs softmax")
 
     def offload(self) -> None:
-        self.each(lambda x: x.to("cpu"))
+        pass  # an offloaded cache keeps its large layers elsewhere; a state is small, and stays
 
     def prefetch(self) -> None:
         pass

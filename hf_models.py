@@ -35,11 +35,12 @@ class Classifier(nn.Module):
     """A transformers sequence classifier as model(ids, segments, mask), each (B, T) -> outputs (B, n).
 
     pooling: "model", its own way from tokens to outputs, or "mean" over the real tokens, in its pooler's place; kept as
-    `pooling` in its config."""
+    `pooling` in its config, and by default what that says. A model with "mean" needs this class: its own forward pass
+    knows its pooler only."""
 
-    def __init__(self, model: nn.Module, pooling: str = "model"):
+    def __init__(self, model: nn.Module, pooling: str = ""):
         super().__init__()
-        self.hf, self.hf.config.pooling = model, pooling
+        self.hf, model.config.pooling = model, pooling or getattr(model.config, "pooling", "model")
 
     def forward(self, ids: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
         inputs = dict(input_ids=ids, attention_mask=mask)
@@ -94,7 +95,7 @@ def read_config(source: str) -> transformers.PreTrainedConfig:
     name, options = where(source)
     try:
         return transformers.AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         reason = str(e).splitlines()[0][:160]
         raise UserError(f"cannot load {source} ({reason}): give a hub name, which needs a network once, or a folder "
                         "with config.json and weights") from e  # fmt: skip

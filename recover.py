@@ -35,6 +35,7 @@ from common import (
     UserError,
     World,
     as_user_error,
+    checksum,
     load_checkpoint,
     pick_device,
     provenance,
@@ -49,6 +50,8 @@ from runs import write_json
 from train import fit
 
 Hidden = Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress]  # set from epochs, or without a meaning here
+# Settings, beside the stage's own, on which the teacher depends: one that is resumed must have the same.
+SHAPE_TEACHER = "model task dataset block_size pooling truncate train_rows dev_share dev_rows teacher_epochs".split()
 HELP = "\n".join(text.split("\n\n", 1)[1] for text in (__doc__, HELP))
 
 
@@ -62,7 +65,8 @@ class RecoverConfig(ConvertConfig):
     distil_epochs: float = 5.0  # at most, of distillation (App. C.2)
     epochs: float = 1.0  # of finetuning, for every arm and for the teacher that is finetuned longer
     train_rows: int = 0  # use so many training examples, drawn at random; 0: all
-    dev_share: float = 0.1  # of the training examples choose checkpoints and learning rates
+    dev_share: float = 0.1  # of the training examples choose checkpoints and learning rates ...
+    dev_rows: int = 2000  # ... but at most so many: every validation goes through them
     batch_size: int = 32  # examples an optimiser step sees
     weight_decay: float = 0.0  # AdamW's, in finetuning (App. C.2)
     warmup_steps: int = 20  # linear warm-up, then cosine decay to zero
@@ -86,6 +90,8 @@ class RecoverConfig(ConvertConfig):
             raise UserError("--lrs takes one or more positive learning rates")
         if not 0 < self.dev_share < 1 or self.train_rows < 0:
             raise UserError("dev_share must be between 0 and 1, train_rows zero or more")
+        if self.dev_rows < 1:
+            raise UserError("dev_rows must be at least 1")
 
 
 class Examples(NamedTuple):
@@ -116,10 +122,10 @@ def split_dev(examples: Examples, config: RecoverConfig) -> tuple[list, list]:
     rows = examples.train
     picks = np.random.default_rng(0).permutation(len(rows))
     picks = picks[: config.train_rows or None]
-    n = round(config.dev_share * len(picks))
+    n = min(round(config.dev_share * len(picks)), config.dev_rows)
     if n < config.held_out or len(picks) - n < config.batch_size:
         raise UserError(f"{len(picks)} training examples are too few for --dev_share {config.dev_share:g}, --held_out "
-                        f"{config.held_out} and --batch_size {config.batch_size}")  # fmt: skip
+                        f"{config.held_out} and --batch_size {config.batch_size}, or --dev_rows is")  # fmt: skip
     return [rows[i] for i in picks[n:]], [rows[i] for i in picks[:n]]
 
 
@@ -146,7 +152,8 @@ def steps_of(epochs: float, n: int, config: RecoverConfig) -> int:
 def outputs_of(model: nn.Module, rows: list, examples: Examples, device: torch.device) -> tuple[Tensor, Tensor]:
     """(outputs (N, n), labels (N,)) of examples, in their order."""
     order, found = sorted(range(len(rows)), key=lambda i: examples.length(rows[i])), []
-    for start in range(0, len(rows), 64):
+    passes = range(0, len(rows), 64)
+    for start in tqdm(passes, desc="evaluating", unit="batch", delay=10.0, leave=False, mininterval=5.0):
         *inputs, labels = examples.collate([rows[i] for i in order[start : start + 64]])
         found.append((model(*(x.to(device) for x in inputs)).float().cpu(), labels))
     outputs, labels = (torch.cat(x) for x in zip(*found))
@@ -206,6 +213,7 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
         final=final,
         save=lambda net, folder: save_linearized(net.hf, folder / "linear.safetensors") if sockets(net) else None,
         tokenizer=model.tokenizer,
+        data=checksum({}, repr(train)),
     )
 
 
@@ -222,8 +230,8 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
     net = model.load(source).to(device)
     subject = subject_of(config, examples, model, source)
     groups = param_groups(net, stage.lr, stage.weight_decay, 1.0)
-    about = {name: getattr(config, name) for name in ("model", "dataset", "train_rows", "dev_share")}
-    about["task"] = getattr(config, "task", config.dataset)
+    about = {name: value for name, value in asdict(config).items() if name in SHAPE_TEACHER}
+    about["data"] = subject.data
     meta = {"config": {**about, **asdict(stage)}, "tokenizer": model.tokenizer}
     fit(net, groups, subject.batch, subject.loss, subject.evaluate, stage, World(0, 1, device), meta)
     if not folder.exists():
@@ -240,6 +248,7 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
 def unfinetuned(name: str, config: RecoverConfig, subject: Subject) -> nn.Module:
     """The model of an arm before its finetuning, in mode "softmax": the teacher, with the arm's maps beside it."""
     arm = ARMS[name]
+    torch.manual_seed(config.seed)  # Performer's features are those that the arm had
     net = subject.build(arm.feature_map, **arm.options)
     if arm.distilled:
         net.requires_grad_(False)

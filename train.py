@@ -91,7 +91,8 @@ class StopSignal:
 
 # What a resumed run may set otherwise than the run that was interrupted.
 MAY_CHANGE = """max_steps stop_loss patience grad_accum eval_interval save_interval log_interval device out_dir resume
-    kernel compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride""".split()
+    kernel compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride
+    test_dialogues new_tokens examples""".split()
 
 
 def fit(
@@ -156,7 +157,7 @@ def fit(
         save_checkpoint(out / name, model, optimizer, step=step, best=best, since=since, seconds=spent, **meta)
 
     def enough() -> bool:
-        return best <= config.stop_loss or 0 < config.patience <= since
+        return best <= config.stop_loss > 0 or 0 < config.patience <= since
 
     result, stop, tokens = {}, StopSignal(), 0
     began = clock = time.perf_counter()
@@ -253,11 +254,12 @@ def check_same_run(saved: dict, meta: dict, out: Path, say: Callable) -> None:
     """A resumed run must be the run that was interrupted; what may differ is said aloud."""
     old, new = saved.get("config", {}), meta["config"]
     changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)}
-    if wrong := [text for name, text in changed.items() if name not in MAY_CHANGE]:
-        raise UserError(
-            f"{out} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or start "
-            "a new run from its weights with --init_from and another --out_dir"
-        )
+    wrong = [text for name, text in changed.items() if name not in MAY_CHANGE]
+    if saved["step"] > new.get("max_steps", math.inf):
+        wrong.append(f"{saved['step']} steps, and not {new['max_steps']}")
+    if wrong:
+        raise UserError(f"{out} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or "
+                        "start a new run from its weights with --init_from and another --out_dir")  # fmt: skip
     if "max_steps" in changed:
         say(f"changed: {changed['max_steps']} (the learning rate's schedule moves with it)")
 
@@ -273,10 +275,8 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
             return GPT(GPTConfig.of(asdict(config)))
     tensors, saved = load_checkpoint(config.init_from)
     if saved["tokenizer"] != tokens.tokenizer.name:
-        raise UserError(
-            f"--tokenizer {tokens.tokenizer.name} contradicts {config.init_from}, which was trained on "
-            f"{saved['tokenizer']} tokens: leave it out"
-        )
+        raise UserError(f"--tokenizer {tokens.tokenizer.name} contradicts {config.init_from}, which was trained on "
+                        f"{saved['tokenizer']} tokens: leave it out")  # fmt: skip
     with as_user_error():
         unbounded = GPTConfig.of(saved["config"]).max_length == math.inf  # the block size shapes no weights
     free = {"dropout", "block_size"} if unbounded else {"dropout"}

@@ -79,6 +79,14 @@ def get_tokenizer(name: str):
     return ByteTokenizer() if name == "bytes" else GPT2Tokenizer()
 
 
+def files_of_tokenizer(name: str) -> list[Path]:
+    """Those that a local "hf:" tokenizer is in: with others in their place, text is encoded again."""
+    path = Path(name.removeprefix("hf:"))
+    if not name.startswith("hf:") or not path.exists():
+        return []
+    return [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".txt", ".model"))
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -90,7 +98,7 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, with their ends as they are."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        with open(path, encoding="utf-8", newline="\n") as f:
             for line in f:
                 if "\0" in line:
                     raise ValueError("a NUL byte")
@@ -182,7 +190,8 @@ def prepare(name: str, data_dir: str = "", tokenizer: str = "auto", say: Callabl
         raise UserError(f"--data_dir {data_dir} does not exist")
     module = importlib.import_module(f"data.{name}")
     tokenizer = module.TOKENIZER if tokenizer == "auto" else tokenizer
-    key = hashlib.sha256(f"{name} {tokenizer} {fingerprint(module.files(data_dir))}".encode()).hexdigest()[:12]
+    files = [*module.files(data_dir), *files_of_tokenizer(tokenizer)]
+    key = hashlib.sha256(f"{name} {tokenizer} {fingerprint(files)}".encode()).hexdigest()[:12]
     folder = PREPARED / f"{name}-{tokenizer.partition(':')[0]}-{key}"
     if not (folder / "meta.json").exists():
         encode(folder, module.splits(data_dir), get_tokenizer(tokenizer), name, say)

@@ -23,7 +23,7 @@ def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
         raise UserError(f"unknown dialogues {name!r}: choose one of {', '.join(SETS)}")
     if not data_dir:
         found = hub(SETS[name], remedy="put train and validation .jsonl files into a folder and pass --data_dir FOLDER")
-        return {split: [pair(row, split) for row in found[split]] for split in SPLITS if split in found}
+        return {split: pairs(found[split], split) for split in SPLITS if split in found}
     if not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a folder")
     files = [p for p in sorted(Path(data_dir).iterdir()) if p.suffix in (".json", ".jsonl")]
@@ -31,7 +31,7 @@ def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
     for split, words in SPLITS.items():
         mine = [p for p in files if any(word in p.stem for word in words)]
         if mine:
-            splits[split] = [pair(row, str(mine[0])) for row in rows(mine[0])]
+            splits[split] = pairs(rows(mine[0]), str(mine[0]))
     if missing := {"train", "validation"} - set(splits):
         raise UserError(f"{data_dir} holds no .json or .jsonl file for: {', '.join(sorted(missing))}")
     return splits
@@ -40,15 +40,28 @@ def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
 def rows(path: Path) -> list[dict]:
     text = read_text(path)
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
+        found = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not {path.suffix[1:]} ({e}): give one object a line, or one list of objects") from e
+    if not isinstance(found, list):
+        raise UserError(f"{path} is no list of objects")
+    return found
+
+
+def pairs(rows: list[dict], where: str) -> list[tuple[str, str]]:
+    """(dialogue, summary) of every row but those in which one of them is empty, as in one of SAMSum's."""
+    found = [pair(row, where) for row in rows]
+    kept = [(dialogue, summary) for dialogue, summary in found if dialogue and summary]
+    if len(kept) < len(found):
+        print(f"{where}: {len(found) - len(kept)} of {len(found):,} rows are empty and are left out")
+    return kept
 
 
 def pair(row: dict, where: str) -> tuple[str, str]:
-    dialogue, summary = (row.get(key) if isinstance(row, dict) else None for key in ("dialogue", "summary"))
-    if not isinstance(dialogue, str) or not isinstance(summary, str):
+    keys = ("dialogue", "summary")
+    texts = [row[key] or "" for key in keys] if isinstance(row, dict) and set(keys) <= set(row) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} has a row without the texts dialogue and summary: {str(row)[:80]}")
+    dialogue, summary = texts
     return dialogue.replace("\r\n", "\n").strip(), summary.strip()

@@ -83,15 +83,16 @@ def load(name: str, data_dir: str = "") -> dict[str, list[Row]]:
 
 def read_tsv(task: Task, path: Path) -> list[Row]:
     """The rows of a file in GLUE's layout: no quoting, perhaps a byte order mark, a header or none."""
-    rows = [line.removeprefix("\ufeff").rstrip("\r\n").split("\t") for line in read_lines(path)]
-    first, columns = rows[0] if rows else [], task.columns
+    lines = [(i, line.removeprefix("\ufeff").rstrip("\r\n")) for i, line in enumerate(read_lines(path), 1)]
+    rows = [(i, line.split("\t")) for i, line in lines if line.strip()]
+    first, columns = rows[0][1] if rows else [], task.columns
     header = next((names for names in (task.names, task.hub) if set(names) <= set(first)), None)
     if header:
         columns = tuple(first.index(n) for n in header)
-    elif len(first) != task.width:
+    elif len(first) != task.width or set(first) & {*task.names, *task.hub}:
         raise UserError(f"{path} has neither a header with the columns {', '.join(task.names)} nor {task.folder}'s "
-                        f"{task.width} columns: its first line has {len(first)}")  # fmt: skip
-    complete = [(i, r) for i, r in enumerate(rows, 1) if len(r) > max(columns) and not (header and i == 1)]
+                        f"{task.width} columns: its first line has {len(first)}, {str(first)[:80]}")  # fmt: skip
+    complete = [(i, r) for i, r in rows[bool(header) :] if len(r) > max(columns)]
     lacking = len(rows) - len(complete) - bool(header)
     if not complete or lacking > INCOMPLETE * len(rows):
         raise UserError(f"{path}: {len(complete)} of {len(rows)} lines are examples with at least {max(columns) + 1} "

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import TINY, start
 from safetensors.torch import load_file, save_file
-from tiny import save_byte_tokenizer, save_dialogues, save_llama
+from tiny import save_byte_tokenizer, save_dialogues, save_gpt2, save_llama
 
 transformers = pytest.importorskip("transformers")
 
 import data  # noqa: E402
 from common import load_checkpoint  # noqa: E402
 from convert import ARMS, LADDER, ConvertConfig, language_modelling, table_perplexity  # noqa: E402
-from convert_llama import LlamaConfig, add_lora, merge_lora, padded, rouge, summarize  # noqa: E402
+from convert_llama import LlamaConfig, add_lora, merge_lora, padded, prompt_of, prompts_of, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
@@ -80,6 +80,28 @@ def test_the_same_command_goes_on_and_makes_nothing_twice(convert, tmp_path):
     assert first.split("| arm |")[1] == second.split("| arm |")[1]
     code, _, stderr = convert("--arms", "hedgehog", "--distil_lr", 0.5)
     assert code == 2 and "lr 0.01 -> 0.5" in stderr
+
+
+def test_other_text_or_fewer_steps_are_another_run(convert, text, tmp_path):
+    """What was trained is never reported as what was asked for."""
+    assert convert("--arms", "teacher_finetuned", "distilled")[0] == 0
+    for flags, message in (
+        (["--arms", "distilled", "--distil_steps", 2], "4 steps, and not 2"),
+        (["--arms", "teacher_finetuned", "--max_steps", 2], "4 steps, and not 2"),
+    ):
+        code, _, stderr = convert(*flags)
+        assert code == 2 and message in stderr
+    other = tmp_path / "other.txt"
+    other.write_text(open(text).read().upper())
+    for arm in ("distilled", "teacher_finetuned"):
+        code, _, stderr = convert("--arms", arm, "--data_dir", other)
+        assert code == 2 and "was trained with other settings (data " in stderr
+    (tmp_path / "moved.txt").write_text(open(text).read())
+    before = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    code, _, stderr = convert("--arms", "distilled", "--data_dir", tmp_path / "moved.txt")  # the same, elsewhere
+    assert code == 0, stderr
+    (after,) = json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]
+    assert after["final"] == before[1]["final"] and after["minutes"]["distil"] == before[1]["minutes"]["distil"]
 
 
 def test_every_arm_goes_on_after_a_stage_and_ends_where_one_go_ends(convert, tmp_path):
@@ -183,6 +205,7 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
     (["--arms", "lstm"], "--arms takes teacher"),
     (["--stage", "convert"], "unknown stage 'convert'"),
     (["--finetune", "some"], "--finetune takes lora or all"),
+    (["--loss_on", "some"], "--loss_on takes summary or text"),
     (["--task", "translate"], "--task takes lm or dialogue"),
     (["--distil_steps", 0], "must be positive"),
     (["--weights", "bfloat16", "--finetune", "all"], "--weights takes float32, or with --finetune lora bfloat16"),
@@ -302,10 +325,54 @@ def test_summaries_are_trained_written_and_scored(command, llama, dialogues, tmp
     assert "280 of 280 training dialogues" in stdout and "--- its summary\n280 is discussed." in stdout
 
 
+def test_what_is_measured_may_change_when_a_stage_goes_on(command, llama, dialogues, tmp_path):
+    flags = ["--task", "dialogue", "--data_dir", dialogues, "--block_size", 96, *QUICK, "--out_dir", tmp_path / "out",
+             "--arms", "teacher_finetuned", "--new_tokens", 2, "--examples", 0]  # fmt: skip
+    for n in (2, 3):
+        code, stdout, stderr = command("convert_llama", llama, *flags, "--test_dialogues", n)
+        assert code == 0, stderr
+    assert "resuming" in stdout and "at step 4" in stdout
+    assert json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"][0]["final"]["dialogues"] == 3
+
+
+def test_a_dialogue_beyond_the_models_positions_is_one_line(command, dialogues, tmp_path):
+    folder = save_gpt2(tmp_path / "gpt2")
+    save_byte_tokenizer(folder)
+    rows = (dialogues / "validation.json").read_text()
+    long = [{"dialogue": "A: " + "so " * 40, "summary": "so"}] + json.loads(rows)
+    (dialogues / "validation.json").write_text(json.dumps(long))
+    code, _, stderr = command("convert_llama", folder, "--task", "dialogue", "--data_dir", dialogues, *QUICK,
+                              "--finetune", "all", "--block_size", 90)  # fmt: skip
+    assert code == 2 and "96 positions: take a model with more" in stderr and "Traceback" not in stderr
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(llama):
+    tokenizer = Tokenizer(str(llama))
+    plain = tokenizer.encode_many([prompt_of("A: hi")])[0]
+    assert prompts_of(["A: hi"], tokenizer) == [plain]
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.hf.backend_tokenizer.post_processor = TemplateProcessing("<end> $A", special_tokens=[("<end>", 256)])
+    assert prompts_of(["A: hi"], tokenizer) == [plain]  # that is no BOS
+    tokenizer.hf.bos_token = "<end>"
+    assert prompts_of(["A: hi"], tokenizer) == [[256, *plain]]
+
+
+def test_empty_dialogues_are_left_out_aloud(tmp_path, capsys):
+    """SAMSum has one."""
+    rows = [{"dialogue": "a", "summary": "b"}, {"dialogue": None, "summary": "c"}, {"dialogue": "d", "summary": " "}]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert dialogue.load("samsum", str(tmp_path)) == {"train": [("a", "b")], "validation": [("a", "b")]}
+    assert "2 of 3 rows are empty and are left out" in capsys.readouterr().out
+
+
 def test_the_loss_counts_the_summary_and_its_end_only():
     x, y, mask = padded([([1, 2, 3], [4, 9]), ([5], [6, 9])], pad=9)
     assert x.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert y.tolist() == [[-100, -100, 4, 9], [6, 9, -100, -100]]
+    x, y, mask = padded([([1, 2, 3], [4, 9]), ([5], [6, 9])], pad=9, whole=True)
+    assert y.tolist() == [[2, 3, 4, 9], [6, 9, -100, -100]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("mode", ["linear", "softmax"])
@@ -325,6 +392,9 @@ def test_rouge_is_that_of_equal_and_of_disjoint_texts():
 
 @pytest.mark.parametrize("name, rows, message", [
     ("x.train.jsonl", '{"dialogue": "a"}', "without the texts dialogue and summary"),
+    ("x.train.jsonl", '{"dialogue": 3, "summary": "b"}', "without the texts dialogue and summary"),
+    ("x.train.jsonl", "[1]", "without the texts dialogue and summary"),
+    ("x.train.json", "3", "no list of objects"),
     ("x.train.jsonl", "not json", "is not jsonl"),
     ("x.train.txt", "", "no .json or .jsonl file for: train"),
 ])  # fmt: skip

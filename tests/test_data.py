@@ -73,6 +73,21 @@ def test_preparing_happens_once_and_again_when_the_text_changes(tmp_path):
     assert len(said) == 2
 
 
+def test_text_is_encoded_again_when_the_tokenizer_in_its_folder_changes(text, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny import save_byte_tokenizer
+
+    save_byte_tokenizer(tmp_path / "model")
+    said = []
+    for _ in range(2):
+        prepare("text", text, f"hf:{tmp_path / 'model'}", said.append)
+    assert len(said) == 1
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    prepare("text", text, f"hf:{tmp_path / 'model'}", said.append)
+    assert len(said) == 2
+
+
 def test_a_damaged_prepared_file_is_noticed(tmp_path):
     folder = write_files(tmp_path / "d", a="one " * 50, b="two " * 50)
     prepare("text", str(folder), say=quiet)

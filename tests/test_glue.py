@@ -81,6 +81,7 @@ def write(folder, train: str, dev: str | None = "sentence\tlabel\nfine\t1\n"):
     ("sentence\tlabel\nfine\t\n", "", r"train.tsv, line 2: the label '' is not 0 or 1"),
     ("sentence\tkind\tlabels\nfine\tx\t1\n", "", r"neither a header with the columns sentence, label nor SST-2's 2"),
     ("sentence\tlabel\n" + "fine\t1\n" * 20 + "cut off\n", "", r"20 of 22 lines are examples with at least 2 columns"),
+    ("sentence\tscore\nfine\t1\n", "", r"neither a header .* line has 2, \['sentence', 'score'\]"),
     ("", "", r"neither a header .* its first line has 0"),
     ("sentence\tlabel\n", "", r"0 of 1 lines"),
     ("sentence\tlabel\nfine\t1\n", None, r"cannot read .*dev.tsv"),
@@ -104,6 +105,14 @@ def test_other_wrong_input(tmp_path):
 def test_few_incomplete_lines_are_left_out_aloud(tmp_path, capsys):
     found = load("sst2", write(tmp_path, "sentence\tlabel\n" + "fine\t1\n" * 150 + "cut off\n"))
     assert len(found["train"]) == 150 and "1 of 152 lines lack columns and are left out" in capsys.readouterr().out
+
+
+def test_blank_lines_are_none_and_a_carriage_return_ends_no_line(tmp_path, capsys):
+    (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\r\nfi\rne\t1\r\n\r\nbad\t0\r\n\r\n")
+    (tmp_path / "dev.tsv").write_bytes(b"fine\t1\n\n")
+    found = load("sst2", str(tmp_path))
+    assert found["train"] == [Row(("fi\rne",), 1), Row(("bad",), 0)] and found["validation"] == [Row(("fine",), 1)]
+    assert capsys.readouterr().out == ""
 
 
 def ranks(x: list[float]) -> list[float]:

@@ -300,7 +300,7 @@ def test_a_model_keeps_no_state_after_a_call(llama):
 # ---------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, name):
     build(*DECODERS[name]()).save_pretrained(tmp_path / "base")
     model = type(build(*DECODERS[name]())).from_pretrained(tmp_path / "base")
@@ -320,6 +320,21 @@ def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, na
     assert torch.equal(onto(ids).logits, again(ids).logits)
     with pytest.raises(UserError, match="other weights"):
         load_linearized(tmp_path / "linear.safetensors", build(*DECODERS[name](), seed=5))
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "ViT"])
+def test_encoders_are_saved_and_loaded_too(tmp_path, name):
+    inputs = torch.randn(2, 1, 12, 12) if name == "ViT" else torch.randint(3, 50, (2, 11))
+    base = vit() if name == "ViT" else encoder(name)
+    base.save_pretrained(tmp_path / "base")
+    model = linearize(type(base).from_pretrained(tmp_path / "base").eval(), init="random")
+    with torch.no_grad():
+        model.get_parameter("encoder.layer.1.output.dense.bias" if name != "ViT" else "layernorm.bias").add_(1.0)
+    wanted = model(inputs).last_hidden_state
+    save_linearized(model, tmp_path / "linear.safetensors")
+    assert torch.equal(load_linearized(tmp_path / "linear.safetensors")(inputs).last_hidden_state, wanted)
+    onto = linearize(type(base).from_pretrained(tmp_path / "base").eval())
+    assert (onto(inputs).last_hidden_state - wanted).abs().max() > 1e-2
 
 
 def test_a_base_is_loaded_in_the_dtype_that_was_linearized(tmp_path):

@@ -1,6 +1,7 @@
 """analyze.py on models of transformers: queries, keys and masks are those that the model itself uses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,8 +74,12 @@ def test_the_command_analyses_a_hugging_face_folder(folder, command, tmp_path):
     assert "Hedgehog, untrained (W = I)" in stdout
 
 
-def test_a_name_that_is_nothing_is_one_line_and_exit_code_2(command):
+def test_what_is_no_model_is_one_line_and_exit_code_2(folder, command, tmp_path):
     code, _, stderr = command("analyze", "no-such-name/at-all")
+    assert code == 2 and stderr.count("\n") == 1 and "neither a checkpoint of this program nor" in stderr
+    shutil.copytree(folder[1], tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"garbage")
+    code, _, stderr = command("analyze", tmp_path / "damaged")
     assert code == 2 and stderr.count("\n") == 1 and "neither a checkpoint of this program nor" in stderr
 
 

@@ -14,13 +14,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import recovery  # noqa: E402
-from common import load_checkpoint  # noqa: E402
+from common import UserError, load_checkpoint  # noqa: E402
 from convert import ARMS  # noqa: E402
 from convert_bert import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
 from convert_vit import digits  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf_models import Classifier, load  # noqa: E402
-from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of  # noqa: E402
+from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of, weights_of  # noqa: E402
 
 QUICK = (
     "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 2 "
@@ -164,8 +164,15 @@ def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
     one, two = (json.loads((tmp_path / out / "recover.json").read_text())["runs"] for out in ("once", "out"))
     assert [r["final"]["sets"] for r in one] == [r["final"]["sets"] for r in two[:2]]  # in one go, or stage by stage
     assert [r["config"]["seed"] for r in two] == [1, 1, 2, 2]
-    code, _, stderr = convert("cola", *arms, "--teacher_lr", 1e-3)
-    assert code == 2 and "lr 0.002 -> 0.001" in stderr
+    for flags, message in (
+        (["--teacher_lr", 1e-3], "lr 0.002 -> 0.001"),
+        (["--teacher_epochs", 4], "teacher_epochs 2.0 -> 4.0"),
+        (["--teacher_epochs", 1], "teacher_epochs 2.0 -> 1.0"),
+        (["--pooling", "mean"], "pooling model -> mean"),
+        (["--dev_share", 0.3], "dev_share 0.1 -> 0.3"),
+    ):
+        code, _, stderr = convert("cola", *arms, *flags)
+        assert code == 2 and message in stderr
 
 
 def test_learning_rates_are_chosen_by_examples_of_the_training_set_with_the_first_seed(convert, tmp_path):
@@ -179,8 +186,9 @@ def test_learning_rates_are_chosen_by_examples_of_the_training_set_with_the_firs
     assert code == 0 and "1+ELU, finetuned, lr 1e+38: step" in stdout  # said; the others go on
 
 
-def test_a_converted_model_is_what_its_files_give_back(convert, encoder, files, tmp_path):
-    code, _, stderr = convert("cola", "--arms", "hedgehog")
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_a_converted_model_is_what_its_files_give_back(convert, encoder, files, tmp_path, pooling):
+    code, _, stderr = convert("cola", "--arms", "hedgehog", "--pooling", pooling)
     assert code == 0, stderr
     (result,) = json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]
     model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
@@ -201,6 +209,43 @@ def test_a_finetuned_model_needs_no_teacher(command, convert, files, tmp_path):
     assert given["final"]["sets"] == taught["final"]["sets"] and not (tmp_path / "given" / "seed1" / "teach").exists()
     code, _, stderr = command("convert_bert", "cola", "--model", teacher, *flags)
     assert code == 2 and "has a classifier for 1 labels, and cola has 2" in stderr
+
+
+def test_few_examples_choose_however_many_there_are(encoder, files):
+    config = config_of(encoder, files, dev_share=0.5, dev_rows=20)
+    examples = examples_of(config)
+    train, dev = split_dev(examples, config)
+    assert len(dev) == 20 and len(train) == len(examples.train) - 20
+
+
+def test_a_finetuned_model_may_have_its_labels_in_another_order(tmp_path, files):
+    """Outputs are compared with the label of the same name; MNLI's, QNLI's and RTE's have names."""
+    theirs = dict(enumerate(["CONTRADICTION", "neutral", "entailment"]))
+    model = save_encoder(tmp_path / "nli", "BertForSequenceClassification", num_labels=3, id2label=theirs)
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = [f"a{i}\tb\t{label}" for i, label in enumerate(["entailment", "neutral", "contradiction"] * 40)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *rows]))
+    config = BertConfig(task="mnli", model=str(model), data_dir=str(tmp_path), block_size=64)
+    examples = examples_of(config)
+    assert [label for *_, label in examples.train[:4]] == [2, 1, 0, 2]
+    assert [label for *_, label in examples.tests["validation_mismatched"][:3]] == [2, 1, 0]
+    assert examples.collate(examples.train[:3])[-1].tolist() == [2, 1, 0]
+    for names, message in ((["yes", "no", "maybe"], "tells yes, no, maybe apart, and mnli entailment"), (None, "")):
+        model = save_encoder(tmp_path / f"{names}", "BertForSequenceClassification", num_labels=3,
+                             **({"id2label": dict(enumerate(names))} if names else {}))  # fmt: skip
+        if message:
+            with pytest.raises(UserError, match=message):
+                examples_of(replace(config, model=str(model)))
+        else:  # LABEL_0 ...: as the task has them
+            assert [label for *_, label in examples_of(replace(config, model=str(model))).train[:3]] == [0, 1, 2]
+
+
+def test_performers_weights_are_those_of_the_arm(encoder, files):
+    config = config_of(encoder, files)
+    examples = examples_of(config)
+    subject = subject_of(config, examples, models_of(config, taught=False), str(encoder))
+    once, again, other = (weights_of("performer", replace(config, seed=seed), subject) for seed in (1, 1, 2))
+    assert once == again and once["kl"] != other["kl"]
 
 
 # ---------------------------------------------------------------- wrong input
@@ -230,6 +275,9 @@ def test_decoders_are_sent_elsewhere_and_long_examples_are_cut_on_request(comman
     save_byte_tokenizer(tmp_path / "llama")
     code, _, stderr = command("convert_bert", "cola", "--model", tmp_path / "llama", "--data_dir", files, *QUICK)
     assert code == 2 and "(llama) is not an encoder: convert_llama.py takes decoders" in stderr
+    small = save_encoder(tmp_path / "small", vocab_size=100)
+    code, _, stderr = command("convert_bert", "cola", "--model", small, "--data_dir", files, *QUICK)
+    assert code == 2 and "has more tokens than its embeddings" in stderr
     code, _, stderr = convert("cola", "--block_size", 8, "--truncate", "--arms", "teacher")
     assert code == 0, stderr
 
@@ -327,6 +375,10 @@ def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
     shutil.rmtree(tmp_path / "images" / "validation" / "dog")
     code, _, stderr = command("convert_vit", tmp_path / "vit", *flags)
     assert code == 2 and "has images of one class" in stderr
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_labels=2)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    code, _, stderr = command("convert_vit", tmp_path / "resnet", *flags)
+    assert code == 2 and "resnet has no attention of a known kind" in stderr
     code, _, stderr = command("convert_vit", "nowhere", *flags)
     assert code == 2 and "nowhere" in stderr
     code, _, stderr = command("convert_vit", tmp_path / "vit")

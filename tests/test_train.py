@@ -193,6 +193,8 @@ def test_resume_starts_anew_where_there_is_nothing_and_refuses_another_run(train
     assert code == 0 and "nothing to resume" in stdout
     code, _, stderr = train("--out_dir", tmp_path / "run", "--resume", "--lr", 0.5)
     assert code == 2 and "trained with other settings (lr 0.002 -> 0.5)" in stderr
+    code, _, stderr = train("--out_dir", tmp_path / "run", "--resume", "--max_steps", 5)
+    assert code == 2 and "steps, and not 5" in stderr
     code, stdout, _ = train("--out_dir", tmp_path / "run", "--resume", "--max_steps", 9)
     assert code == 0 and "max_steps 6 -> 9" in stdout and max(losses(tmp_path / "run")) == 9
     (tmp_path / "run" / "last.safetensors").write_bytes(b"garbage")
