@@ -171,7 +171,7 @@ def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
         (["--pooling", "mean"], "pooling model -> mean"),
         (["--dev_share", 0.3], "dev_share 0.1 -> 0.3"),
     ):
-        code, _, stderr = convert("cola", *arms, *flags)
+        code, _, stderr = convert("cola", "--arms", "teacher", *flags)  # refused by the teacher itself
         assert code == 2 and message in stderr
 
 
