@@ -2,12 +2,13 @@
 
     python convert_gpt2.py gpt2                  the paper's: 124M parameters, WikiText-103; one GPU
     python convert_gpt2.py out/stdlib-softmax    any softmax run of this repository, on its own data; a CPU will do
-    python convert_gpt2.py FOLDER --dataset wikitext2 --distil_steps 100 --max_steps 100     GPT-2 weights in a folder
+    python convert_gpt2.py gpt2 --small          to try it: WikiText-2, 200 steps a stage; a CPU will do
+    python convert_gpt2.py FOLDER                GPT-2 weights in a folder
     python convert_gpt2.py gpt2 --stage distil   no further than this
 
 gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or a folder with config.json and safetensors (gpt2.py reads them).
 Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no weight decay for two epochs, then all parameters
-with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens.
+with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens. What is given on the command line goes first.
 """
 
 import copy
@@ -28,6 +29,7 @@ from gpt2 import check_tokenizer, from_pretrained, to_hf  # noqa: F401  for whoe
 @dataclass
 class GPT2Config(ConvertConfig):
     model: str = "gpt2"  # hub name, folder with GPT-2 weights, or a softmax run of this repository
+    small: bool = False  # a recipe for trying GPT-2: WikiText-2, 256 tokens of context, 200 steps a stage
     dataset: str = "wikitext103"  # as train.py's; a run of this repository: by default its own
     block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
     batch_size: int = 8  # sequences an optimiser step sees
@@ -48,9 +50,13 @@ class GPT2Config(ConvertConfig):
 
 
 # For a checkpoint of this repository: minutes on a CPU.
-SMALL = dict(
+OWN = dict(
     distil_steps=300, max_steps=300, lr=1e-3, eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=16384,
     eval_tokens=65536, map_lr_scale=10.0,
+)  # fmt: skip
+SMALL = dict(
+    dataset="wikitext2", block_size=256, batch_size=2, distil_steps=200, max_steps=200, lr=2e-4, map_lr_scale=10.0,
+    eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=4096, eval_tokens=20480,
 )  # fmt: skip
 
 
@@ -60,15 +66,16 @@ def main() -> None:
         config.check()  # before anything is loaded; below, with the model's own defaults
     path = Path(config.model)
     ours = path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last"))
-    changes = {}
+    changes = SMALL if config.small else {}
     if ours:
         teacher, saved = load_teacher(config.model)
         tokenizer, of = saved["tokenizer"], saved["config"]
-        changes = SMALL | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
+        changes = OWN | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
     else:
         teacher, tokenizer = from_pretrained(config.model), "gpt2"
         check_tokenizer(teacher, get_tokenizer(tokenizer))
-    for name, value in {**changes, "block_size": min(config.block_size, teacher.config.block_size)}.items():
+    longest = min(changes.get("block_size", config.block_size), teacher.config.block_size)
+    for name, value in {**changes, "block_size": longest}.items():
         if name not in given:
             setattr(config, name, value)
     with as_user_error():

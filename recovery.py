@@ -101,16 +101,18 @@ def correlations(found: list[tuple[str, float, dict]]) -> str:
 
 
 def table(facts: dict) -> str:
-    """The arms in Markdown: score, what is recovered, and the paper's score."""
-    first = facts["runs"][0]["final"]["sets"]
-    metric = list(next(iter(first.values())))[1]
-    heads = f"{metric}, mean ± sd (seeds) | recovered, % | minus the teacher, ± se | KL | lr | minutes | paper"
-    lines = [f"| arm | {heads} |", "|---|---|---|---|---|---|---|---|"]
+    """The arms in Markdown: the score, the task's other metrics, what is recovered, and the paper's score."""
+    sets = facts["runs"][0]["final"]["sets"]
+    (_, metric), *others = [(name, key) for name, found in sets.items() for key in found if key != "loss"]
+    names = [f"{name.removeprefix('validation').removeprefix('_')} {key}".strip() for name, key in others]
+    heads = [f"{metric}, mean ± sd (seeds)", *names, "recovered, %", "minus the teacher, ± se", "KL", "lr", "minutes"]
+    lines = [f"| arm | {' | '.join(heads)} | paper |", "|---" * (len(heads) + 2) + "|"]
     for arm, runs in by_arm(facts).items():
         share, difference = recovered(facts, arm), facts["differences"].get(arm)
         kls = [r["kl"] for r in runs if r["kl"] is not None]
         cells = [
             f"{mean_sd([r['final']['score'] for r in runs], '.1f')} ({len(runs)})",
+            *(f"{statistics.mean(r['final']['sets'][name][key] for r in runs):.1f}" for name, key in others),
             mean_sd(share, ".1f") if share else "",
             f"{difference[0]:+.1f} ± {difference[1]:.1f}" if difference else "",
             f"{statistics.mean(kls):.3f}" if kls else "",

@@ -295,9 +295,10 @@ def test_a_linear_run_cannot_be_the_teacher(train, command, tmp_path):
 
 
 def test_the_papers_recipe_is_the_default():
-    from convert_gpt2 import GPT2Config
+    from convert_gpt2 import OWN, SMALL, GPT2Config
 
     config = GPT2Config()
+    assert {**OWN, **SMALL}.keys() <= vars(config).keys() and not config.small
     assert (config.distil_lr, config.lr, config.weight_decay, config.block_size, config.batch_size) == (
         1e-2, 6e-4, 0.01, 1024, 8,
     )  # fmt: skip

@@ -293,6 +293,15 @@ def test_recovered_is_the_share_of_the_equally_finetuned_teacher_with_the_same_s
     assert recovery.recovered({"runs": runs}, "teacher") == pytest.approx([800 / 9])
 
 
+def test_the_table_has_every_metric_of_every_set():
+    sets = {"validation": {"loss": 0.5, "accuracy": 80.0}, "validation_mismatched": {"loss": 0.6, "accuracy": 70.25}}
+    run = {"arm": "teacher_finetuned", "config": {"seed": 1, "lr": 1e-5}, "kl": None, "minutes": {"finetune": 1.0}}
+    facts = {"runs": [{**run, "final": {"score": 80.0, "sets": sets}}], "differences": {}, "paper": {}}
+    head, _, row = recovery.table(facts).splitlines()
+    assert head.startswith("| arm | accuracy, mean ± sd (seeds) | mismatched accuracy | recovered, % |")
+    assert row.startswith("| teacher, finetuned | 80.0 (1) | 70.2 | 100.0 |") and head.count("|") == row.count("|")
+
+
 def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monkeypatch):
     monkeypatch.setattr(recovery, "DRAWS", 400)
     labels, rng = np.array([0, 1] * 200), np.random.default_rng(1)
