@@ -1,7 +1,9 @@
 """The ladder of conversions: every arm is what its name says, stages are made once and resumed, on tiny models."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -117,6 +119,28 @@ def test_every_arm_goes_on_after_a_stage_and_ends_where_one_go_ends(convert, tmp
     trained, _ = load_checkpoint(tmp_path / "out" / "zero" / "finetune" / "last.safetensors")
     added = [t for n, t in trained.items() if n.startswith("model.") and "lora_B" in n]
     assert len(added) == 2 * 3 and all(t.abs().max() > 0 for t in added)  # without attention LoRA is beside the MLP
+
+
+def test_a_conversion_stopped_in_the_middle_of_its_stages_ends_where_one_go_ends(convert, monkeypatch, tmp_path):
+    batch_of, asked = data.batch_of, []
+
+    def interrupted(ids, step, *rest, **options):
+        asked.append(step)
+        if len(asked) in (4, 9):  # the first is held out: in the middle of distillation, then of finetuning
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch_of(ids, step, *rest, **options)
+
+    flags = ["--arms", "hedgehog", "--lr", 0.02, "--save_interval", 100]
+    monkeypatch.setattr(data, "batch_of", interrupted)
+    for stage in ("maps/distil-hedgehog", "out/hedgehog/finetune"):
+        code, _, stderr = convert(*flags)
+        assert code == 130 and f"saved in {tmp_path / stage}" in stderr and "Traceback" not in stderr
+        assert 0 < load_checkpoint(tmp_path / stage / "last.safetensors")[1]["step"] < 4
+    assert convert(*flags)[0] == 0
+    monkeypatch.setattr(data, "batch_of", batch_of)
+    assert convert(*flags, "--out_dir", tmp_path / "once", "--distil_dir", tmp_path / "again")[0] == 0
+    stopped, once = (json.loads((tmp_path / out / "ladder.json").read_text())["runs"][0] for out in ("out", "once"))
+    assert stopped["final"] == once["final"] and stopped["kl"] == once["kl"]
 
 
 def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
