@@ -244,11 +244,11 @@ def test_generation_equals_the_full_forward_pass_at_every_step_and_keeps_a_state
     assert torch.equal(made.sequences, ids)
 
 
-def test_beam_search_carries_states_with_their_beams(llama):
-    linearize(llama)
+def test_beam_search_carries_states_with_their_beams(decoder):
+    linearize(decoder)
     ids = torch.randint(50, (2, 6))
     options = dict(max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(llama.generate(ids, **options), llama.generate(ids, use_cache=False, **options))
+    assert torch.equal(decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options))
 
 
 def test_a_state_cannot_be_cropped_or_continue_keys(llama):
