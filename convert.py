@@ -98,7 +98,7 @@ ARMS = {
 LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
 SHAPE_MAPS = """model task weights dataset block_size tie held_out dev_tokens pooling truncate train_rows dev_share
-    dev_rows""".split()
+    dev_rows data""".split()
 STAGES = ("measure", "distil", "finetune", "evaluate")
 
 
@@ -191,7 +191,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
             config, Path(config.distil_dir or out) / arm.maps, max_steps=config.distil_steps,
             lr=config.distil_lr, weight_decay=0.0, patience=config.distil_patience,
         )  # fmt: skip
-        shared = {key: value for key, value in meta["config"].items() if key in [*SHAPE_MAPS, "data"]}  # by all arms
+        shared = {key: value for key, value in meta["config"].items() if key in SHAPE_MAPS}  # by all arms and out_dirs
         of_stage = {**meta, "config": {**shared, **asdict(stage), "map_lr_scale": 1.0}}
         found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, of_stage)
         minutes["distil"], kl = minutes_of(stage), found["kl"].mean().item()

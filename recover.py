@@ -51,7 +51,8 @@ from train import fit
 
 Hidden = Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress]  # set from epochs, or without a meaning here
 # Settings, beside the stage's own, on which the teacher depends: one that is resumed must have the same.
-SHAPE_TEACHER = "model task dataset block_size pooling truncate train_rows dev_share dev_rows teacher_epochs".split()
+SHAPE_TEACHER = """model task dataset block_size pooling truncate train_rows dev_share dev_rows teacher_epochs
+    data""".split()
 HELP = "\n".join(text.split("\n\n", 1)[1] for text in (__doc__, HELP))
 
 
@@ -230,8 +231,8 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
     net = model.load(source).to(device)
     subject = subject_of(config, examples, model, source)
     groups = param_groups(net, stage.lr, stage.weight_decay, 1.0)
-    about = {name: value for name, value in asdict(config).items() if name in SHAPE_TEACHER}
-    about["data"] = subject.data
+    about = {**asdict(config), "data": subject.data}
+    about = {name: value for name, value in about.items() if name in SHAPE_TEACHER}
     meta = {"config": {**about, **asdict(stage)}, "tokenizer": model.tokenizer}
     fit(net, groups, subject.batch, subject.loss, subject.evaluate, stage, World(0, 1, device), meta)
     if not folder.exists():
