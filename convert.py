@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import kernels
+from attention import learns_map
 from common import (
     RunError,
     UserError,
@@ -97,8 +98,8 @@ ARMS = {
 }
 LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
-SHAPE_MAPS = """model task weights dataset block_size tie held_out dev_tokens pooling truncate train_rows dev_share
-    dev_rows data""".split()
+SHAPE_MAPS = """model task weights dataset block_size tie map_features held_out dev_tokens pooling truncate train_rows
+    dev_share dev_rows data""".split()
 STAGES = ("measure", "distil", "finetune", "evaluate")
 
 
@@ -107,6 +108,7 @@ class ConvertConfig(FitConfig):
     arms: list[str] = field(default_factory=lambda: list(LADDER))  # rows of the ladder, by name
     stage: str = "evaluate"  # measure, distil, finetune or evaluate: no further than this
     tie: bool = True  # one map for queries and keys, as in Sec. 3; False: one each
+    map_features: int = 0  # d' of a learned map, W being D x d' and random at first; 0: D, from the identity (Sec. 3)
     distil_steps: int = 400  # optimiser steps of distillation
     distil_lr: float = 1e-2  # peak learning rate of the maps there (App. C.2)
     distil_patience: int = 5  # stop distilling after so many validations without a better one (App. C.2); 0: never
@@ -135,9 +137,10 @@ class ConvertConfig(FitConfig):
             raise UserError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}")
         if min(self.distil_steps, self.held_out, self.block_size, self.distil_lr, self.dev_tokens) <= 0:
             raise UserError("distil_steps, distil_lr, held_out, block_size and dev_tokens must be positive")
-        if min(self.distil_patience, self.eval_stride, self.eval_tokens) < 0 or self.eval_stride > self.block_size:
-            raise UserError("distil_patience, eval_stride and eval_tokens must be zero or more, eval_stride at most "
-                            "block_size")  # fmt: skip
+        at_least_zero = self.distil_patience, self.eval_stride, self.eval_tokens, self.map_features
+        if min(at_least_zero) < 0 or self.eval_stride > self.block_size:
+            raise UserError("distil_patience, eval_stride, eval_tokens and map_features must be zero or more, "
+                            "eval_stride at most block_size")  # fmt: skip
 
 
 class Subject(NamedTuple):
@@ -261,6 +264,14 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
         print(table(results))
         print(f"written to {config.out_dir}: ladder.json, and a folder for each stage and arm")
     return results
+
+
+def map_options(config: ConvertConfig, feature_map: str) -> dict:
+    """make_feature_map's options: what the command says of learned maps; fixed ones are what they are."""
+    if not learns_map(feature_map):
+        return {}
+    wide = {"n_features": config.map_features, "init": "random"} if config.map_features else {}
+    return {"tie": config.tie, **wide}
 
 
 def groups_of(model: nn.Module, config: ConvertConfig, rest: list[nn.Parameter] | None = None) -> list[dict]:

@@ -89,7 +89,8 @@ def main() -> None:
     def build(feature_map: str) -> nn.Module:
         if not feature_map:
             return copy.deepcopy(teacher)
-        return pupil_of(teacher, feature_map, tie=config.tie or not learns_map(feature_map))
+        wide = {"map_features": config.map_features, "map_init": "random"} if config.map_features else {}
+        return pupil_of(teacher, feature_map, tie=config.tie or not learns_map(feature_map), **wide)
 
     def save(model: nn.Module, folder: Path) -> None:
         about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}

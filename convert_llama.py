@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attention import learns_map
 from common import UserError, as_user_error, checksum, parse, pick_device, run, step_seed
 from convert import (
     HELP,
@@ -28,6 +27,7 @@ from convert import (
     groups_of,
     ladder,
     language_modelling,
+    map_options,
     need,
     table_perplexity,
     table_rouge,
@@ -273,7 +273,7 @@ def main() -> None:
         model = load(config.model, dtype=getattr(torch, config.weights))
         with as_user_error():
             if feature_map:
-                linearize(model, feature_map, tie=config.tie or not learns_map(feature_map), **options)
+                linearize(model, feature_map, **map_options(config, feature_map), **options)
         return LanguageModel(model).to(device)
 
     check_fits(config)

@@ -29,7 +29,6 @@ from tqdm import tqdm
 import kernels
 import recovery
 from analyze import measure, queries_and_keys
-from attention import learns_map
 from common import (
     RunError,
     UserError,
@@ -42,7 +41,7 @@ from common import (
     restore,
     step_seed,
 )
-from convert import ARMS, HELP, ConvertConfig, Subject, fit_config, groups_of, minutes_of, run_arm
+from convert import ARMS, HELP, ConvertConfig, Subject, fit_config, groups_of, map_options, minutes_of, run_arm
 from distill import map_parameters, set_mode, sockets
 from hf import linearize, save_linearized
 from model import param_groups
@@ -200,7 +199,7 @@ def subject_of(config: RecoverConfig, examples: Examples, model: Model, teacher:
         net = model.load(teacher)
         if feature_map:
             with as_user_error():
-                linearize(net.hf, feature_map, tie=config.tie or not learns_map(feature_map), **options)
+                linearize(net.hf, feature_map, **map_options(config, feature_map), **options)
         return net.to(device)
 
     return Subject(

@@ -249,6 +249,10 @@ def test_one_map_for_all_heads_is_an_arm_where_models_can_share_one(convert, com
     runs = {r["arm"]: r for r in json.loads((tmp_path / "out" / "ladder.json").read_text())["runs"]}
     assert 4 * runs["shared"]["map_parameters"] == runs["hedgehog"]["map_parameters"] > 0
     assert len({r["final"]["loss"] for r in runs.values()}) == 3
+    wide = ["--arms", "hedgehog", "--map_features", 24, "--out_dir", tmp_path / "wide", "--distil_dir", tmp_path / "w"]
+    assert convert(*wide)[0] == 0
+    (result,) = json.loads((tmp_path / "wide" / "ladder.json").read_text())["runs"]
+    assert result["map_parameters"] == 3 * runs["hedgehog"]["map_parameters"]  # W is 8 x 24 and not 8 x 8
     code, _, stderr = command("convert_gpt2", tmp_path, "--arms", "shared", "elu")
     assert code == 2 and "--arms shared: our GPT has a map for each head" in stderr
 
@@ -303,12 +307,13 @@ def test_a_softmax_run_of_this_repository_is_converted_with_one_command(train, c
     assert train("--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
     code, stdout, stderr = command(
         "convert_gpt2", tmp_path / "teacher", *QUICK, "--out_dir", tmp_path / "out",
-        "--arms", "teacher", "zero", "distilled", "hedgehog",
+        "--arms", "teacher", "zero", "distilled", "hedgehog", "--map_features", 12,
     )  # fmt: skip
     assert code == 0, stderr
     assert "| Hedgehog: distilled, finetuned |" in stdout and "| zero attention, finetuned |" in stdout
     tensors, meta = load_checkpoint(tmp_path / "out" / "hedgehog")
     assert meta["config"]["attention"] == "hedgehog" and meta["config"]["block_size"] == 32
+    assert meta["config"]["map_features"] == 12
     assert command("sample", tmp_path / "out" / "hedgehog", "--max_new_tokens", 5, "--device", "cpu")[0] == 0
 
 

@@ -18,6 +18,7 @@ from common import UserError, load_checkpoint  # noqa: E402
 from convert import ARMS  # noqa: E402
 from convert_bert import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
 from convert_vit import digits  # noqa: E402
+from distill import sockets  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf_models import Classifier, load  # noqa: E402
 from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of, weights_of  # noqa: E402
@@ -148,6 +149,20 @@ def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(conver
             assert facts["differences"][arm][0] == pytest.approx(run["final"]["score"] - fair, abs=2e-3)
         assert ARMS[arm].label in stdout
     assert (tmp_path / "out" / "recover.png").exists()
+
+
+def test_learned_maps_can_have_more_features_than_a_head_has_dimensions(convert, tmp_path):
+    arms = ["--arms", "elu", "t2r", "t2r_hh", "hedgehog", "--map_features", 24]
+    code, _, stderr = convert("cola", *arms)
+    assert code == 0, stderr
+    runs = {r["arm"]: r for r in json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]}
+    each = 2 * 4 * (8 * 24 + 24)  # layers, heads, W and b of heads of 8
+    assert [runs[arm]["map_parameters"] for arm in runs] == [0, each, each, each]
+    assert runs["hedgehog"]["weights"]["kl"] == pytest.approx(runs["hedgehog"]["kl"], rel=0.05)  # built a second time
+    model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
+    assert {socket.attend.phi.feature_dim for socket in sockets(model)} == {48}
+    code, _, stderr = convert("cola", "--arms", "hedgehog", "--map_features", 16)
+    assert code == 2 and "map_features 24 -> 16" in stderr
 
 
 def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
@@ -395,8 +410,9 @@ def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
 
 
 def test_numbers_that_make_no_sense_are_refused():
-    for changes in (dict(seeds=0), dict(epochs=0), dict(lrs=[]), dict(dev_share=1.0), dict(train_rows=-1)):
-        with pytest.raises(Exception, match="seeds|lrs|dev_share|train_rows"):
+    for changes in (dict(seeds=0), dict(epochs=0), dict(lrs=[]), dict(dev_share=1.0), dict(train_rows=-1),
+                    dict(map_features=-1)):  # fmt: skip
+        with pytest.raises(Exception, match="seeds|lrs|dev_share|train_rows|map_features"):
             replace(RecoverConfig(out_dir="x"), **changes).check()
 
 
