@@ -16,6 +16,7 @@ in FEATURE_MAPS; see CONTRIBUTING.md.
 """
 
 import contextlib
+import copy
 import difflib
 import math
 
@@ -287,7 +288,7 @@ def unknown(what: str, name: str, known) -> str:
 def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
-    tie=False gives queries and keys a map each (learned maps only). Other options go to the class:
+    tie=False gives queries and keys a map each (learned maps only), which begin the same. Other options go to the class:
     n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t (exp_t1,
     exp_t2).
     Raises ValueError for an unknown name, for tie=False on a map without parameters, and for a class that is no
@@ -302,7 +303,7 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
         return phi
     if not issubclass(cls, Learned):
         raise ValueError(f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters")
-    return Untied(phi, cls(n_head, head_dim, **options))
+    return Untied(phi, copy.deepcopy(phi))  # both begin as one: with a random W each, phi(q).phi(k) would be noise
 
 
 @torch.no_grad()

@@ -51,6 +51,8 @@ def test_learned_maps_begin_as_they_are_told():
     W = make_feature_map("hedgehog", 3, 64, init="random", n_features=128).weight
     assert W.shape == (3, 64, 128) and W.square().sum(1).mean().item() == pytest.approx(1.0, abs=0.02)
     assert not torch.equal(W[0], W[1])
+    both = make_feature_map("hedgehog", 2, 4, init="random", n_features=8, tie=False)
+    assert torch.equal(both.query.weight, both.key.weight) and both.query.weight is not both.key.weight
     with pytest.raises(ValueError, match="only begin as the identity if it is square"):
         make_feature_map("hedgehog", 2, 4, n_features=8)
     with pytest.raises(ValueError, match="identity or random, not 'zero'"):
