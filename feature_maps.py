@@ -288,9 +288,9 @@ def unknown(what: str, name: str, known) -> str:
 def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
-    tie=False gives queries and keys a map each (learned maps only), which begin the same. Other options go to the class:
-    n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t (exp_t1,
-    exp_t2).
+    tie=False gives queries and keys a map each (learned maps only), which begin the same. Other options go to the
+    class: n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t
+    (exp_t1, exp_t2).
     Raises ValueError for an unknown name, for tie=False on a map without parameters, and for a class that is no
     feature map: features of another shape than it says, not finite, or whose products are negative.
     """
