@@ -127,14 +127,17 @@ def table(facts: dict) -> str:
 
 
 def tasks_table(tasks: list[dict]) -> str:
-    """Table 2: the score of every arm on every task, their averages, and what is recovered, on average."""
+    """Table 2: the score of every arm on every task, mean ± standard deviation over seeds, what is recovered of it in
+    brackets, and the averages."""
     arms = [arm for arm in ARMS if all(by_arm(facts).get(arm) for facts in tasks)]
     names = [facts["title"] for facts in tasks]
     lines = [f"| arm | {' | '.join(names)} | average | recovered, % |", "|---" * (len(names) + 3) + "|"]
     for arm in arms:
-        scores = [statistics.mean(r["final"]["score"] for r in by_arm(facts)[arm]) for facts in tasks]
-        shares = [statistics.mean(recovered(facts, arm)) for facts in tasks if recovered(facts, arm)]
-        cells = [*(f"{x:.1f}" for x in (*scores, statistics.mean(scores))), f"{statistics.mean(shares):.1f}"]
+        scores = [[r["final"]["score"] for r in by_arm(facts)[arm]] for facts in tasks]
+        shares = [statistics.mean(found) if (found := recovered(facts, arm)) else None for facts in tasks]
+        each = [mean_sd(x, ".1f") + ("" if share is None else f" ({share:.0f}%)") for x, share in zip(scores, shares)]
+        average, known = statistics.mean(statistics.mean(x) for x in scores), [x for x in shares if x is not None]
+        cells = [*each, f"{average:.1f}", f"{statistics.mean(known):.1f}" if known else ""]
         lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
     if said := correlations([p for facts in tasks for p in points(facts)]):
         lines += ["", said]

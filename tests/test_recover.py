@@ -317,6 +317,19 @@ def test_the_table_has_every_metric_of_every_set():
     assert row.startswith("| teacher, finetuned | 80.0 (1) | 70.2 | 100.0 |") and head.count("|") == row.count("|")
 
 
+def test_the_table_of_tasks_has_means_over_seeds_and_what_is_recovered_seed_by_seed():
+    def task(title: str, scores: dict[str, list[float]]) -> dict:
+        runs = [{"arm": arm, "config": {"seed": seed}, "final": {"score": x}}
+                for arm, found in scores.items() for seed, x in enumerate(found)]  # fmt: skip
+        return {"title": title, "runs": runs}
+
+    one = task("mrpc", {"teacher_finetuned": [80.0, 50.0], "elu": [1.0], "hedgehog": [40.0, 50.0]})
+    two = task("cola", {"teacher_finetuned": [0.0], "hedgehog": [10.0]})
+    _, _, teacher, hedgehog = recovery.tasks_table([one, two]).splitlines()  # elu was not run everywhere
+    assert teacher == "| teacher, finetuned | 65.0 ± 21.2 (100%) | 0.0 | 32.5 | 100.0 |"
+    assert hedgehog == "| Hedgehog: distilled, finetuned | 45.0 ± 7.1 (75%) | 10.0 | 27.5 | 75.0 |"  # 50% and 100%
+
+
 def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monkeypatch):
     monkeypatch.setattr(recovery, "DRAWS", 400)
     labels, rng = np.array([0, 1] * 200), np.random.default_rng(1)
