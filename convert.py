@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import kernels
-from attention import learns_map
+from attention import LinearAttention, learns_map, softmax_attention
 from common import (
     RunError,
     UserError,
@@ -41,7 +41,7 @@ from common import (
     restore,
 )
 from configs import FitConfig
-from distill import distill, map_parameters, mimicry, set_mode, write_heads
+from distill import distill, map_parameters, mimicry, set_mode, sockets, write_heads
 from evaluate import perplexity
 from model import param_groups
 from runs import finished, write_json
@@ -65,6 +65,7 @@ class Arm(NamedTuple):
     finetuned: bool = True
     mode: str = "linear"
     shared: bool = False  # one map for all heads
+    kept: int = 0  # so many heads, those of largest KL, keep softmax
 
     @property
     def maps(self) -> str:
@@ -94,8 +95,10 @@ ARMS = {
     "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", distilled=True, shared=True),
     "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
+    "worst_heads": Arm("Hedgehog, distilled only, softmax in its 2 heads of largest KL", "hedgehog", distilled=True,
+                       finetuned=False, kept=2),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
-}
+}  # fmt: skip
 LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
 SHAPE_MAPS = """model task weights dataset block_size tie map_features held_out dev_tokens pooling truncate train_rows
@@ -160,6 +163,27 @@ class Subject(NamedTuple):
     data: str  # checksum of what is trained on: a stage that is resumed must have the same
 
 
+class PartlySoftmax(LinearAttention):
+    """A control, for whole sequences: softmax in `heads` (a list), linear attention in the others."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        own = (x[:, self.heads] for x in (q, k, v))
+        softmax = softmax_attention(*own, causal=self.causal, key_mask=key_mask)
+        heads = torch.tensor(self.heads, dtype=torch.long, device=q.device)
+        return super().forward(q, k, v, key_mask).index_copy(1, heads, softmax)
+
+    def extend(self, *args) -> Tensor:
+        raise ValueError("some of these heads are softmax and have no state: give whole sequences")
+
+
+def keep_softmax(model: nn.Module, kl: Tensor, n: int) -> None:
+    """Leave softmax to the n heads of largest kl (L, H)."""
+    layers, heads = np.unravel_index(kl.flatten().topk(n).indices.numpy(), kl.shape)
+    for layer, socket in enumerate(sockets(model)):
+        socket.attend = PartlySoftmax(socket.attend.phi, socket.attend.causal)
+        socket.attend.heads = heads[layers == layer].tolist()
+
+
 def fit_config(config: ConvertConfig, out: Path, **changes) -> FitConfig:
     """How a stage is trained in the folder `out`; it goes on with what is there."""
     plain = FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)})
@@ -205,6 +229,8 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         kl = mimicry(model.eval(), rows, subject.forward)["kl"].mean().item()
     if arm.feature_map:
         set_mode(model, arm.mode)
+    if arm.kept and "distil" in stages:
+        keep_softmax(model, found["kl"], arm.kept)
     if arm.finetuned and "finetune" in stages:
         undistilled = config.same_time and bool(arm.feature_map) and arm.mode == "linear" and not arm.distilled
         longer = config.distil_steps // 2 if undistilled else 0  # as much time: distillation has half the backward pass
@@ -229,7 +255,7 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     }  # fmt: skip
     minutes["evaluate"] = round((time.perf_counter() - began) / 60, 2)
     Path(mine.out_dir).mkdir(parents=True, exist_ok=True)
-    if arm.finetuned or arm.distilled:
+    if (arm.finetuned or arm.distilled) and not arm.kept:
         subject.save(model, Path(mine.out_dir))
     write_json(Path(mine.out_dir) / "result.json", result)
     return result

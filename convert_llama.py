@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import UserError, as_user_error, checksum, parse, pick_device, run, step_seed
 from convert import (
+    ARMS,
     HELP,
     ConvertConfig,
     Subject,
@@ -65,6 +66,10 @@ class LlamaConfig(ConvertConfig):
         super().check()
         if self.task not in ("lm", "dialogue"):
             raise UserError(f"--task takes lm or dialogue, not {self.task!r}")
+        if self.task == "dialogue" and any(ARMS[name].kept for name in self.arms):
+            raise UserError(
+                "--arms worst_heads: heads with softmax have no state to write summaries with; --task lm has"
+            )
         if self.loss_on not in ("summary", "text"):
             raise UserError(f"--loss_on takes summary or text, not {self.loss_on!r}")
         if self.finetune not in ("lora", "all"):

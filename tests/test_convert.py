@@ -15,11 +15,12 @@ from tiny import save_byte_tokenizer, save_dialogues, save_gpt2, save_llama
 transformers = pytest.importorskip("transformers")
 
 import data  # noqa: E402
+from attention import LinearAttention, softmax_attention  # noqa: E402
 from common import load_checkpoint  # noqa: E402
-from convert import ARMS, LADDER, ConvertConfig, language_modelling, table_perplexity  # noqa: E402
+from convert import ARMS, LADDER, ConvertConfig, keep_softmax, language_modelling, table_perplexity  # noqa: E402
 from convert_llama import LlamaConfig, add_lora, merge_lora, padded, prompt_of, prompts_of, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
-from distill import map_parameters, set_mode  # noqa: E402
+from distill import map_parameters, set_mode, sockets  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf_models import LanguageModel, Tokenizer, load  # noqa: E402
 
@@ -230,6 +231,7 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
     (["--stage", "convert"], "unknown stage 'convert'"),
     (["--finetune", "some"], "--finetune takes lora or all"),
     (["--loss_on", "some"], "--loss_on takes summary or text"),
+    (["--task", "dialogue", "--arms", "worst_heads"], "heads with softmax have no state"),
     (["--task", "translate"], "--task takes lm or dialogue"),
     (["--distil_steps", 0], "must be positive"),
     (["--weights", "bfloat16", "--finetune", "all"], "--weights takes float32, or with --finetune lora bfloat16"),
@@ -255,6 +257,27 @@ def test_one_map_for_all_heads_is_an_arm_where_models_can_share_one(convert, com
     assert result["map_parameters"] == 3 * runs["hedgehog"]["map_parameters"]  # W is 8 x 24 and not 8 x 8
     code, _, stderr = command("convert_gpt2", tmp_path, "--arms", "shared", "elu")
     assert code == 2 and "--arms shared: our GPT has a map for each head" in stderr
+
+
+def test_the_heads_that_softmax_keeps_are_those_of_largest_kl():
+    """Every head is computed alone: linear where it is linear, softmax in the others."""
+    torch.manual_seed(0)
+    model = linearize(transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4)))  # fmt: skip
+    keep_softmax(model, torch.tensor([[0.1, 0.9, 0.2, 0.8], [0.3, 0.1, 0.1, 0.7], [0.1, 0.2, 0.3, 0.4]]), 3)
+    first, second, third = (socket.attend for socket in sockets(model))
+    assert (sorted(first.heads), second.heads, third.heads) == ([1, 3], [3], [])
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    for attend, kept in ((first, [1, 3]), (second, [3]), (third, [])):
+        linear, softmax = LinearAttention.forward(attend, q, k, v, mask), softmax_attention(q, k, v, key_mask=mask)
+        want = torch.stack([(softmax if h in kept else linear)[:, h] for h in range(4)], 1)
+        torch.testing.assert_close(attend(q, k, v, mask), want, atol=1e-12, rtol=0)
+        assert not torch.allclose(linear, softmax, atol=1e-2)
+    with pytest.raises(ValueError, match="no state"):
+        first.extend(q, k, v, {})
+    with pytest.raises(ValueError, match="PartlySoftmax cannot continue"):
+        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)
 
 
 def test_without_transformers_it_says_what_to_install():
