@@ -41,7 +41,18 @@ from common import (
     restore,
     step_seed,
 )
-from convert import ARMS, HELP, ConvertConfig, Subject, fit_config, groups_of, map_options, minutes_of, run_arm
+from convert import (
+    ARMS,
+    HELP,
+    ConvertConfig,
+    Subject,
+    fit_config,
+    groups_of,
+    made_before,
+    map_options,
+    minutes_of,
+    run_arm,
+)
 from distill import map_parameters, set_mode, sockets
 from hf import linearize, save_linearized
 from model import param_groups
@@ -282,8 +293,9 @@ def of_seed(config: RecoverConfig, examples: Examples, seed: int) -> RecoverConf
 
 
 def recover(config: RecoverConfig, examples: Examples, model: Model, title: str, paper: dict[str, float]) -> dict:
-    """Every arm with every seed: prints the table, writes out_dir/recover.json and recover.png; returns the former.
-    paper: arm -> the paper's score. An arm whose loss is not finite is said, and the others go on."""
+    """Every arm with every seed: prints the table, writes out_dir/recover.json and recover.png, with the arms that the
+    same settings have finished before; returns the former. paper: arm -> the paper's score. An arm whose loss is not
+    finite is said, and the others go on."""
     out, chosen, runs = Path(config.out_dir), {}, []
     with as_user_error():
         kernels.use(config.kernel, pick_device(config.device))
@@ -294,16 +306,18 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
         mine = of_seed(config, examples, seed)
         teacher = config.model if model.taught else teach(mine, examples, model, config.model)
         subject = subject_of(mine, examples, model, teacher)
-        for name in config.arms:
-            tqdm.write(f"--- seed {seed}: {ARMS[name].label}")
+        for name in (*config.arms, *(other for other in ARMS if other not in config.arms)):
             rates = chosen.get(name, config.lrs) if ARMS[name].finetuned else config.lrs[:1]
+            each = [replace(mine, lr=lr, lrs=[lr], out_dir=str(Path(mine.out_dir) / f"lr{lr:g}")) for lr in rates]
+            if name not in config.arms and not all(made_before(name, arm, subject) for arm in each):
+                continue  # arms that were not asked for are in the table if the same settings have finished them
+            tqdm.write(f"--- seed {seed}: {ARMS[name].label}")
             tried = []
-            for lr in rates:
-                arm = replace(mine, lr=lr, lrs=[lr], out_dir=str(Path(mine.out_dir) / f"lr{lr:g}"))
+            for arm in each:
                 try:
                     tried.append(run_arm(name, arm, subject._replace(groups=functools.partial(groups_of, config=arm))))
                 except RunError as e:
-                    tqdm.write(f"{ARMS[name].label}, lr {lr:g}: {e}")
+                    tqdm.write(f"{ARMS[name].label}, lr {arm.lr:g}: {e}")
             ended = [r for r in tried if r is not None]
             if not ended:
                 continue

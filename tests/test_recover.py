@@ -179,6 +179,10 @@ def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
     one, two = (json.loads((tmp_path / out / "recover.json").read_text())["runs"] for out in ("once", "out"))
     assert [r["final"]["sets"] for r in one] == [r["final"]["sets"] for r in two[:2]]  # in one go, or stage by stage
     assert [r["config"]["seed"] for r in two] == [1, 1, 2, 2]
+    assert convert("cola", "--arms", "elu")[0] == 0  # one seed: the others of that seed were finished before
+    runs = json.loads((tmp_path / "out" / "recover.json").read_text())["runs"]
+    assert [(r["arm"], r["config"]["seed"]) for r in runs] == [("elu", 1), ("teacher", 1), ("hedgehog", 1)]
+    assert [r["final"]["sets"] for r in runs[1:]] == [r["final"]["sets"] for r in one]
     for flags, message in (
         (["--teacher_lr", 1e-3], "lr 0.002 -> 0.001"),
         (["--teacher_epochs", 4], "teacher_epochs 2.0 -> 4.0"),
