@@ -128,16 +128,21 @@ def table(facts: dict) -> str:
 
 def tasks_table(tasks: list[dict]) -> str:
     """Table 2: the score of every arm on every task, mean ± standard deviation over seeds, what is recovered of it in
-    brackets, and the averages."""
-    arms = [arm for arm in ARMS if all(by_arm(facts).get(arm) for facts in tasks)]
+    brackets, and the averages of arms that every task has."""
     names = [facts["title"] for facts in tasks]
     lines = [f"| arm | {' | '.join(names)} | average | recovered, % |", "|---" * (len(names) + 3) + "|"]
-    for arm in arms:
-        scores = [[r["final"]["score"] for r in by_arm(facts)[arm]] for facts in tasks]
-        shares = [statistics.mean(found) if (found := recovered(facts, arm)) else None for facts in tasks]
-        each = [mean_sd(x, ".1f") + ("" if share is None else f" ({share:.0f}%)") for x, share in zip(scores, shares)]
-        average, known = statistics.mean(statistics.mean(x) for x in scores), [x for x in shares if x is not None]
-        cells = [*each, f"{average:.1f}", f"{statistics.mean(known):.1f}" if known else ""]
+    for arm in (arm for arm in ARMS if any(by_arm(facts).get(arm) for facts in tasks)):
+        cells, means, shares = [], [], []
+        for facts in tasks:
+            scores = [r["final"]["score"] for r in by_arm(facts).get(arm, [])]
+            share = recovered(facts, arm) if scores else []
+            cells.append(mean_sd(scores, ".1f") if scores else "")
+            cells[-1] += f" ({statistics.mean(share):.0f}%)" if share else ""
+            means += [statistics.mean(scores)] if scores else []
+            shares += [statistics.mean(share)] if share else []
+        everywhere = len(means) == len(tasks)
+        cells.append(f"{statistics.mean(means):.1f}" if everywhere else "")
+        cells.append(f"{statistics.mean(shares):.1f}" if everywhere and shares else "")
         lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
     if said := correlations([p for facts in tasks for p in points(facts)]):
         lines += ["", said]

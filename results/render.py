@@ -132,12 +132,13 @@ def glance() -> str:
         "python compare.py --setting paper")  # fmt: skip
     row("Fig. 5, associative recall: Hedgehog's accuracy", "100% (softmax; Hedgehog not shown)", "recall.json",
         recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
-    if glued := glue_tasks():
-        shares = [statistics.mean(recovery.recovered(f, "hedgehog")) for f in glued]
-        seeds = [str(n) for n in sorted({seeds_of(f) for f in glued})]
-        row(f"Table 2, finetuned encoders: recovered, mean of {len(glued)} tasks of GLUE", "99.3% (8 tasks, BERT)",
-            "glue-cola.json", lambda f: f"{statistics.mean(shares):.0f}% (MiniLM)", lambda f: " or ".join(seeds),
-            "python convert_bert.py TASK --model FOLDER")  # fmt: skip
+    for files, what, flags in (("glue", "", ""), ("wide", ", 256 features instead of 64", " --map_features 128")):
+        if tasks := glue_tasks(files):
+            mean = statistics.mean(statistics.mean(recovery.recovered(f, "hedgehog")) for f in tasks)
+            seeds = " or ".join(str(n) for n in sorted({seeds_of(f) for f in tasks}))
+            row(f"Table 2, finetuned encoders: recovered, mean of {len(tasks)} tasks of GLUE{what}",
+                "99.3% (8 tasks, BERT)", f"{files}-cola.json", lambda f, mean=mean: f"{mean:.0f}% (MiniLM)",
+                lambda f, seeds=seeds: seeds, f"python convert_bert.py TASK --model FOLDER{flags}")  # fmt: skip
     row("Table 5, CoLA: recovered by swapped 1+ELU", "48%", "cola-controls.json", lambda f: share(f, "elu"),
         lambda f: len(recovery.recovered(f, "elu")), "python convert_bert.py cola --model FOLDER")  # fmt: skip
     over = "perplexity over the equally finetuned teacher's"
@@ -156,13 +157,13 @@ def glance() -> str:
     return "\n".join(lines)
 
 
-def glue_tasks() -> list[dict]:
-    return [read(path.name) for path in sorted(HERE.glob("glue-*.json"))]
+def glue_tasks(files: str) -> list[dict]:
+    return [read(path.name) for path in sorted(HERE.glob(f"{files}-*.json"))]
 
 
-def glue() -> str:
-    """Table 2 over the tasks in results/glue-*.json, and how each was run."""
-    tasks = glue_tasks()
+def glue(files: str) -> str:
+    """Table 2 over the tasks in results/FILES-*.json, and how each was run."""
+    tasks = glue_tasks(files)
     if not tasks:
         return "Not run yet: `python convert_bert.py TASK`."
     said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
@@ -189,7 +190,8 @@ TABLES = {
         "convert-smollm2-dialogue.json", convert.table_rouge, f"{SMOLLM2.partition(' --')[0]} --task dialogue"
     ),
     "smollm2-long": lambda: experiment("convert-smollm2-long.json", convert.table_perplexity, SMOLLM2),
-    "glue": lambda: glue(),
+    "glue": lambda: glue("glue"),
+    "wide": lambda: glue("wide"),
     "cola": lambda: experiment("cola-controls.json", recovery.table, "python convert_bert.py cola"),
     "vit": lambda: experiment("vit-digits.json", recovery.table, "python convert_vit.py"),
     "encoder": lambda: experiment("bench-encoder.json", bench_encoder.table, "python bench_encoder.py"),

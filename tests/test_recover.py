@@ -329,7 +329,8 @@ def test_the_table_of_tasks_has_means_over_seeds_and_what_is_recovered_seed_by_s
 
     one = task("mrpc", {"teacher_finetuned": [80.0, 50.0], "elu": [1.0], "hedgehog": [40.0, 50.0]})
     two = task("cola", {"teacher_finetuned": [0.0], "hedgehog": [10.0]})
-    _, _, teacher, hedgehog = recovery.tasks_table([one, two]).splitlines()  # elu was not run everywhere
+    _, _, teacher, elu, hedgehog = recovery.tasks_table([one, two]).splitlines()
+    assert elu == "| 1+ELU, finetuned | 1.0 (1%) |  |  |  |"  # it was not run everywhere
     assert teacher == "| teacher, finetuned | 65.0 ± 21.2 (100%) | 0.0 | 32.5 | 100.0 |"
     assert hedgehog == "| Hedgehog: distilled, finetuned | 45.0 ± 7.1 (75%) | 10.0 | 27.5 | 75.0 |"  # 50% and 100%
 
