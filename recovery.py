@@ -144,6 +144,13 @@ def tasks_table(tasks: list[dict]) -> str:
         cells.append(f"{statistics.mean(means):.1f}" if everywhere else "")
         cells.append(f"{statistics.mean(shares):.1f}" if everywhere and shares else "")
         lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    pairs = [(facts["title"], facts["differences"].get("hedgehog")) for facts in tasks]
+    if said := [f"{title} {pair[0]:+.1f} ± {pair[1]:.1f}" for title, pair in pairs if pair]:
+        lines += ["", f"Hedgehog minus the teacher, ± standard error over the examples: {', '.join(said)}."]
+    for name, arm in (("Hedgehog", "hedgehog"), ("T2R-HH", "t2r_hh")):
+        kls = [(facts["title"], [r["kl"] for r in by_arm(facts).get(arm, [])]) for facts in tasks]
+        if said := [f"{title} {statistics.mean(kl):.3f}" for title, kl in kls if kl]:
+            lines += ["", f"{name}'s KL before finetuning: {', '.join(said)}."]
     if said := correlations([p for facts in tasks for p in points(facts)]):
         lines += ["", said]
     return "\n".join(lines)

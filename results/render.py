@@ -167,7 +167,8 @@ def glue(files: str) -> str:
     if not tasks:
         return "Not run yet: `python convert_bert.py TASK`."
     said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
-    return f"{recovery.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {tasks[0]['commit']}."
+    commits = ", ".join(dict.fromkeys(f["commit"] for f in tasks))
+    return f"{recovery.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {commits}."
 
 
 COMPARE = "python compare.py"

@@ -323,13 +323,15 @@ def test_the_table_has_every_metric_of_every_set():
 
 def test_the_table_of_tasks_has_means_over_seeds_and_what_is_recovered_seed_by_seed():
     def task(title: str, scores: dict[str, list[float]]) -> dict:
-        runs = [{"arm": arm, "config": {"seed": seed}, "final": {"score": x}}
+        runs = [{"arm": arm, "config": {"seed": seed}, "final": {"score": x}, "kl": 0.1 + 0.2 * seed}
                 for arm, found in scores.items() for seed, x in enumerate(found)]  # fmt: skip
-        return {"title": title, "runs": runs}
+        return {"title": title, "runs": runs, "differences": {"hedgehog": [-20.0, 1.26]} if title == "mrpc" else {}}
 
     one = task("mrpc", {"teacher_finetuned": [80.0, 50.0], "elu": [1.0], "hedgehog": [40.0, 50.0]})
     two = task("cola", {"teacher_finetuned": [0.0], "hedgehog": [10.0]})
-    _, _, teacher, elu, hedgehog = recovery.tasks_table([one, two]).splitlines()
+    _, _, teacher, elu, hedgehog, *said = recovery.tasks_table([one, two]).splitlines()
+    assert said == ["", "Hedgehog minus the teacher, ± standard error over the examples: mrpc -20.0 ± 1.3.",
+                    "", "Hedgehog's KL before finetuning: mrpc 0.200, cola 0.100."]  # fmt: skip
     assert elu == "| 1+ELU, finetuned | 1.0 (1%) |  |  |  |"  # it was not run everywhere
     assert teacher == "| teacher, finetuned | 65.0 ± 21.2 (100%) | 0.0 | 32.5 | 100.0 |"
     assert hedgehog == "| Hedgehog: distilled, finetuned | 45.0 ± 7.1 (75%) | 10.0 | 27.5 | 75.0 |"  # 50% and 100%
