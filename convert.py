@@ -95,10 +95,9 @@ ARMS = {
     "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", distilled=True, shared=True),
     "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
-    "worst_heads": Arm("Hedgehog, distilled only, softmax in its 2 heads of largest KL", "hedgehog", distilled=True,
-                       finetuned=False, kept=2),
+    "worst_heads": Arm("Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", True, finetuned=False, kept=2),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
-}  # fmt: skip
+}
 LADDER = "teacher teacher_finetuned zero swap elu relu exp t2r t2r_hh distilled hedgehog".split()
 # Settings, beside the stage's own, on which distilled maps depend: a stage that is resumed must have the same.
 SHAPE_MAPS = """model task weights dataset block_size tie map_features held_out dev_tokens pooling truncate train_rows

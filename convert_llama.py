@@ -67,9 +67,7 @@ class LlamaConfig(ConvertConfig):
         if self.task not in ("lm", "dialogue"):
             raise UserError(f"--task takes lm or dialogue, not {self.task!r}")
         if self.task == "dialogue" and any(ARMS[name].kept for name in self.arms):
-            raise UserError(
-                "--arms worst_heads: heads with softmax have no state to write summaries with; --task lm has"
-            )
+            raise UserError("--arms worst_heads: heads with softmax have no state to write with, use --task lm")
         if self.loss_on not in ("summary", "text"):
             raise UserError(f"--loss_on takes summary or text, not {self.loss_on!r}")
         if self.finetune not in ("lora", "all"):
