@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+import fused
 from feature_maps import (
     FEATURE_MAPS,
     FeatureMap,
@@ -42,8 +42,8 @@ from feature_maps import (
     unknown,
     without_autocast,
 )
-from kernels.chunked import CHUNK, State, chunked_with_maps, normalise
-from window import WindowAttention
+from fused.chunked import CHUNK, State, chunked_with_maps, normalise
+from zoo.window import WindowAttention
 
 SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8, forward and backward on a CPU
 PIECE = 1024  # tokens whose features are in memory at once, when a kernel is given features
@@ -244,7 +244,7 @@ class LinearAttention(nn.Module):
     def causal_attention(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State]:
         """(y, state), in chunks, by the kernel in use (kernels.use). carry=False: no state is wanted, nor given."""
         phi_query, phi_key = self.roles()
-        kernel = kernels.fused(q, k, v)
+        kernel = fused.fused(q, k, v)
         if q.size(2) <= SHORT and state is None and not carry:
             return linear_attention_quadratic(phi_query(q, offset), phi_key(k, offset), v, key_mask=key_mask), None
         if kernel is None:
@@ -258,7 +258,7 @@ class LinearAttention(nn.Module):
             if maps is None:
                 q_p, k_p = phi_query(q_p, offset + start).float(), phi_key(k_p, offset + start).float()
             more = carry or piece.stop < T
-            y, S, z = kernels.causal_attention(kernel, q_p, k_p, v[:, :, piece], maps, S, z, mask, more)
+            y, S, z = fused.causal_attention(kernel, q_p, k_p, v[:, :, piece], maps, S, z, mask, more)
             ys.append(y)
         return ys[0] if len(ys) == 1 else torch.cat(ys, 2), State(S, z) if carry else None
 
@@ -279,14 +279,14 @@ class LinearAttention(nn.Module):
         if T != 1 or state is None or key_mask is not None:
             y, state = self.causal_attention(q, k, v, state, key_mask=key_mask, offset=offset)
         else:
-            kernel = None if torch.is_grad_enabled() else kernels.fused(q, k, v)
+            kernel = None if torch.is_grad_enabled() else fused.fused(q, k, v)
             maps = kernel and self.hedgehog(kernel)
             if maps is None:
                 q, k = (phi(x, offset).float() if kernel else phi(x, offset) for phi, x in zip(self.roles(), (q, k)))
             if kernel is None:
                 y, state = linear_attention_recurrent(q, k, v, state)
             else:
-                y, *state = kernels.decode(kernel, q, k, v, maps, *state)
+                y, *state = fused.decode(kernel, q, k, v, maps, *state)
         cache.update(state=State(*state), length=offset + T)
         return y
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import kernels
+import fused
 from attention import (
     LinearAttention,
     linear_attention_quadratic,
@@ -31,10 +31,13 @@ from attention import (
     softmax_attention,
     zero_state,
 )
-from common import UserError, as_user_error, parse, peak_gib, pick_device, provenance, run, write_atomically
 from feature_maps import make_feature_map
-from measure import Report, crossover, efficiency, machine_speed, peak_mib, reset_peak_mib, take_turns
 from model import GPT, GPTConfig
+from support.checkpoints import write_atomically
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import peak_gib, pick_device
+from support.log import provenance
+from support.timing import Report, crossover, efficiency, machine_speed, peak_mib, reset_peak_mib, take_turns
 
 PARTS = ("forward", "training", "memory", "decode", "model")
 GB = 1e9
@@ -78,8 +81,8 @@ def linear(kernel: str, feature_map: str, config: BenchConfig, heads: int, devic
     attn = LinearAttention(make_feature_map(feature_map, heads, config.head_dim)).to(device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if kernels.chosen != kernel:
-            kernels.use(kernel, device)
+        if fused.chosen != kernel:
+            fused.use(kernel, device)
         return attn(q, k, v)
 
     attend.parameters = list(attn.parameters())
@@ -246,8 +249,8 @@ def decode_part(names: list[str], report: Report, config: BenchConfig, device: t
             state_bytes = sum(x.nbytes for x in state)
 
             def one(name=name, attn=attn, cache=cache) -> Tensor:
-                if kernels.chosen != name:
-                    kernels.use(name, device)
+                if fused.chosen != name:
+                    fused.use(name, device)
                 return attn.extend(q, k, v, cache)
 
             calls[name] = one
@@ -264,7 +267,7 @@ def model_part(report: Report, config: BenchConfig, device: torch.device) -> Non
     """The GPT end to end: forward and backward of 16,384 tokens (2 layers, 6 heads, 384 wide) in sequences of
     different lengths, and generation by a model of GPT-2's size."""
     dtype = getattr(torch, config.dtype)
-    kernels.use("auto", device)
+    fused.use("auto", device)
     for T in (256, 1024, 4096, 16384):
         calls = {}
         for name in ("softmax", "hedgehog"):
@@ -306,7 +309,7 @@ def main() -> None:
     torch.set_num_threads(config.threads)
     with as_user_error():
         names, missing = available(config, device)
-    kernels.use("auto", device)
+    fused.use("auto", device)
     report = Report()
     speed = machine_speed(device, getattr(torch, config.dtype))
     facts = {"bench": 1, **provenance(), "config": asdict(config), "missing": missing, "speed": speed}
@@ -330,7 +333,7 @@ def main() -> None:
             {"memory": memory_part, "decode": decode_part}[part](names, report, config, device)
     efficiency(report, config.head_dim, getattr(torch, config.dtype).itemsize, speed)
     crossovers = {f"{part} {name}": crossover(report, part, name) for part in ("forward", "training") for name in names}
-    kernels.use("auto", device)
+    fused.use("auto", device)
     for what, T in crossovers.items():
         if T and "softmax" not in what:
             print(f"{what} is faster than softmax from {T} tokens on, of the lengths measured")

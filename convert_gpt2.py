@@ -1,106 +1,188 @@
-"""Convert GPT-2 to linear attention (Table 3): measure, distil, finetune, evaluate, with the controls beside it.
+"""GPT-2's weights into our GPT, and back, without transformers.
 
-    python convert_gpt2.py gpt2                  the paper's: 124M parameters, WikiText-103; one GPU
-    python convert_gpt2.py out/stdlib-softmax    any softmax run of this repository, on its own data; a CPU will do
-    python convert_gpt2.py gpt2 --small          to try it: WikiText-2, 200 steps a stage; a CPU will do
-    python convert_gpt2.py FOLDER                GPT-2 weights in a folder
-    python convert_gpt2.py gpt2 --stage distil   no further than this
+    model = gpt2.from_pretrained("gpt2", dropout=0.1)    a name on the Hugging Face hub: gpt2-medium, distilgpt2 ...
+    model = gpt2.from_pretrained("out/folder")           or a folder: config.json and model.safetensors, or its shards
+    gpt2.to_hf(model, "out/mine")                        which GPT2LMHeadModel.from_pretrained loads
 
-gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or a folder with config.json and safetensors (gpt2.py reads them).
-Defaults are the paper's recipe (App. C.2): maps with lr 1e-2 and no weight decay for two epochs, then all parameters
-with lr 6e-4 and weight decay 0.01, batches of 8 x 1024 tokens. What is given on the command line goes first.
+Our names are GPT-2's, but for the prefix "transformer." that some files leave out. Its matrices are Conv1D's, which
+keeps (in, out) where nn.Linear keeps (out, in): four in every block are transposed.
+
+An option of config.json that makes GPT-2 another function than our GPT is refused by name, and so is one that is not
+known here: no weights are loaded into a function that they were not trained for.
 """
 
-import copy
-import sys
-from dataclasses import asdict, dataclass
+import json
+import logging
+import os
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from attention import learns_map
-from common import UserError, as_user_error, parse, pick_device, run, save_checkpoint
-from convert import ARMS, HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
-from data import get_tokenizer
-from distill import load_teacher, pupil_of
-from gpt2 import check_tokenizer, from_pretrained, to_hf  # noqa: F401  for whoever converts by hand
+from attention import SoftmaxAttention
+from model import GPT, GPTConfig
+from support.checkpoints import read_tensors, restore, unique_tensors, write_atomically, write_tensors
+from support.cli import UserError, as_user_error
 
-
-@dataclass
-class GPT2Config(ConvertConfig):
-    model: str = "gpt2"  # hub name, folder with GPT-2 weights, or a softmax run of this repository
-    small: bool = False  # a recipe for trying GPT-2: WikiText-2, 256 tokens of context, 200 steps a stage
-    dataset: str = "wikitext103"  # as train.py's; a run of this repository: by default its own
-    block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
-    batch_size: int = 8  # sequences an optimiser step sees
-    distil_steps: int = 28800  # of distillation: two epochs of WikiText-103
-    max_steps: int = 14400  # of finetuning: one epoch
-    lr: float = 6e-4  # peak learning rate of finetuning (App. C.2)
-    warmup_steps: int = 100  # linear warm-up, then cosine decay to zero
-    eval_interval: int = 500  # steps between validations; the best one's checkpoint is kept
-    save_interval: int = 500  # steps between checkpoints
-    dev_tokens: int = 65536  # about so many tokens of the training text's end choose the best checkpoint
-    eval_tokens: int = 0  # about so many scored tokens of the evaluation, evenly spaced; 0: all
-
-    def check(self) -> None:
-        super().check()
-        if shared := [name for name in self.arms if ARMS[name].shared]:
-            raise UserError(f"--arms {' '.join(shared)}: our GPT has a map for each head; transformers' models, in "
-                            "convert_llama.py and convert_bert.py, may share one")  # fmt: skip
+OURS = dict(attention="softmax", position="learned", bias=True, conv=0)  # what makes our GPT a GPT-2
+SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"n_positions": "block_size"}
+# Options that change the function, and the values that our GPT can do; the first is GPT-2's own default.
+NEEDED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+# Options that change training, generation, rounding or other heads, but not the logits of a language model.
+HARMLESS = """*_pdrop initializer_range summary_* *_token_id use_cache n_ctx reorder_and_upcast_attn architectures dtype
+    torch_dtype torchscript transformers_version task_specific_params _name_or_path _attn_implementation* output_*
+    return_dict chunk_size_feed_forward is_decoder is_encoder_decoder id2label label2id _num_labels problem_type
+    gradient_checkpointing n_special predict_special_tokens""".split()
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in older files: the causal mask, and its -10000
+WTE = "transformer.wte.weight"
 
 
-# For a checkpoint of this repository: minutes on a CPU.
-OWN = dict(
-    distil_steps=300, max_steps=300, lr=1e-3, eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=16384,
-    eval_tokens=65536, map_lr_scale=10.0,
-)  # fmt: skip
-SMALL = dict(
-    dataset="wikitext2", block_size=256, batch_size=2, distil_steps=200, max_steps=200, lr=2e-4, map_lr_scale=10.0,
-    eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=4096, eval_tokens=20480,
-)  # fmt: skip
-
-
-def main() -> None:
+def from_pretrained(name_or_path: str | Path, **overrides) -> GPT:
+    """GPT-2 as our GPT, float32, on the CPU. Overrides are fields of GPTConfig that neither its configuration nor
+    OURS decides, such as dropout, which is 0 without. Raises UserError for anything missing, damaged or refused."""
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else download(str(name_or_path))
+    sizes = read_sizes(folder / "config.json")
+    tensors = to_ours(read_weights(folder), folder)
     with as_user_error():
-        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
-        config.check()  # before anything is loaded; below, with the model's own defaults
-    path = Path(config.model)
-    ours = path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last"))
-    changes = SMALL if config.small else {}
-    if ours:
-        teacher, saved = load_teacher(config.model)
-        tokenizer, of = saved["tokenizer"], saved["config"]
-        changes = OWN | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
-    else:
-        teacher, tokenizer = from_pretrained(config.model), "gpt2"
-        check_tokenizer(teacher, get_tokenizer(tokenizer))
-    longest = min(changes.get("block_size", config.block_size), teacher.config.block_size)
-    for name, value in {**changes, "block_size": longest}.items():
-        if name not in given:
-            setattr(config, name, value)
-    with as_user_error():
-        config.check()
-        if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
-            raise ValueError(f"block_size {config.block_size}: this model has {teacher.config.block_size} positions")
-        pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
-    config.out_dir = config.out_dir or f"out/{path.name}-{config.dataset}-converted"
-    teacher.to(pick_device(config.device))
-
-    def build(feature_map: str) -> nn.Module:
-        if not feature_map:
-            return copy.deepcopy(teacher)
-        wide = {"map_features": config.map_features, "map_init": "random"} if config.map_features else {}
-        return pupil_of(teacher, feature_map, tie=config.tie or not learns_map(feature_map), **wide)
-
-    def save(model: nn.Module, folder: Path) -> None:
-        about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
-        save_checkpoint(folder / "best.safetensors", model, config=about, tokenizer=tokenizer)
-
-    def groups(model: nn.Module) -> list[dict]:
-        return groups_of(model, config)
-
-    ladder(config, language_modelling(config, build, groups, save, tokenizer), table_perplexity)
+        model = GPT(GPTConfig(**sizes, **OURS, **overrides))
+    restore({f"model.{name}": t for name, t in tensors.items()}, model, path=folder)
+    return model
 
 
-if __name__ == "__main__":
-    run(main)
+def to_hf(model: GPT, path: str | Path) -> None:
+    """Write a GPT that is a GPT-2 as a new folder for transformers; it appears when all of it is written.
+    Raises UserError for a model that GPT-2 cannot represent, and for a folder that is there already."""
+    path, c, wte = Path(path), model.config, model.transformer.wte.weight
+    wrong = [f"{name} {getattr(c, name)!r}, not {value!r}" for name, value in OURS.items() if getattr(c, name) != value]
+    if not wrong and any(type(block.attn.attend) is not SoftmaxAttention for block in model.transformer.h):
+        wrong.append("another attention than its configuration says")  # exchanged after the model was made
+    if wte.shape != (c.vocab_size, c.n_embd) or model.lm_head.weight is not wte:
+        wrong.append(f"an embedding {tuple(wte.shape)} that is not the head's, or not of vocab_size {c.vocab_size}")
+    if wrong:
+        raise UserError(f"GPT-2 cannot represent this model: it has {'; '.join(wrong)}")
+    end = 50256 if c.vocab_size == 50257 else None  # <|endoftext|>; without a word, transformers takes 50256 always
+    options = {name: values[0] for name, values in NEEDED.items()}
+    options |= {name: getattr(c, ours) for name, ours in SIZES.items()}
+    options |= dict(n_inner=None, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)  # ours drops no weights
+    options |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    tensors = {n: t.t() if n.endswith(TRANSPOSED) else t for n, t in unique_tensors(model).items()}
+
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already: name a new folder, or delete it")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        write_atomically(beside / "config.json", lambda p: p.write_text(json.dumps(options, indent=2) + "\n"))
+        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 wants it
+        if path.exists():
+            path.rmdir()
+        beside.rename(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}): name another folder") from e
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_tokenizer(model: GPT, tokenizer) -> None:
+    """Raise UserError unless the model has a token for every id of the tokenizer, and no other."""
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the model's vocabulary has {model.config.vocab_size} tokens, the tokenizer's {tokenizer.vocab_size}: "
+            "take the model's own tokenizer (GPT-2's has 50257; a vocabulary that was padded to 50304 must be cut "
+            "first: its padding must never be sampled)"
+        )
+
+
+# ---------------------------------------------------------------- reading a folder
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub, from the cache if it is there."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:  # its network errors are of a dozen types of four packages
+        reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+        raise UserError(
+            f"{name} is no folder here, and does not come from the Hugging Face hub ({reason}): check the name, "
+            "or give a local folder with config.json and model.safetensors"
+        ) from e
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a mapping")
+        return values
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give a folder as save_pretrained writes it") from e
+    except ValueError as e:  # JSON's and UTF-8's are too
+        raise UserError(f"{path} is damaged ({e}): copy or download it again") from e
+
+
+def read_sizes(path: Path) -> dict[str, int]:
+    """Sizes in GPT-2's config.json, by their names in GPTConfig. Raises UserError unless all else in it says that our
+    GPT computes the same function."""
+    config = {"model_type": None, **read_json(path)}
+    sizes = {ours: config.get(name, getattr(GPTConfig, ours)) for name, ours in SIZES.items()}  # defaults: GPT-2's
+    for name, ours in SIZES.items():
+        if type(sizes[ours]) is not int:
+            raise UserError(f"{path}: {name} must be a whole number, not {sizes[ours]!r}")
+    needed = {**NEEDED, "n_inner": (None, 4 * sizes["n_embd"])}
+    for name, values in needed.items():
+        if config.get(name, values[0]) not in values:
+            raise UserError(f"{path}: {name} is {config[name]!r}; our GPT can only {' or '.join(map(repr, values))}")
+    for name, value in config.items():
+        if name not in {*SIZES, *needed} and not any(fnmatch(name, known) for known in HARMLESS):
+            raise UserError(f"{path}: unknown option {name} ({value!r}), which may make it another function")
+    return sizes
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors; or of the shards in its index, each from the shard that the index says."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return read_tensors(whole)[0]
+    if not index.exists():
+        raise UserError(f"{folder} has no model.safetensors, whole or in shards: write one with save_pretrained")
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise UserError(f"{index} is damaged (it has no weight_map): copy or download it again")
+    if missing := [shard for shard in sorted(set(shard_of.values())) if not (folder / shard).is_file()]:
+        raise UserError(f"there is no {folder / missing[0]}: copy or download it again")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        tensors |= {name: t for name, t in read_tensors(folder / shard)[0].items() if shard_of.get(name) == shard}
+    return tensors
+
+
+def to_ours(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """GPT-2's tensors by our names, its matrices as nn.Linear has them, without masks and the tied head."""
+    found: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if name.endswith(MASKS):
+            continue
+        if name != "lm_head.weight":
+            name = "transformer." + name.removeprefix("transformer.")
+        if name in found:
+            raise UserError(f"{folder} has {name} twice, with its prefix and without: delete one")
+        found[name] = t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
+    head = found.pop("lm_head.weight", None)  # a file may hold either of the tied two, or both
+    if head is not None and not torch.equal(head.float(), found.setdefault(WTE, head).float()):
+        raise UserError(f"{folder} has a lm_head.weight that differs from {WTE}: our GPT ties them")
+    return found

@@ -27,25 +27,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import data
-import figures
-import kernels
+import fused
 from attention import LinearAttention, SoftmaxAttention, learns_map, softmax_attention, visible
-from common import (
-    UserError,
-    World,
-    as_user_error,
-    load_checkpoint,
-    parse,
-    pick_device,
-    provenance,
-    restore,
-    run,
-    save_checkpoint,
-)
-from configs import FitConfig
+from config import FitConfig
+from experiments import figures
 from feature_maps import at_least_float32, without_autocast
 from model import GPT, GPTConfig, map_parameters
-from runs import write_json
+from support.checkpoints import load_checkpoint, restore, save_checkpoint, write_json
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import World, pick_device
+from support.log import provenance
 from train import fit
 
 LEAST = -1e30  # a hidden key's score: exp of it is 0, and 0 times it is not NaN
@@ -321,7 +312,7 @@ def main() -> None:
         config.check()
     began, world = time.perf_counter(), World(0, 1, pick_device(config.device))
     with as_user_error():
-        kernels.use(config.kernel, world.device)
+        fused.use(config.kernel, world.device)
     teacher, saved = load_teacher(config.checkpoint)
     of = saved["config"]
     config.out_dir = config.out_dir or f"{Path(config.checkpoint).as_posix()}-{config.feature_map}"

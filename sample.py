@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import kernels
-from common import UserError, as_user_error, load_checkpoint, parse, pick_device, restore, run
+import fused
 from data import get_tokenizer, read_text
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
+from support.checkpoints import load_checkpoint, restore
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_device
 
 
 @dataclass
@@ -71,7 +73,7 @@ def main() -> None:
     device, path = pick_device(config.device), config.checkpoint or newest_run()
     tensors, meta = load_checkpoint(path)
     with as_user_error():
-        kernels.use(config.kernel, device)
+        fused.use(config.kernel, device)
         model = GPT(GPTConfig.of(meta.get("config", {})))
     restore(tensors, model, path=path)
     model.to(device).eval()
@@ -86,7 +88,7 @@ def main() -> None:
             f"{model.config.max_length} positions of this model: shorten the prompt or lower --max_new_tokens"
         )
     if model.config.attention in FEATURE_MAPS:
-        print(kernels.describe(device), file=sys.stderr)
+        print(fused.describe(device), file=sys.stderr)
     out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
     print(prompt, end="", flush=True)
     generator = torch.Generator(device).manual_seed(config.seed)

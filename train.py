@@ -27,26 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import kernels
-from common import (
-    Log,
-    RunError,
-    UserError,
-    World,
-    as_user_error,
-    join_world,
-    load_checkpoint,
-    pick_dtype,
-    provenance,
-    restore,
-    run,
-    save_checkpoint,
-    step_seed,
-)
-from configs import FitConfig, TrainConfig, read_config
-from evaluate import perplexity, report
+import fused
+from config import FitConfig, TrainConfig, read_config
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
+from perplexity import perplexity, report
+from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.cli import RunError, UserError, as_user_error, run
+from support.devices import World, join_world, pick_dtype, step_seed
+from support.log import Log, provenance
 
 
 def lr_factor(step: int, config: FitConfig) -> float:
@@ -305,8 +294,8 @@ def main() -> None:
     if not is_main:
         dist.barrier()  # rank 0 prepares kernel and data, the others find them prepared
     with as_user_error():
-        kernels.use(config.kernel, world.device)
-    kernel = f", {kernels.describe(world.device)}" if config.attention in FEATURE_MAPS else ""
+        fused.use(config.kernel, world.device)
+    kernel = f", {fused.describe(world.device)}" if config.attention in FEATURE_MAPS else ""
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
     if is_main and world.size > 1:
         dist.barrier()

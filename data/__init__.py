@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, parse, run, step_seed
+from support.cli import UserError, parse, run
+from support.devices import step_seed
 
 DATASETS = ("stdlib", "shakespeare", "wikitext2", "wikitext103", "text")
 PREPARED = Path(os.environ.get("HEDGEHOG_DATA", Path(__file__).parent / "prepared"))
@@ -71,7 +72,7 @@ class GPT2Tokenizer:
 def get_tokenizer(name: str):
     """ "bytes", "gpt2", or "hf:" and where transformers finds one."""
     if name.startswith("hf:"):
-        from hf_models import Tokenizer  # only conversions need transformers
+        from hf.models import Tokenizer  # only conversions need transformers
 
         return Tokenizer(name.removeprefix("hf:"))
     if name not in ("bytes", "gpt2"):

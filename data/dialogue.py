@@ -7,8 +7,8 @@ Not language modelling text: convert_llama.py --task dialogue reads it.
 import json
 from pathlib import Path
 
-from common import UserError
 from data import hub, read_text
+from support.cli import UserError
 
 SETS = {"samsum": "knkarthick/samsum", "dialogsum": "knkarthick/dialogsum"}
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
 from data import hub, read_lines
+from support.cli import UserError
 
 BINARY, ENTAILED = ("0", "1"), ("entailment", "not_entailment")
 INCOMPLETE = 0.01  # at most this share of rows may lack columns (QQP's original file has some): they are left out

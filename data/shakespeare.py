@@ -9,7 +9,7 @@ TOKENIZER = "bytes"
 
 
 def files(data_dir: str) -> list[Path]:
-    from common import UserError
+    from support.cli import UserError
 
     if not data_dir:
         return []

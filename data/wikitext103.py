@@ -16,7 +16,7 @@ NAMES = {"train": "train", "validation": "valid", "test": "test"}
 
 def files(data_dir: str) -> list[Path]:
     """wiki.{train,valid,test}.raw if training and validation text are there, else .tokens."""
-    from common import UserError
+    from support.cli import UserError
 
     if not data_dir:
         return []

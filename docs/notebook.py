@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import figures
+from experiments import figures
 
 OUT, COMMAND, began = Path("out/notebook"), "python docs/notebook.py", time.perf_counter()
 torch.manual_seed(1)
@@ -46,11 +46,11 @@ class Picture:
 
 # %%
 import data
-from compare import one_run
-from configs import TrainConfig
+from config import TrainConfig
 from distill import load_teacher
-from evaluate import perplexity
-from runs import finished
+from experiments.from_scratch import one_run
+from experiments.runs import finished
+from perplexity import perplexity
 
 run = Path("out/stdlib-softmax")
 if (run / "best.safetensors").exists():
@@ -84,8 +84,9 @@ print(f"perplexity {perplexity_of(teacher):.2f} a byte; {teacher.config.n_layer}
 # %%
 import sched
 
-from analyze import entropy, kendall_tau, queries_and_keys
 from attention import softmax_weights
+from experiments.attention_maps import queries_and_keys
+from experiments.metrics import entropy, kendall_tau
 
 text = sched.__doc__
 idx = torch.tensor(list(text.encode()))[None, :T]  # (1, T)
@@ -193,8 +194,9 @@ print(f"quadratic = recurrent = chunked; after {q.size(2)} tokens S is {tuple(st
 # %%
 from dataclasses import asdict
 
-from common import Log, World
 from distill import DistillConfig, distill, mimicry, pupil_of, set_mode
+from support.devices import World
+from support.log import Log
 
 pupil = pupil_of(teacher, "hedgehog")  # the teacher's weights, and a map in every layer
 held_out = [(x[None],) for x in data.batch_of(validation, 0, 8, T, seed=0)[0]]

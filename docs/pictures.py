@@ -11,8 +11,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import figures  # noqa: E402
-from measure import forward_flops  # noqa: E402
+from experiments import figures  # noqa: E402
+from support.timing import forward_flops  # noqa: E402
 
 COMMAND = "python docs/pictures.py"
 ACTIVATIONS, WEIGHTS, STATE = "0.85", "#e69f00", "#0072b2"  # T x F and T x D; T x T; F x D

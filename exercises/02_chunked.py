@@ -4,7 +4,7 @@ from torch import Tensor
 
 from attention import zero_state
 from feature_maps import without_autocast
-from kernels.chunked import State
+from fused.chunked import State
 
 
 def linear_attention_chunked(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from attention import visible
 from feature_maps import at_least_float32, without_autocast
-from kernels.chunked import normalise
+from fused.chunked import normalise
 
 
 class Quadratic(torch.autograd.Function):

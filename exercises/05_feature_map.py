@@ -8,9 +8,9 @@ import sys
 
 from torch import Tensor
 
-import recall
-from common import run
+from experiments import recall
 from feature_maps import FEATURE_MAPS, FeatureMap
+from support.cli import run
 
 
 class Mine(FeatureMap):

@@ -13,10 +13,10 @@ from types import ModuleType
 
 import torch
 
-from analyze import entropy, kendall_tau
 from attention import LinearAttention, SoftmaxAttention, linear_weights, make_attention, softmax_weights
 from distill import attention_cross_entropy
 from exercises import broken
+from experiments.metrics import entropy, kendall_tau
 from feature_maps import make_feature_map
 
 THEOREMS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {}  # name: (what a file defines, check)

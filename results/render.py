@@ -12,17 +12,16 @@ import statistics
 import sys
 from pathlib import Path
 
+from experiments import attention_maps, encoder_speed, from_scratch, ladder, recovered
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import analyze  # noqa: E402
-import bench_encoder  # noqa: E402
-import compare  # noqa: E402
-import convert  # noqa: E402
-import figures  # noqa: E402
-import recall  # noqa: E402
-import recovery  # noqa: E402
-from runs import mean_sd  # noqa: E402
+from experiments import (
+    figures,  # noqa: E402
+    recall,  # noqa: E402
+)
+from experiments.runs import mean_sd  # noqa: E402
 
 FIGURES = HERE.parent / "docs" / "figures"
 BENCH = HERE / "bench-cpu.json"
@@ -101,14 +100,14 @@ def glance() -> str:
             lines.append(f"| {what} | {paper} | not run | | | `{command}` |")
 
     def closed(facts: dict) -> str:
-        groups = compare.by_attention(facts["runs"])
-        return f"{mean_sd([100 * c for c in compare.gap_closed(groups, 'hedgehog', 'elu')], '.0f')}%"
+        groups = from_scratch.by_attention(facts["runs"])
+        return f"{mean_sd([100 * c for c in from_scratch.gap_closed(groups, 'hedgehog', 'elu')], '.0f')}%"
 
     def seeds_of(facts: dict, key=lambda r: r.get("arm") or r["config"]["attention"]) -> int:
         return sum(key(r) == "hedgehog" for r in facts["runs"])
 
     def share(facts: dict, arm: str = "hedgehog") -> str:
-        return f"{mean_sd(recovery.recovered(facts, arm), '.0f')}%"
+        return f"{mean_sd(recovered.recovered(facts, arm), '.0f')}%"
 
     def ratio(facts: dict) -> str:
         ppl = {r["arm"]: r["final"]["perplexity"] for r in facts["runs"]}
@@ -134,13 +133,13 @@ def glance() -> str:
         recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
     for files, what, flags in (("glue", "", ""), ("wide", ", 256 features instead of 64", " --map_features 128")):
         if tasks := glue_tasks(files):
-            mean = statistics.mean(statistics.mean(recovery.recovered(f, "hedgehog")) for f in tasks)
+            mean = statistics.mean(statistics.mean(recovered.recovered(f, "hedgehog")) for f in tasks)
             seeds = " or ".join(str(n) for n in sorted({seeds_of(f) for f in tasks}))
             row(f"Table 2, finetuned encoders: recovered, mean of {len(tasks)} tasks of GLUE{what}",
                 "99.3% (8 tasks, BERT)", f"{files}-cola.json", lambda f, mean=mean: f"{mean:.0f}% (MiniLM)",
                 lambda f, seeds=seeds: seeds, f"python convert_bert.py TASK --model FOLDER{flags}")  # fmt: skip
     row("Table 5, CoLA: recovered by swapped 1+ELU", "48%", "cola-controls.json", lambda f: share(f, "elu"),
-        lambda f: len(recovery.recovered(f, "elu")), "python convert_bert.py cola --model FOLDER")  # fmt: skip
+        lambda f: len(recovered.recovered(f, "elu")), "python convert_bert.py cola --model FOLDER")  # fmt: skip
     over = "perplexity over the equally finetuned teacher's"
     row(f"Table 3, a pretrained GPT: {over}", "1.06", "convert-stdlib.json", ratio, seeds_of,
         "python convert_gpt2.py out/stdlib-softmax")  # fmt: skip
@@ -168,7 +167,7 @@ def glue(files: str) -> str:
         return "Not run yet: `python convert_bert.py TASK`."
     said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
     commits = ", ".join(dict.fromkeys(f["commit"] for f in tasks))
-    return f"{recovery.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {commits}."
+    return f"{recovered.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {commits}."
 
 
 COMPARE = "python compare.py"
@@ -178,25 +177,25 @@ TABLES = {
     "results": lambda: table(),
     "speed": lambda: speed_table(),
     "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all --seeds 3"),
-    "analysis": lambda: experiment("analysis.json", analyze.table, "python analyze.py"),
-    "paper": lambda: experiment("compare-stdlib-paper.json", compare.table, f"{COMPARE} --setting paper"),
-    "compare": lambda: experiment("compare-stdlib.json", compare.table, COMPARE),
-    "wikitext2": lambda: experiment("compare-wikitext2.json", compare.table, f"{COMPARE} --dataset wikitext2"),
+    "analysis": lambda: experiment("analysis.json", attention_maps.table, "python analyze.py"),
+    "paper": lambda: experiment("compare-stdlib-paper.json", from_scratch.table, f"{COMPARE} --setting paper"),
+    "compare": lambda: experiment("compare-stdlib.json", from_scratch.table, COMPARE),
+    "wikitext2": lambda: experiment("compare-wikitext2.json", from_scratch.table, f"{COMPARE} --dataset wikitext2"),
     "convert": lambda: experiment(
-        "convert-stdlib.json", convert.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
+        "convert-stdlib.json", ladder.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
     ),
-    "smollm2": lambda: experiment("convert-smollm2.json", convert.table_perplexity, SMOLLM2),
-    "smollm2-lora": lambda: experiment("convert-smollm2-lora.json", convert.table_perplexity, SMOLLM2),
+    "smollm2": lambda: experiment("convert-smollm2.json", ladder.table_perplexity, SMOLLM2),
+    "smollm2-lora": lambda: experiment("convert-smollm2-lora.json", ladder.table_perplexity, SMOLLM2),
     "smollm2-dialogue": lambda: experiment(
-        "convert-smollm2-dialogue.json", convert.table_rouge, f"{SMOLLM2.partition(' --')[0]} --task dialogue"
+        "convert-smollm2-dialogue.json", ladder.table_rouge, f"{SMOLLM2.partition(' --')[0]} --task dialogue"
     ),
-    "smollm2-long": lambda: experiment("convert-smollm2-long.json", convert.table_perplexity, SMOLLM2),
+    "smollm2-long": lambda: experiment("convert-smollm2-long.json", ladder.table_perplexity, SMOLLM2),
     "glue": lambda: glue("glue"),
     "wide": lambda: glue("wide"),
-    "cola": lambda: experiment("cola-controls.json", recovery.table, "python convert_bert.py cola"),
-    "vit": lambda: experiment("vit-digits.json", recovery.table, "python convert_vit.py"),
-    "encoder": lambda: experiment("bench-encoder.json", bench_encoder.table, "python bench_encoder.py"),
-    "ablations": lambda: experiment("ablations.json", compare.ablation_table, f"{COMPARE} --ablations"),
+    "cola": lambda: experiment("cola-controls.json", recovered.table, "python convert_bert.py cola"),
+    "vit": lambda: experiment("vit-digits.json", recovered.table, "python convert_vit.py"),
+    "encoder": lambda: experiment("bench-encoder.json", encoder_speed.table, "python bench_encoder.py"),
+    "ablations": lambda: experiment("ablations.json", from_scratch.ablation_table, f"{COMPARE} --ablations"),
 }
 
 
@@ -275,8 +274,8 @@ if __name__ == "__main__":
         facts = read("recall.json")
         figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
     if (HERE / "compare-stdlib.json").exists():
-        compare.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
+        from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
     if (HERE / "cola-controls.json").exists():
-        recovery.draw(FIGURES / "recovery.png", [read("cola-controls.json")])
+        recovered.draw(FIGURES / "recovery.png", [read("cola-controls.json")])
     path = HERE.parent / "README.md"
     path.write_text(rendered(path.read_text()))

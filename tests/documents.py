@@ -5,9 +5,8 @@ import re
 import shlex
 import sys
 
-from conftest import ROOT
-
 import common
+from conftest import ROOT
 
 
 class Understood(Exception):

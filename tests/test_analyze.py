@@ -8,10 +8,10 @@ import pytest
 import reference
 import torch
 
-import analyze
-import figures
-from analyze import AnalyzeConfig, cross_entropy, entropy, kendall_tau, kl, measure, queries_and_keys, rank_correlation
 from attention import LinearAttention, softmax_weights
+from experiments import attention_maps, figures
+from experiments.attention_maps import AnalyzeConfig, measure, queries_and_keys
+from experiments.metrics import cross_entropy, entropy, kendall_tau, kl, rank_correlation
 from feature_maps import FEATURE_MAPS, make_feature_map
 from model import GPT, GPTConfig
 
@@ -130,7 +130,7 @@ def check_files(out):
 
 
 def test_without_a_checkpoint_it_says_that_the_model_is_random(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "FIRST", str(tmp_path / "none"))
+    monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
     code, stdout, stderr = command("analyze", "--tokens", 24, "--out_dir", tmp_path, "--device", "cpu")
     assert code == 0, stderr
     assert "RANDOM weights" in stdout and "python train.py" in stdout
@@ -159,10 +159,10 @@ def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, 
     assert command("distill", tmp_path / "teacher", *few, "--out_dir", tmp_path / "pupil")[0] == 0
     idx, qk = torch.arange(20)[None], {}
     for name in ("teacher", "pupil"):
-        model, tokenizer = analyze.load(AnalyzeConfig(checkpoint=str(tmp_path / name)), torch.device("cpu"))
+        model, tokenizer = attention_maps.load(AnalyzeConfig(checkpoint=str(tmp_path / name)), torch.device("cpu"))
         qk[name] = torch.stack([torch.stack(pair) for pair in queries_and_keys(model, idx)])
     torch.testing.assert_close(qk["pupil"], qk["teacher"])
-    (attend, _), (q, k) = analyze.attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
+    (attend, _), (q, k) = attention_maps.attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
     fresh = LinearAttention(make_feature_map("hedgehog", *q.shape[1::2]))
     assert tokenizer == "bytes" and not torch.allclose(attend.weights(q, k), fresh.weights(q, k), rtol=0.01)
 
@@ -212,6 +212,6 @@ def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command, flags, line, tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "FIRST", str(tmp_path / "none"))
+    monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
     code, _, stderr = command("analyze", *flags.split(), "--out_dir", tmp_path)
     assert code == 2 and line in stderr and stderr.count("\n") == 1, stderr

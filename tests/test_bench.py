@@ -6,9 +6,9 @@ import multiprocessing
 import pytest
 import torch
 
-import bench_encoder
-import kernels
-from measure import take_turns
+import fused
+from experiments import encoder_speed
+from support.timing import take_turns
 
 TINY = "--n_head 2 --head_dim 8 --rounds 3 --device cpu".split()
 
@@ -16,10 +16,10 @@ TINY = "--n_head 2 --head_dim 8 --rounds 3 --device cpu".split()
 @pytest.fixture(autouse=True)
 def kernels_as_a_user_has_them(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the tests of Triton
-    kernels.load_once.cache_clear()
+    fused.load_once.cache_clear()
     yield
-    kernels.load_once.cache_clear()
-    kernels.chosen = "auto"
+    fused.load_once.cache_clear()
+    fused.chosen = "auto"
 
 
 def test_every_contender_and_every_part(command, tmp_path):
@@ -95,9 +95,9 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     wins = [T for T in (8, 16) if times[T, "hedgehog"]["ratio"] >= 1]
     assert facts["crossover"] == {(): None, (8,): None, (16,): 16, (8, 16): 8}[tuple(wins)]
     assert "| 16 |" in stdout and "The converted encoder is faster" in stdout
-    config, T = bench_encoder.EncoderConfig(lengths=[8192], n_layer=1, n_head=2, n_embd=32), 8192
+    config, T = encoder_speed.EncoderConfig(lengths=[8192], n_layer=1, n_head=2, n_embd=32), 8192
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        mib = pool.apply(bench_encoder.extra_mib, (config, "hedgehog", T, torch.device("cpu")))
+        mib = pool.apply(encoder_speed.extra_mib, (config, "hedgehog", T, torch.device("cpu")))
     assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # the MLP's inner layer, and no T x T
     code, _, stderr = command("bench_encoder", "--n_head", 5, "--out", out)
     assert code == 2 and "must be a multiple" in stderr

@@ -6,13 +6,16 @@ import pickle
 import random
 from dataclasses import dataclass
 
+import common
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import common
-from common import Log, RunError, UserError, load_checkpoint, parse, restore, save_checkpoint, step_seed, unique_tensors
 from model import GPT, GPTConfig
+from support.checkpoints import load_checkpoint, restore, save_checkpoint, unique_tensors
+from support.cli import RunError, UserError, parse
+from support.devices import step_seed
+from support.log import Log
 
 
 def small(seed=0, **kwargs):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-import compare
-from compare import ABLATIONS, CompareConfig, gap_closed, one_run, table
-from configs import TrainConfig
+from config import TrainConfig
+from experiments import from_scratch
+from experiments.from_scratch import ABLATIONS, CompareConfig, gap_closed, one_run, table
 from model import GPTConfig
 
 FLAGS = [f for f in TINY if f != "--sample_tokens"]
@@ -24,7 +24,7 @@ def run_of(attention, seed, loss, lr=0.001):
 def test_the_gap_is_closed_seed_by_seed_against_each_prior_map():
     runs = [run_of("softmax", s, 1.0 + 0.1 * s) for s in (1, 2)] + [run_of("elu", s, 2.0 + 0.1 * s) for s in (1, 2)]
     runs += [run_of("relu", s, 3.0) for s in (1, 2)] + [run_of("hedgehog", 1, 1.3), run_of("hedgehog", 2, 1.4)]
-    groups = compare.by_attention(runs)
+    groups = from_scratch.by_attention(runs)
     assert list(groups) == ["softmax", "hedgehog", "elu", "relu"]
     assert gap_closed(groups, "hedgehog", "elu") == pytest.approx([0.8, 0.8])
     assert "| Hedgehog | 1.350 ± 0.071 (2) | 1.944 |  |" in table(runs)
@@ -43,14 +43,14 @@ def test_stopping_and_reporting_use_different_halves_of_the_validation_text(monk
     seen = {}
 
     def train_one(config, batch, evaluate, final, tokenizer, curve):
-        monkeypatch.setattr(compare, "perplexity", lambda m, ids, *rest: ids)
+        monkeypatch.setattr(from_scratch, "perplexity", lambda m, ids, *rest: ids)
         seen.update(dev=evaluate(None), test=final(None), train=batch(0)[0])
         return {}
 
-    monkeypatch.setattr(compare, "train_one", train_one)
+    monkeypatch.setattr(from_scratch, "train_one", train_one)
     config = TrainConfig(dataset="text", data_dir=str(text), block_size=32, batch_size=4, out_dir=str(tmp_path))
     one_run(config)
-    tokens = compare.data.prepare("text", str(text), "auto")
+    tokens = from_scratch.data.prepare("text", str(text), "auto")
     assert np.array_equal(np.concatenate([seen["dev"], seen["test"]]), tokens.splits["validation"])
     assert abs(len(seen["dev"]) - len(seen["test"])) <= 1 and seen["train"].shape == (4, 32)
 
@@ -83,7 +83,7 @@ def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, tex
 def test_ablations_are_one_run_each_with_a_table_of_differences():
     rows = [{"name": name, **run_of("hedgehog", 1, loss), "parameters": 1000} for name, loss in
             (("as set", 1.5), ("W = 3 I", 1.75))] + [{"name": "W random", "failed": "step 3: loss nan"}]  # fmt: skip
-    text = compare.ablation_table(rows)
+    text = from_scratch.ablation_table(rows)
     assert "| as set | 1.500 | +0.000 | 1,000 | 1.0 |" in text and "| W = 3 I | 1.750 | +0.250 |" in text
     assert "| W random | step 3: loss nan |" in text
 

@@ -16,13 +16,13 @@ transformers = pytest.importorskip("transformers")
 
 import data  # noqa: E402
 from attention import LinearAttention, softmax_attention  # noqa: E402
-from common import load_checkpoint  # noqa: E402
-from convert import ARMS, LADDER, ConvertConfig, keep_softmax, language_modelling, table_perplexity  # noqa: E402
-from convert_llama import LlamaConfig, add_lora, merge_lora, padded, prompt_of, prompts_of, rouge, summarize  # noqa: E402
 from data import dialogue  # noqa: E402
 from distill import map_parameters, set_mode, sockets  # noqa: E402
-from hf import linearize, load_linearized  # noqa: E402
-from hf_models import LanguageModel, Tokenizer, load  # noqa: E402
+from experiments.ladder import ARMS, LADDER, ConvertConfig, keep_softmax, language_modelling, table_perplexity  # noqa: E402
+from experiments.llama import LlamaConfig, add_lora, merge_lora, padded, prompt_of, prompts_of, rouge, summarize  # noqa: E402
+from hf.linearize import linearize, load_linearized  # noqa: E402
+from hf.models import LanguageModel, Tokenizer, load  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
 
 QUICK = (
     "--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --held_out 2 "
@@ -347,7 +347,7 @@ def test_a_linear_run_cannot_be_the_teacher(train, command, tmp_path):
 
 
 def test_the_papers_recipe_is_the_default():
-    from convert_gpt2 import OWN, SMALL, GPT2Config
+    from experiments.gpt2 import OWN, SMALL, GPT2Config
 
     config = GPT2Config()
     assert {**OWN, **SMALL}.keys() <= vars(config).keys() and not config.small
@@ -452,7 +452,7 @@ def test_rouge_is_that_of_equal_and_of_disjoint_texts():
     ("x.train.txt", "", "no .json or .jsonl file for: train"),
 ])  # fmt: skip
 def test_wrong_dialogue_files_are_errors(tmp_path, name, rows, message):
-    from common import UserError
+    from support.cli import UserError
 
     (tmp_path / "dev.jsonl").write_text('{"dialogue": "a", "summary": "b"}')
     (tmp_path / name).write_text(rows)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import data
-from common import UserError
 from data import batch_of, batched, prepare, read_text, split_files
-from evaluate import windows_of
+from perplexity import windows_of
+from support.cli import UserError
 
 
 def quiet(*_):

@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import TINY
 
-import measure
 from attention import LinearAttention, linear_weights, softmax_attention, softmax_weights
-from common import World, load_checkpoint
-from configs import FitConfig
+from config import FitConfig
 from distill import (
     MimicAttention,
     attention_cross_entropy,
@@ -24,6 +22,9 @@ from distill import (
 )
 from feature_maps import FEATURE_MAPS, make_feature_map
 from model import GPT, GPTConfig
+from support import timing
+from support.checkpoints import load_checkpoint
+from support.devices import World
 
 B, H, T, D = 2, 3, 13, 4
 
@@ -129,11 +130,11 @@ def test_memory_grows_linearly_with_length():
     phi, device = make_feature_map("hedgehog", 1, 8), torch.device("cpu")
     for length in (1024, 4096, 8192):  # the first is a warm-up
         q, k, v = torch.randn(3, 1, 1, length, 8)
-        before = measure.reset_peak_mib(device)
+        before = timing.reset_peak_mib(device)
         attend = MimicAttention(phi)
         attend(q, k, v)
         attend.loss.sum().backward()
-        used = measure.peak_mib(device) - before
+        used = timing.peak_mib(device) - before
         assert length == 1024 or used < length * 10 / 1024, (length, used)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from documents import blocks_of, broken_links, check_command
 
-import kernels
+import fused
 
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
@@ -17,7 +17,7 @@ DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 def test_the_python_runs_as_printed_and_makes_the_tables(name, monkeypatch):
     """In order, in one namespace, from the repository's folder; whatever is called ..._table stands in the text."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(kernels, "chosen", "torch")  # no compiler needed
+    monkeypatch.setattr(fused, "chosen", "torch")  # no compiler needed
     torch.manual_seed(0)
     namespace: dict = {}
     for language, code in blocks_of(DOCS[name]):

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from common import UserError
 from data import glue
 from data.glue import TASKS, Row, load, scores
+from support.cli import UserError
 
 PAIR = ('He said " no "', "it 's\u00a0so")  # a quote that never closes; no-break spaces stay
 LABELS = {  # as the original files have them -> as a classifier has them

@@ -6,17 +6,16 @@ import runpy
 import shutil
 import sys
 
+import common
 import pytest
 import torch
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import common
-import gpt2
-from common import RunError, UserError
 from data import ByteTokenizer, GPT2Tokenizer, get_tokenizer
 from model import GPT, GPTConfig
+from support.cli import RunError, UserError
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +84,7 @@ def edit_tensors(folder, edit):
 
 def refusal(folder) -> str:
     with pytest.raises(UserError) as e:
-        gpt2.from_pretrained(folder)
+        convert_gpt2.from_pretrained(folder)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -97,7 +96,7 @@ def refusal(folder) -> str:
 def test_a_loaded_gpt2_has_transformers_logits_and_greedy_ids(name, tmp_path):
     theirs = hugging_face(**SIZES[name])
     theirs.save_pretrained(tmp_path)
-    ours = gpt2.from_pretrained(str(tmp_path)).eval()
+    ours = convert_gpt2.from_pretrained(str(tmp_path)).eval()
     assert_one_function(theirs, ours)
     prompt = torch.randint(97, (2, 5))
     want = theirs.generate(
@@ -106,15 +105,15 @@ def test_a_loaded_gpt2_has_transformers_logits_and_greedy_ids(name, tmp_path):
     assert torch.equal(ours.generate(prompt, 20, temperature=0), want) and want.shape == (2, 25)
 
 
-@pytest.mark.parametrize("weight", gpt2.TRANSPOSED)
+@pytest.mark.parametrize("weight", convert_gpt2.TRANSPOSED)
 def test_a_missing_transpose_is_an_error_or_for_the_square_matrix_other_logits(weight, original, saved, monkeypatch):
     """attn.c_proj is n_embd x n_embd: its shape fits either way, and only the values tell."""
-    monkeypatch.setattr(gpt2, "TRANSPOSED", tuple(name for name in gpt2.TRANSPOSED if name != weight))
+    monkeypatch.setattr(convert_gpt2, "TRANSPOSED", tuple(name for name in convert_gpt2.TRANSPOSED if name != weight))
     if weight != "attn.c_proj.weight":
         assert f"{weight} has shape" in refusal(saved)
         return
     with pytest.raises(AssertionError, match="not close"):
-        assert_one_function(original, gpt2.from_pretrained(saved), atol=0.1)
+        assert_one_function(original, convert_gpt2.from_pretrained(saved), atol=0.1)
 
 
 def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
@@ -123,8 +122,8 @@ def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
     tokenizer = get_tokenizer("gpt2")
     theirs = hugging_face(**{**TINY, "vocab_size": 50257})
     theirs.save_pretrained(tmp_path)
-    ours = gpt2.from_pretrained(tmp_path).eval()
-    gpt2.check_tokenizer(ours, tokenizer)
+    ours = convert_gpt2.from_pretrained(tmp_path).eval()
+    convert_gpt2.check_tokenizer(ours, tokenizer)
     prompt = torch.tensor(tokenizer.encode_many(["The hedgehog sleeps in winter."]))
     mask = torch.ones_like(prompt)
     want = theirs.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
@@ -133,16 +132,16 @@ def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
 
 
 def test_overrides_are_our_options_and_never_those_that_the_weights_decide(saved):
-    assert gpt2.from_pretrained(saved).config == GPTConfig(
+    assert convert_gpt2.from_pretrained(saved).config == GPTConfig(
         block_size=48, vocab_size=97, n_layer=2, n_head=4, n_embd=32, attention="softmax", position="learned"
     )
-    model = gpt2.from_pretrained(saved, dropout=0.25)
+    model = convert_gpt2.from_pretrained(saved, dropout=0.25)
     assert model.config.dropout == model.transformer.drop.p == 0.25
     for wrong in (dict(n_head=2), dict(position="rope"), dict(attention="elu")):
         with pytest.raises(TypeError, match="multiple values"):
-            gpt2.from_pretrained(saved, **wrong)
+            convert_gpt2.from_pretrained(saved, **wrong)
     with pytest.raises(UserError, match="dropout must be in"):
-        gpt2.from_pretrained(saved, dropout=1.5)
+        convert_gpt2.from_pretrained(saved, dropout=1.5)
 
 
 # ---------------------------------------------------------------- every layout of the files
@@ -160,22 +159,22 @@ def with_masks(tensors):
 
 
 def with_the_head_too(tensors):
-    tensors["lm_head.weight"] = tensors[gpt2.WTE].clone()
+    tensors["lm_head.weight"] = tensors[convert_gpt2.WTE].clone()
 
 
 def with_the_head_only(tensors):
-    tensors["lm_head.weight"] = tensors.pop(gpt2.WTE)
+    tensors["lm_head.weight"] = tensors.pop(convert_gpt2.WTE)
 
 
 @pytest.mark.parametrize("layout", [without_prefix, with_masks, with_the_head_too, with_the_head_only])
 def test_old_and_new_names_are_the_same_weights(layout, original, folder):
     edit_tensors(folder, layout)
-    assert_one_function(original, gpt2.from_pretrained(folder))
+    assert_one_function(original, convert_gpt2.from_pretrained(folder))
 
 
 def test_half_precision_weights_are_loaded_as_float32(original, folder):
     edit_tensors(folder, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
-    model = gpt2.from_pretrained(folder)
+    model = convert_gpt2.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model.transformer.wpe.weight, original.transformer.wpe.weight.half().float())
 
@@ -187,7 +186,7 @@ def test_shards_are_the_whole_and_the_whole_goes_first(original, tmp_path):
     first, last = load_file(shards[0]), load_file(shards[-1])
     stray = {name: torch.zeros_like(t) for name, t in first.items()}  # by the index, they are the first shard's
     save_file({**last, **stray}, shards[-1], {"format": "pt"})
-    assert_one_function(original, gpt2.from_pretrained(tmp_path))
+    assert_one_function(original, convert_gpt2.from_pretrained(tmp_path))
 
     index = tmp_path / "model.safetensors.index.json"
     text = index.read_text()
@@ -199,7 +198,7 @@ def test_shards_are_the_whole_and_the_whole_goes_first(original, tmp_path):
     assert f"there is no {shards[1]}" in refusal(tmp_path)
     original.save_pretrained(tmp_path / "whole")
     shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path)
-    assert_one_function(original, gpt2.from_pretrained(tmp_path))
+    assert_one_function(original, convert_gpt2.from_pretrained(tmp_path))
 
 
 def test_a_name_is_a_model_of_the_hub_of_which_only_safetensors_are_taken(original, saved, monkeypatch):
@@ -208,7 +207,7 @@ def test_a_name_is_a_model_of_the_hub_of_which_only_safetensors_are_taken(origin
     asked = []
     hub = lambda *args, **options: asked.append((args, options)) or str(saved)  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    assert_one_function(original, gpt2.from_pretrained("some/gpt2"))
+    assert_one_function(original, convert_gpt2.from_pretrained("some/gpt2"))
     ((args, options),) = asked
     assert args == ("some/gpt2",) and set(options) == {"allow_patterns"}
     assert set(options["allow_patterns"]) == {"config.json", "*.safetensors", "*.safetensors.index.json"}
@@ -261,7 +260,7 @@ def test_refused_options_change_transformers_logits_and_accepted_ones_do_not(ori
         if change:
             assert next(iter(options)) in refusal(folder)
         else:
-            assert_one_function(other, gpt2.from_pretrained(folder))
+            assert_one_function(other, convert_gpt2.from_pretrained(folder))
 
 
 def test_options_are_known_or_refused(folder):
@@ -276,17 +275,17 @@ def test_every_option_that_transformers_writes_and_those_of_old_files_are_known(
         task_specific_params={"text-generation": {"do_sample": True}}, gradient_checkpointing=False, sep_token_id=1,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps({**full, **old}))
-    assert_one_function(original, gpt2.from_pretrained(folder))
+    assert_one_function(original, convert_gpt2.from_pretrained(folder))
 
 
 def test_options_that_are_left_out_are_gpt2s(folder):
     (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 96}')
-    assert gpt2.read_sizes(folder / "config.json") == {
+    assert convert_gpt2.read_sizes(folder / "config.json") == {
         "vocab_size": 50257, "block_size": 1024, "n_layer": 1, "n_head": 12, "n_embd": 96,
     }  # fmt: skip
     default = transformers.GPT2Config()
-    assert all(getattr(default, name) == values[0] for name, values in gpt2.NEEDED.items())
-    assert all(getattr(default, name) == getattr(GPTConfig, ours) for name, ours in gpt2.SIZES.items())
+    assert all(getattr(default, name) == values[0] for name, values in convert_gpt2.NEEDED.items())
+    assert all(getattr(default, name) == getattr(GPTConfig, ours) for name, ours in convert_gpt2.SIZES.items())
     (folder / "config.json").write_text("{}")
     assert "model_type is None" in refusal(folder)
 
@@ -330,7 +329,7 @@ def test_a_vocabulary_or_length_that_the_weights_do_not_have_is_refused(folder):
 
 
 def test_a_head_of_its_own_is_refused(folder):
-    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[gpt2.WTE] + 1e-3}))
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[convert_gpt2.WTE] + 1e-3}))
     assert "lm_head.weight that differs" in refusal(folder)
     edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(98, 32)}))
     assert "lm_head.weight that differs" in refusal(folder)
@@ -366,7 +365,7 @@ def ours(**options) -> GPT:
 
 def test_our_model_is_transformers_model_and_comes_back_bit_for_bit(tmp_path):
     model, path = ours(dropout=0.3), tmp_path / "new" / "mine"
-    gpt2.to_hf(model, path)
+    convert_gpt2.to_hf(model, path)
     theirs, report = transformers.GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
     assert not any(report.values()), report  # no key missing, none unexpected, none of another shape
     assert_one_function(model, theirs.eval())
@@ -375,7 +374,7 @@ def test_our_model_is_transformers_model_and_comes_back_bit_for_bit(tmp_path):
     with safe_open(path / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
     assert theirs.config.resid_pdrop == theirs.config.embd_pdrop == 0.3 and theirs.config.attn_pdrop == 0
-    back = gpt2.from_pretrained(path).state_dict()
+    back = convert_gpt2.from_pretrained(path).state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -383,11 +382,11 @@ def test_our_model_is_transformers_model_and_comes_back_bit_for_bit(tmp_path):
 def test_there_and_back_keeps_the_function_and_the_options_that_decide_it(name, tmp_path):
     theirs = hugging_face(**SIZES[name])
     theirs.save_pretrained(tmp_path / "a")
-    gpt2.to_hf(gpt2.from_pretrained(tmp_path / "a"), str(tmp_path / "b"))
+    convert_gpt2.to_hf(convert_gpt2.from_pretrained(tmp_path / "a"), str(tmp_path / "b"))
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "b").eval()
     idx = torch.randint(97, (2, 48))
     torch.testing.assert_close(logits(again, idx), logits(theirs, idx), atol=1e-5, rtol=0)
-    for option in {*gpt2.SIZES, *gpt2.NEEDED} - {"activation_function"}:
+    for option in {*convert_gpt2.SIZES, *convert_gpt2.NEEDED} - {"activation_function"}:
         assert getattr(again.config, option) == getattr(theirs.config, option)
     assert again.config.activation_function == "gelu_new"  # the other name is the same function
     assert (tmp_path / "b" / "config.json").read_text().count("null") == 3  # n_inner; no token begins or ends a text
@@ -395,7 +394,7 @@ def test_there_and_back_keeps_the_function_and_the_options_that_decide_it(name, 
 
 def test_the_end_of_text_token_is_gpt2s_exactly_with_its_vocabulary(tmp_path):
     for size, end in ((97, None), (50257, 50256), (50304, None)):
-        gpt2.to_hf(ours(vocab_size=size, n_embd=8, n_layer=1), tmp_path / str(size))
+        convert_gpt2.to_hf(ours(vocab_size=size, n_embd=8, n_layer=1), tmp_path / str(size))
         config = transformers.GPT2Config.from_pretrained(tmp_path / str(size))
         assert config.vocab_size == size and config.bos_token_id == config.eos_token_id == end
 
@@ -411,7 +410,7 @@ def test_the_end_of_text_token_is_gpt2s_exactly_with_its_vocabulary(tmp_path):
 )  # fmt: skip
 def test_a_model_that_gpt2_cannot_represent_is_not_written(options, named, tmp_path):
     with pytest.raises(UserError) as e:
-        gpt2.to_hf(ours(**options), tmp_path / "x")
+        convert_gpt2.to_hf(ours(**options), tmp_path / "x")
     assert named in str(e.value) and list(tmp_path.iterdir()) == []
 
 
@@ -419,25 +418,25 @@ def test_a_model_that_was_changed_after_it_was_made_is_not_written(tmp_path):
     exchanged, resized, untied = ours(), ours(), ours()
     exchanged.transformer.h[1].attn.attend = ours(attention="elu").transformer.h[1].attn.attend
     with pytest.raises(UserError, match="another attention than its configuration says"):
-        gpt2.to_hf(exchanged, tmp_path / "x")
+        convert_gpt2.to_hf(exchanged, tmp_path / "x")
     resized.lm_head.weight = resized.transformer.wte.weight = torch.nn.Parameter(torch.zeros(104, 32))
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() + 1)
     for model, shape in ((resized, "(104, 32)"), (untied, "(97, 32)")):
         with pytest.raises(UserError, match="not of vocab_size 97") as e:
-            gpt2.to_hf(model, tmp_path / "x")
+            convert_gpt2.to_hf(model, tmp_path / "x")
         assert shape in str(e.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    gpt2.to_hf(ours(), tmp_path / "empty")
+    convert_gpt2.to_hf(ours(), tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
     for taken in ("empty", "file"):  # no longer empty
         with pytest.raises(UserError, match=f"{taken} is there already"):
-            gpt2.to_hf(ours(), tmp_path / taken)
+            convert_gpt2.to_hf(ours(), tmp_path / taken)
     with pytest.raises(UserError, match="cannot write"):
-        gpt2.to_hf(ours(), tmp_path / "file" / "below")
+        convert_gpt2.to_hf(ours(), tmp_path / "file" / "below")
 
     def full_disk(tensors, path, *_):
         path.write_bytes(b"half of it")
@@ -445,7 +444,7 @@ def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, mon
 
     monkeypatch.setattr(common, "save_file", full_disk)
     with pytest.raises(RunError, match="No space left on device"):
-        gpt2.to_hf(ours(), tmp_path / "x")
+        convert_gpt2.to_hf(ours(), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]
 
 
@@ -453,9 +452,9 @@ def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, mon
 
 
 def test_the_tokenizer_must_have_the_models_ids_and_no_others():
-    gpt2.check_tokenizer(ours(vocab_size=256), ByteTokenizer())
+    convert_gpt2.check_tokenizer(ours(vocab_size=256), ByteTokenizer())
     for size, tokenizer in ((50304, GPT2Tokenizer), (256, GPT2Tokenizer), (97, ByteTokenizer)):
         with pytest.raises(UserError) as e:
-            gpt2.check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
+            convert_gpt2.check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
         for number in (size, tokenizer.vocab_size, 50257, 50304):
             assert str(number) in str(e.value)

@@ -10,11 +10,12 @@ transformers = pytest.importorskip("transformers")
 
 import reference  # noqa: E402
 
-import hf  # noqa: E402
-from common import UserError, load_checkpoint  # noqa: E402
 from distill import map_parameters, set_mode, sockets  # noqa: E402
-from hf import StateLayer, linearize, load_linearized, save_linearized  # noqa: E402
-from hf_models import LanguageModel, load  # noqa: E402
+from hf import linearize  # noqa: E402
+from hf.linearize import StateLayer, linearize, load_linearized, save_linearized  # noqa: E402
+from hf.models import LanguageModel, load  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
+from support.cli import UserError  # noqa: E402
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.4, max_position_embeddings=64)  # fmt: skip

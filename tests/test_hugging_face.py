@@ -9,10 +9,10 @@ from tiny import save_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-from analyze import hugging_face, queries_and_keys  # noqa: E402
 from attention import softmax_weights  # noqa: E402
 from distill import sockets  # noqa: E402
-from hf import save_linearized  # noqa: E402
+from experiments.attention_maps import hugging_face, queries_and_keys  # noqa: E402
+from hf.linearize import save_linearized  # noqa: E402
 
 SMALL = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=300)
 CONFIGS = {

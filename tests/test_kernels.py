@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import kernels
+import fused
 from attention import (
     LinearAttention,
     State,
@@ -23,14 +23,14 @@ from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
-CPP = kernels.load("cpp", "cpu")
+CPP = fused.load("cpp", "cpu")
 
 
 @pytest.fixture(autouse=True)
 def kernel_as_before():
-    before = kernels.chosen
+    before = fused.chosen
     yield
-    kernels.chosen = before
+    fused.chosen = before
 
 
 def relative_error(got, want):
@@ -248,7 +248,7 @@ def test_the_module_gives_the_same_with_either_kernel(name):
     mask = torch.rand(1, q.size(2)) > 0.2
     attn, results = LinearAttention(make_feature_map(name, 2, 8)), {}
     for kernel in ("torch", "cpp"):
-        kernels.use(kernel)
+        fused.use(kernel)
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
         y = attn(*leaves, key_mask=mask)
         found = [y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy)]
@@ -269,7 +269,7 @@ def test_generation_may_change_kernels_halfway():
     for order in ("torch torch torch torch", "torch cpp torch cpp", "cpp torch cpp cpp"):
         cache, ys = {}, []
         for kernel, *piece in zip(order.split(), *(x.split([6, 1, 1, 1], 2) for x in (q, k, v))):
-            kernels.use(kernel)
+            fused.use(kernel)
             ys.append(attn.extend(*piece, cache))
         results.append([torch.cat(ys, 2), *cache["state"]])
     for found in results[1:]:
@@ -283,7 +283,7 @@ def test_a_cache_that_was_copied_goes_its_own_way(kernel):
     """Two continuations of one prefix do not see each other."""
     q, k, v, _ = sequence(1, 2, 6, 8)
     attn, first = LinearAttention(make_feature_map("hedgehog", 2, 8)), slice(0, 4)
-    kernels.use(kernel)
+    fused.use(kernel)
     attn.extend(q[:, :, first], k[:, :, first], v[:, :, first], cache := {})
     attn.extend(*(x[:, :, 4:5] for x in (q, k, v)), cache)
     one, two = dict(cache), dict(cache)
@@ -297,7 +297,7 @@ def test_a_loss_on_the_state_alone(kernel, loss):
     q, k, v, _ = sequence(1, 2, 70, 8)
     attn, found = LinearAttention(make_feature_map("hedgehog", 2, 8)), []
     for dtype, name in ((torch.float32, kernel), (torch.float64, "auto")):
-        kernels.use(name)
+        fused.use(name)
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         _, state = attn.to(dtype).causal_attention(*leaves)
         of = {
@@ -313,7 +313,7 @@ def test_a_loss_on_the_state_alone(kernel, loss):
 @pytest.mark.parametrize("frozen", [["weight"], ["weight", "bias"]])
 def test_frozen_maps_and_inputs_without_gradient(kernel, frozen):
     q, k, v, dy = sequence(1, 2, 70, 8)
-    kernels.use(kernel)
+    fused.use(kernel)
     attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
     q.requires_grad_()
     want = torch.autograd.grad(attn(q, k, v), [q, attn.phi.bias], dy)
@@ -341,7 +341,7 @@ def test_a_map_that_tells_queries_from_keys_itself_and_one_that_is_watched(kerne
             return (2 * self.gain * x).exp().double()
 
     q, k, v, dy = sequence(1, 2, 70, 8)
-    kernels.use(kernel)
+    fused.use(kernel)
     attn = LinearAttention(Own())
     y = attn(q, k, v)
     want = linear_attention_quadratic(attn.phi.query(q).double(), attn.phi.key(k), v.double())
@@ -356,7 +356,7 @@ def test_a_map_that_tells_queries_from_keys_itself_and_one_that_is_watched(kerne
 
 def test_an_empty_batch():
     q, k, v, dy = sequence(0, 2, 70, 8)
-    kernels.use("cpp")
+    fused.use("cpp")
     attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
     grads = torch.autograd.grad(attn(q, k, v).sum(), attn.parameters())
     assert [g.shape for g in grads] == [p.shape for p in attn.parameters()] and not any(g.any() for g in grads)
@@ -365,12 +365,12 @@ def test_an_empty_batch():
 def test_the_kernel_sees_parameters_that_functional_call_puts_in():
     attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 10, 8)
     W = torch.randn(2, 8, 8)
-    kernels.use("cpp")
+    fused.use("cpp")
     y = torch.func.functional_call(attn, {"phi.weight": W}, (q, k, v))
     with torch.no_grad():
         attn.phi.weight.copy_(W)
     torch.testing.assert_close(y, attn(q, k, v))
-    kernels.use("torch")
+    fused.use("torch")
     torch.testing.assert_close(y, attn(q, k, v))
 
 
@@ -414,24 +414,24 @@ def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
 
 
 def test_the_choice_is_said_and_wrong_choices_are_refused(monkeypatch):
-    kernels.use("cpp")
-    assert kernels.describe("cpu").startswith("kernel cpp (")
-    kernels.use("torch")
-    assert kernels.describe("cpu") == "kernel torch"
+    fused.use("cpp")
+    assert fused.describe("cpu").startswith("kernel cpp (")
+    fused.use("torch")
+    assert fused.describe("cpu") == "kernel torch"
     with pytest.raises(ValueError, match="unknown kernel 'cuda': choose one of auto, torch, cpp, triton"):
-        kernels.use("cuda")
+        fused.use("cuda")
     with pytest.raises(ValueError, match="kernel cpp does not run on cuda: use kernel auto or torch"):
-        kernels.use("cpp", "cuda")
-    assert kernels.chosen == "torch"
+        fused.use("cpp", "cuda")
+    assert fused.chosen == "torch"
 
 
 def test_other_dtypes_run_in_pytorch_and_not_at_all_if_the_kernel_was_asked_for():
     q, k, v, _ = (x.double() for x in sequence(1, 2, 70, 8))
     attn = LinearAttention(make_feature_map("hedgehog", 2, 8)).double()
-    kernels.use("auto")
+    fused.use("auto")
     want, _ = chunked_with_maps(attn.phi, attn.phi, q, k, v)
     assert torch.equal(attn(q, k, v), want)
-    kernels.use("cpp")
+    fused.use("cpp")
     with pytest.raises(ValueError, match="kernel cpp takes float32 and bfloat16, not torch.float64"):
         attn(q, k, v)
 
@@ -446,15 +446,15 @@ def test_a_kernel_that_computes_something_else_is_not_used(fault):
 
     before = torch.get_rng_state()
     broken = types.SimpleNamespace(**{**vars(CPP), "backward": backward})
-    with pytest.raises(kernels.Unavailable, match="small example"):
-        kernels.verified(broken, "cpu")
+    with pytest.raises(fused.Unavailable, match="small example"):
+        fused.verified(broken, "cpu")
     with torch.inference_mode():
-        assert kernels.verified(CPP, "cpu") is CPP
+        assert fused.verified(CPP, "cpu") is CPP
     with torch.autocast("cpu", torch.bfloat16):  # the first use may be within a training step
-        assert kernels.verified(CPP, "cpu") is CPP
+        assert fused.verified(CPP, "cpu") is CPP
     torch.set_default_dtype(torch.float64)
     try:
-        assert kernels.verified(CPP, "cpu") is CPP
+        assert fused.verified(CPP, "cpu") is CPP
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import recall
-from recall import N_KEYS, RecallConfig, batch_of, fresh, sequences
+from experiments import recall
+from experiments.recall import N_KEYS, RecallConfig, batch_of, fresh, sequences
 
 TINY = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 4 --eval_interval 2 "

@@ -10,18 +10,20 @@ import pytest
 import torch
 from tiny import save_byte_tokenizer, save_encoder, save_glue, save_images, save_vit
 
+from experiments import recovered
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
-import recovery  # noqa: E402
-from common import UserError, load_checkpoint  # noqa: E402
-from convert import ARMS  # noqa: E402
-from convert_bert import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
-from convert_vit import digits  # noqa: E402
 from distill import sockets  # noqa: E402
-from hf import linearize, load_linearized  # noqa: E402
-from hf_models import Classifier, load  # noqa: E402
-from recover import RecoverConfig, batches_of, outputs_of, split_dev, subject_of, weights_of  # noqa: E402
+from experiments.finetuned import RecoverConfig, batches_of, outputs_of, split_dev, subject_of, weights_of  # noqa: E402
+from experiments.glue import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
+from experiments.ladder import ARMS  # noqa: E402
+from experiments.vit import digits  # noqa: E402
+from hf.linearize import linearize, load_linearized  # noqa: E402
+from hf.models import Classifier, load  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
+from support.cli import UserError  # noqa: E402
 
 QUICK = (
     "--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3 --batch_size 8 --held_out 2 "
@@ -41,7 +43,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def convert(command, encoder, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery, "DRAWS", 5)
+    monkeypatch.setattr(recovered, "DRAWS", 5)
 
     def call(task, *flags, out="out"):
         where = ["--model", encoder, "--data_dir", files, "--out_dir", tmp_path / out]
@@ -144,7 +146,7 @@ def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(conver
     assert {load_checkpoint(path)[1]["step"] for path in last} == {13}  # 108 // 8, for all of them alike
     fair = runs["teacher_finetuned"]["final"]["score"]
     for arm, run in runs.items():
-        assert recovery.recovered(facts, arm) == pytest.approx([100 * run["final"]["score"] / fair] if fair else [])
+        assert recovered.recovered(facts, arm) == pytest.approx([100 * run["final"]["score"] / fair] if fair else [])
         if arm != "teacher_finetuned":
             assert facts["differences"][arm][0] == pytest.approx(run["final"]["score"] - fair, abs=2e-3)
         assert ARMS[arm].label in stdout
@@ -308,15 +310,15 @@ def test_recovered_is_the_share_of_the_equally_finetuned_teacher_with_the_same_s
     scores = {("teacher", 1): 80, ("teacher_finetuned", 1): 90, ("hedgehog", 1): 45, ("teacher_finetuned", 2): 50,
               ("hedgehog", 2): 50, ("hedgehog", 3): 7}  # fmt: skip
     runs = [{"arm": arm, "config": {"seed": seed}, "final": {"score": x}} for (arm, seed), x in scores.items()]
-    assert recovery.recovered({"runs": runs}, "hedgehog") == [50, 100]
-    assert recovery.recovered({"runs": runs}, "teacher") == pytest.approx([800 / 9])
+    assert recovered.recovered({"runs": runs}, "hedgehog") == [50, 100]
+    assert recovered.recovered({"runs": runs}, "teacher") == pytest.approx([800 / 9])
 
 
 def test_the_table_has_every_metric_of_every_set():
     sets = {"validation": {"loss": 0.5, "accuracy": 80.0}, "validation_mismatched": {"loss": 0.6, "accuracy": 70.25}}
     run = {"arm": "teacher_finetuned", "config": {"seed": 1, "lr": 1e-5}, "kl": None, "minutes": {"finetune": 1.0}}
     facts = {"runs": [{**run, "final": {"score": 80.0, "sets": sets}}], "differences": {}, "paper": {}}
-    head, _, row = recovery.table(facts).splitlines()
+    head, _, row = recovered.table(facts).splitlines()
     assert head.startswith("| arm | accuracy, mean ± sd (seeds) | mismatched accuracy | recovered, % |")
     assert row.startswith("| teacher, finetuned | 80.0 (1) | 70.2 | 100.0 |") and head.count("|") == row.count("|")
 
@@ -329,7 +331,7 @@ def test_the_table_of_tasks_has_means_over_seeds_and_what_is_recovered_seed_by_s
 
     one = task("mrpc", {"teacher_finetuned": [80.0, 50.0], "elu": [1.0], "hedgehog": [40.0, 50.0]})
     two = task("cola", {"teacher_finetuned": [0.0], "hedgehog": [10.0]})
-    _, _, teacher, elu, hedgehog, *said = recovery.tasks_table([one, two]).splitlines()
+    _, _, teacher, elu, hedgehog, *said = recovered.tasks_table([one, two]).splitlines()
     assert said == ["", "Hedgehog minus the teacher, ± standard error over the examples: mrpc -20.0 ± 1.3.",
                     "", "Hedgehog's KL before finetuning: mrpc 0.200, cola 0.100."]  # fmt: skip
     assert elu == "| 1+ELU, finetuned | 1.0 (1%) |  |  |  |"  # it was not run everywhere
@@ -338,7 +340,7 @@ def test_the_table_of_tasks_has_means_over_seeds_and_what_is_recovered_seed_by_s
 
 
 def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monkeypatch):
-    monkeypatch.setattr(recovery, "DRAWS", 400)
+    monkeypatch.setattr(recovered, "DRAWS", 400)
     labels, rng = np.array([0, 1] * 200), np.random.default_rng(1)
 
     def run(arm: str, seed: int, right: float) -> dict:
@@ -356,7 +358,7 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monke
         run("hedgehog", 2, 0.8),
     ]
     runs.append({**runs[0], "arm": "t2r"})
-    found = recovery.differences(runs, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
+    found = recovered.differences(runs, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
     right = {(r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels for r in runs}
     d = 50 * sum(right["hedgehog", s].astype(float) - right["teacher_finetuned", s] for s in (1, 2))
     assert found["hedgehog"][0] == pytest.approx(d.mean(), abs=1e-3)
@@ -438,6 +440,6 @@ def test_numbers_that_make_no_sense_are_refused():
 
 def test_correlations_need_six_conversions_and_follow_their_order():
     found = [("elu", float(i), {"kl": -i, "tau": i, "entropy": (i * 3) % 7}) for i in range(7)]
-    assert recovery.correlations(found[:5]) == ""
-    said = recovery.correlations(found)
+    assert recovered.correlations(found[:5]) == ""
+    said = recovered.correlations(found)
     assert "kl -1.00 (-1.00 to -1.00), tau +1.00" in said and "over 7 conversions" in said

@@ -11,9 +11,11 @@ import torch
 from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
-from common import Log, RunError, load_checkpoint
+from experiments.runs import code_of, finished, mean_sd, one, progress, sweep_and_seeds
 from feature_maps import FEATURE_MAPS
-from runs import code_of, finished, mean_sd, one, progress, sweep_and_seeds, write_json
+from support.checkpoints import load_checkpoint, write_json
+from support.cli import RunError
+from support.log import Log
 
 
 @dataclass

@@ -15,10 +15,11 @@ import torch
 from conftest import ROOT, TINY, start
 
 import train as train_module
-from common import Log, load_checkpoint
 from data import ByteTokenizer
-from evaluate import perplexity
 from model import GPT, GPTConfig
+from perplexity import perplexity
+from support.checkpoints import load_checkpoint
+from support.log import Log
 from train import FitConfig, TrainConfig, lr_factor
 
 
@@ -426,7 +427,7 @@ def test_the_schedule_warms_up_then_falls_to_zero_as_a_cosine():
 
 
 def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
-    from configs import RECIPES
+    from config import RECIPES
 
     for name, recipe in RECIPES.items():
         config = TrainConfig(**recipe)

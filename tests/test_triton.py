@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import ROOT
 
+import fused
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without CUDA, conftest.py asks for the interpreter
 pytest.importorskip("triton")
 
-import kernels  # noqa: E402
 from attention import LinearAttention, State, linear_attention_recurrent  # noqa: E402
 from feature_maps import CEIL, make_feature_map  # noqa: E402
-from kernels import chunked_triton  # noqa: E402
+from fused import chunked_triton  # noqa: E402
 
 CHUNK = 64  # two tiles of float32, one of bfloat16
 
@@ -301,10 +302,10 @@ def test_head_dims_beyond_the_fused_map_are_refused():
 def test_the_module_gives_the_same_with_this_kernel_as_without(name, D):
     """Outputs, all gradients, generation; 130 dimensions are too many for the fused map: it is given features."""
     q, k, v = inputs(20, D, D)
-    attn, results, before = LinearAttention(make_feature_map(name, 2, D)).to(DEVICE), {}, kernels.chosen
+    attn, results, before = LinearAttention(make_feature_map(name, 2, D)).to(DEVICE), {}, fused.chosen
     try:
         for kernel in ("torch", "triton"):
-            kernels.use(kernel, DEVICE)
+            fused.use(kernel, DEVICE)
             leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
             y = attn(*leaves)
             found = [y, *torch.autograd.grad(y.square().sum(), [*leaves, *attn.parameters()])]
@@ -314,7 +315,7 @@ def test_the_module_gives_the_same_with_this_kernel_as_without(name, D):
                 found.append(torch.cat([attn.extend(*piece, cache) for piece in zip(*pieces)], 2))
             results[kernel] = [*found, *cache["state"]]
     finally:
-        kernels.chosen = before
+        fused.chosen = before
     for got, want in zip(results["triton"], results["torch"]):
         assert relative_error(got, want) < 1e-5
 
@@ -323,7 +324,7 @@ def test_the_module_gives_the_same_with_this_kernel_as_without(name, D):
 
 COMPILE = """
 import sys, torch
-from kernels.resources import resources
+from fused.resources import resources
 arch, dtype, D, E, fused = sys.argv[1:]
 for numbers in resources(int(arch), getattr(torch, dtype), int(D), int(E), fused == "True"):
     print(*numbers, sep=",")

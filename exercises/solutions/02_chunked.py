@@ -3,7 +3,7 @@ from torch import Tensor
 
 from attention import zero_state
 from feature_maps import without_autocast
-from kernels.chunked import CHUNK, State, normalise
+from fused.chunked import CHUNK, State, normalise
 
 
 def linear_attention_chunked(

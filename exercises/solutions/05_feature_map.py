@@ -2,9 +2,9 @@ import sys
 
 import torch
 
-import recall
-from common import run
+from experiments import recall
 from feature_maps import CEIL, FEATURE_MAPS, FLOOR, FeatureMap
+from support.cli import run
 
 
 class Mine(FeatureMap):

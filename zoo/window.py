@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feature_maps import at_least_float32, without_autocast
-from kernels.chunked import CHUNK, normalise
+from fused.chunked import CHUNK, normalise
 
 LEAST = -60.0  # smaller scores count as this: a row's denominator is at least exp(LEAST), and never 0
 

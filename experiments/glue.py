@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import UserError, as_user_error, parse, run
-from convert import need
 from data import glue
+from experiments.ladder import need
+from support.cli import UserError, as_user_error, parse, run
 
 need("transformers", "sklearn")
-from hf import attention_modules, check_plain, is_causal  # noqa: E402
-from hf_models import Classifier, Tokenizer, load, read_config, transformers  # noqa: E402
-from recover import HELP, Examples, Model, RecoverConfig, recover  # noqa: E402
+from experiments.finetuned import HELP, Examples, Model, RecoverConfig, recover  # noqa: E402
+from hf.linearize import attention_modules, check_plain, is_causal  # noqa: E402
+from hf.models import Classifier, Tokenizer, load, read_config, transformers  # noqa: E402
 
 TABLE_5 = {"elu": 28.1, "relu": 39.5, "performer": 24.7, "cosformer": 39.9, "exp": 45.9, "exp2": 50.0}  # CoLA
 KIND = transformers.AutoModelForSequenceClassification

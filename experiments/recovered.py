@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
-from analyze import rank_correlation
-from convert import ARMS
-from runs import mean_sd
+from experiments import figures
+from experiments.ladder import ARMS
+from experiments.metrics import rank_correlation
+from experiments.runs import mean_sd
 
 DRAWS = 100  # bootstrap samples: a standard error to 7%
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels.chunked_triton import CHUNK, backward, decode, forward
+from fused.chunked_triton import CHUNK, backward, decode, forward
 
 
 def resources(arch: int, dtype: torch.dtype, D: int, E: int, fused: bool) -> list[tuple]:

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 
 import data
-import figures
 from attention import attentions, learns_map
-from common import UserError, as_user_error, parse, pick_dtype, provenance, run
-from configs import TrainConfig
-from evaluate import perplexity
-from runs import mean_sd, run_all, sweep_and_seeds, train_one, write_json
+from config import TrainConfig
+from experiments import figures
+from experiments.runs import mean_sd, run_all, sweep_and_seeds, train_one
+from perplexity import perplexity
+from support.checkpoints import write_json
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_dtype
+from support.log import provenance
 
 COMPARED = "softmax hedgehog elu relu performer cosformer t2r taylor".split()
 SETTINGS = {  # changes of TrainConfig's defaults

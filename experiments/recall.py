@@ -24,20 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import figures
-from analyze import entropy, kendall_tau, queries_and_keys, rank_correlation
-from common import (
-    UserError,
-    as_user_error,
-    parse,
-    provenance,
-    run,
-    step_seed,
-)
-from configs import FitConfig
+from config import FitConfig
+from experiments import figures
+from experiments.attention_maps import queries_and_keys
+from experiments.metrics import entropy, kendall_tau, rank_correlation
+from experiments.runs import mean_sd, sweep_and_seeds, train_one
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
-from runs import mean_sd, sweep_and_seeds, train_one, write_json
+from support.checkpoints import write_json
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import step_seed
+from support.log import provenance
 
 N_KEYS = 20  # tokens 0 to 19 are keys, 20 to 39 values
 SHORTEST = 8  # tokens of the first stage's sequences

@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import figures
-from analyze import queries_and_keys
 from attention import softmax_weights
-from common import UserError, as_user_error, parse, pick_device, provenance, run
-from convert import need
 from data import hub
+from experiments import figures
+from experiments.attention_maps import queries_and_keys
+from experiments.ladder import need
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_device
+from support.log import provenance
 
 need("transformers", "sklearn")
 from distill import sockets  # noqa: E402
-from hf import attention_modules, check_plain  # noqa: E402
-from hf_models import ImageClassifier, load, read_config, transformers  # noqa: E402
-from recover import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned  # noqa: E402
+from experiments.finetuned import HELP, Examples, Model, RecoverConfig, of_seed, recover, subject_of, unfinetuned  # noqa: E402
+from hf.linearize import attention_modules, check_plain  # noqa: E402
+from hf.models import ImageClassifier, load, read_config, transformers  # noqa: E402
 
 KIND = transformers.AutoModelForImageClassification
 HEADS = ("classifier",)  # what a model that is not finetuned may lack

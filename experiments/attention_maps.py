@@ -28,70 +28,17 @@ import torch
 from torch import Tensor, nn
 
 import data
-import figures
 from attention import LinearAttention, learns_map, softmax_weights
-from common import (
-    UserError,
-    as_user_error,
-    load_checkpoint,
-    parse,
-    pick_device,
-    provenance,
-    restore,
-    run,
-    write_atomically,
-)
+from experiments import figures
+from experiments.metrics import cross_entropy, entropy, kendall_tau, kl
 from feature_maps import FEATURE_MAPS, make_feature_map, unknown
 from model import GPT, GPTConfig
+from support.checkpoints import load_checkpoint, restore, write_atomically
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_device
+from support.log import provenance
 
 FIRST = "out/stdlib-hedgehog"  # where the first command leaves its checkpoint
-
-
-# ---------------------------------------------------------------- measures
-
-
-def entropy(A: Tensor) -> Tensor:
-    """- sum_j A_ij log A_ij in nats: weights (..., T, T) -> (..., T). A uniform row over n keys has log n."""
-    return -torch.special.xlogy(A, A).sum(-1)
-
-
-def cross_entropy(teacher: Tensor, A: Tensor) -> Tensor:
-    """Eq. 3 in nats: - sum_j teacher_ij log A_ij, (..., T, T) twice -> (..., T). Weights that underflowed to zero
-    count as the smallest number of their dtype."""
-    return -torch.special.xlogy(teacher, A.clamp(min=torch.finfo(A.dtype).tiny)).sum(-1)
-
-
-def kl(teacher: Tensor, A: Tensor) -> Tensor:
-    """KL(teacher || A) in nats: (..., T, T) twice -> (..., T). The part of Eq. 3 that training can remove."""
-    return cross_entropy(teacher, A) - entropy(teacher)
-
-
-def kendall_tau(A: Tensor, scores: Tensor, causal: bool = True, n_queries: int = 16, least: int = 8) -> Tensor:
-    """Monotonicity: Kendall's tau-b between a query's weights and its q.k, over the keys that it sees, averaged over
-    n_queries evenly spaced queries with at least `least` keys: (B, H, T, T) twice -> (B, H).
-    1: every larger q.k has the larger weight; 0: no order; equal weights everywhere count as 0."""
-    from scipy.stats import kendalltau
-
-    B, H, T, _ = A.shape
-    first = min(least, T) - 1 if causal else 0
-    rows = np.unique(np.linspace(first, T - 1, n_queries).astype(int))
-    tau = np.zeros((B, H, len(rows)))
-    for b, h, r in np.ndindex(tau.shape):
-        i = rows[r]
-        seen = slice(0, i + 1) if causal else slice(0, T)
-        tau[b, h, r] = kendalltau(A[b, h, i, seen].numpy(), scores[b, h, i, seen].numpy()).statistic
-    return torch.from_numpy(np.nan_to_num(tau).mean(-1))
-
-
-def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Spearman's rho of two lists, and its 95% interval over bootstrap samples of the pairs."""
-    from scipy.stats import spearmanr
-
-    x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(0)
-    picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
-    found = [spearmanr(x[i], y[i]).statistic for i in picks if len(set(x[i])) > 1 and len(set(y[i])) > 1]
-    low, high = np.quantile(found, [0.025, 0.975]) if found else (math.nan, math.nan)
-    return float(spearmanr(x, y).statistic), float(low), float(high)
 
 
 # ---------------------------------------------------------------- the queries and keys of a model
@@ -130,8 +77,8 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         from safetensors import SafetensorError
 
         from distill import set_mode
-        from hf import linearize, load_linearized
-        from hf_models import Tokenizer
+        from hf.linearize import linearize, load_linearized
+        from hf.models import Tokenizer
     except ImportError as e:
         raise UserError(
             f"there is no checkpoint {name} here, and a Hugging Face model needs: pip install -r requirements-hf.txt"
@@ -235,7 +182,7 @@ def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
 def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> Tensor:
     """The first tokens of the text (1, T), no more than the model has been trained on."""
     if tokenizer == "recall":
-        from recall import sequences
+        from experiments.recall import sequences
 
         return sequences(np.random.default_rng(config.seed), 1, model.config.block_size, 20)[0]
     ids = np.asarray(data.get_tokenizer(tokenizer).encode_many([text])[0], np.int64)

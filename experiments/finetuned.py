@@ -26,22 +26,11 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import kernels
-import recovery
-from analyze import measure, queries_and_keys
-from common import (
-    RunError,
-    UserError,
-    World,
-    as_user_error,
-    checksum,
-    load_checkpoint,
-    pick_device,
-    provenance,
-    restore,
-    step_seed,
-)
-from convert import (
+import fused
+from distill import map_parameters, set_mode, sockets
+from experiments import recovered
+from experiments.attention_maps import measure, queries_and_keys
+from experiments.ladder import (
     ARMS,
     HELP,
     ConvertConfig,
@@ -53,10 +42,12 @@ from convert import (
     minutes_of,
     run_arm,
 )
-from distill import map_parameters, set_mode, sockets
-from hf import linearize, save_linearized
+from hf.linearize import linearize, save_linearized
 from model import param_groups
-from runs import write_json
+from support.checkpoints import checksum, load_checkpoint, restore, write_json
+from support.cli import RunError, UserError, as_user_error
+from support.devices import World, pick_device, step_seed
+from support.log import provenance
 from train import fit
 
 Hidden = Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress]  # set from epochs, or without a meaning here
@@ -298,7 +289,7 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
     finite is said, and the others go on."""
     out, chosen, runs = Path(config.out_dir), {}, []
     with as_user_error():
-        kernels.use(config.kernel, pick_device(config.device))
+        fused.use(config.kernel, pick_device(config.device))
     n = len(split_dev(examples, config)[0])
     print(f"{title}: {n:,} examples to train on, {len(examples.train) - n:,} others; "
           f"{', '.join(f'{len(rows):,} in {name}' for name, rows in examples.tests.items())}")  # fmt: skip
@@ -331,9 +322,9 @@ def recover(config: RecoverConfig, examples: Examples, model: Model, title: str,
     if not runs:
         return {}
     facts = {"recover": 1, **provenance(), "title": title, "paper": paper, "config": asdict(config),
-             **recovery.facts_of(runs, examples.scores)}  # fmt: skip
+             **recovered.facts_of(runs, examples.scores)}  # fmt: skip
     write_json(out / "recover.json", facts)
-    print(recovery.table(facts))
-    drawn = recovery.draw(out / "recover.png", [facts])
+    print(recovered.table(facts))
+    drawn = recovered.draw(out / "recover.png", [facts])
     print(f"written to {out}: recover.json, {drawn}, and a folder for each seed, stage and arm")
     return facts

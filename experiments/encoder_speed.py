@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, as_user_error, parse, pick_device, provenance, run
 from feature_maps import FEATURE_MAPS
-from measure import Report, crossover, machine_speed, peak_mib, reset_peak_mib, take_turns
-from runs import write_json
+from support.checkpoints import write_json
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_device
+from support.log import provenance
+from support.timing import Report, crossover, machine_speed, peak_mib, reset_peak_mib, take_turns
 
 
 @dataclass
@@ -55,7 +57,7 @@ def encoders(config: EncoderConfig, device: torch.device) -> dict[str, nn.Module
     try:
         import transformers
 
-        from hf import linearize
+        from hf.linearize import linearize
     except ModuleNotFoundError as e:
         raise UserError(f"there is no {e.name} here: pip install -r requirements-hf.txt") from e
     torch.manual_seed(0)

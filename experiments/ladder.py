@@ -26,25 +26,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import kernels
+import fused
 from attention import LinearAttention, learns_map, softmax_attention
-from common import (
-    RunError,
-    UserError,
-    World,
-    as_user_error,
-    checksum,
-    load_checkpoint,
-    pick_device,
-    pick_dtype,
-    provenance,
-    restore,
-)
-from configs import FitConfig
+from config import FitConfig
 from distill import distill, map_parameters, mimicry, set_mode, sockets, write_heads
-from evaluate import perplexity
+from experiments.runs import finished
 from model import param_groups
-from runs import finished, write_json
+from perplexity import perplexity
+from support.checkpoints import checksum, load_checkpoint, restore, write_json
+from support.cli import RunError, UserError, as_user_error
+from support.devices import World, pick_device, pick_dtype
+from support.log import provenance
 from train import fit
 
 HELP = __doc__.split("\n\n", 1)[1]  # for the commands: what happens at each stage
@@ -268,7 +260,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
     """Every arm in turn; prints the table and writes out_dir/ladder.json, with the arms that the same settings have
     finished before. An arm whose loss is not finite is said, and the others go on."""
     with as_user_error():
-        kernels.use(config.kernel, pick_device(config.device))
+        fused.use(config.kernel, pick_device(config.device))
     for i, name in enumerate(config.arms, 1):
         tqdm.write(f"--- {ARMS[name].label} ({i} of {len(config.arms)})")
         try:

@@ -24,10 +24,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from attention import LinearAttention, State, softmax_attention
-from common import UserError, checksum, load_checkpoint, restore, save_checkpoint, unique_tensors
 from distill import TeacherAttention, ZeroAttention, sockets
 from feature_maps import make_feature_map
-from hf_models import load
+from hf.models import load
+from support.checkpoints import checksum, load_checkpoint, restore, save_checkpoint, unique_tensors
+from support.cli import UserError
 
 NAME = "hedgehog"  # of the attention implementation, and of the sockets
 KNOWN = (  # classes of attention modules, whose queries, keys and values are what they seem

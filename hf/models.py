@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common import UserError
+from support.cli import UserError
 
 transformers.logging.set_verbosity_error()  # which weights a model lacks, `load` checks and says
 

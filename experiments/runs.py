@@ -23,20 +23,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import kernels
-from common import (
-    Log,
-    RunError,
-    World,
-    as_user_error,
-    load_checkpoint,
-    pick_device,
-    provenance,
-    restore,
-    write_atomically,
-)
+import fused
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
+from support.checkpoints import load_checkpoint, restore, write_json
+from support.cli import RunError, as_user_error
+from support.devices import World, pick_device
+from support.log import Log, provenance
 from train import fit
 
 
@@ -50,7 +43,7 @@ def train_one(config, batch: Callable, evaluate: Callable, final: Callable, toke
     began, world, out = time.perf_counter(), World(0, 1, pick_device(config.device)), Path(config.out_dir)
     torch.manual_seed(config.seed)
     with as_user_error():
-        kernels.use(config.kernel, world.device)
+        fused.use(config.kernel, world.device)
         model = GPT(GPTConfig.of(asdict(config)))
     fit(
         model,
@@ -136,10 +129,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))
 
 
 def progress(config) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import kernels
+import fused
 
 
 def synchronize(device: torch.device) -> None:
@@ -52,8 +52,8 @@ def machine_speed(device: torch.device, dtype: torch.dtype) -> dict:
     blas = min(seconds(lambda: a @ b, device) for _ in range(5))
     copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
     speed = {"blas_gflops": 2 * n**3 / blas / 1e9, "copy_gb_s": 8 * big / copy / 1e9}
-    if dtype == torch.float32 and kernels.resolve(device)[0] == "cpp":
-        multiply = kernels.load("cpp", "cpu").multiply  # the kernel's own product, of matrices that stay in the cache
+    if dtype == torch.float32 and fused.resolve(device)[0] == "cpp":
+        multiply = fused.load("cpp", "cpu").multiply  # the kernel's own product, of matrices that stay in the cache
         a, b, n = torch.randn(96, 64), torch.randn(64, 64), 2000
         best = min(seconds(lambda: multiply(a, b, n), device) for _ in range(9))
         speed["vector_gflops"] = 2 * a.numel() * b.size(1) * n * torch.get_num_threads() / best / 1e9

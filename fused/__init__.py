@@ -130,7 +130,7 @@ def verified(kernel, device: str):
 
 def load_triton():
     try:
-        from kernels import chunked_triton
+        from fused import chunked_triton
     except ImportError as e:
         raise Unavailable(f"triton cannot be imported ({e}): pip install triton") from e
     return chunked_triton

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, as_user_error, checksum, parse, pick_device, run, step_seed
-from convert import (
+from data import dialogue
+from distill import ZeroAttention, map_parameters, sockets
+from experiments.ladder import (
     ARMS,
     HELP,
     ConvertConfig,
@@ -33,12 +34,13 @@ from convert import (
     table_perplexity,
     table_rouge,
 )
-from data import dialogue
-from distill import ZeroAttention, map_parameters, sockets
+from support.checkpoints import checksum
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import pick_device, step_seed
 
 need("transformers", "peft", "rouge_score")
-from hf import attention_modules, check_plain, linearize, save_linearized  # noqa: E402
-from hf_models import LanguageModel, Tokenizer, load, read_config, transformers  # noqa: E402
+from hf.linearize import attention_modules, check_plain, linearize, save_linearized  # noqa: E402
+from hf.models import LanguageModel, Tokenizer, load, read_config, transformers  # noqa: E402
 
 
 @dataclass

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Log, load_checkpoint, peak_gib, restore, write_atomically
 from model import GPT
+from support.checkpoints import load_checkpoint, restore, write_atomically
+from support.devices import peak_gib
+from support.log import Log
 
 
 def windows_of(ids: np.ndarray, block_size: int, stride: int, max_tokens: int = 0) -> list[tuple[int, int, int]]:

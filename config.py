@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from common import UserError, as_user_error, load_checkpoint, parse
 from model import GPTConfig
+from support.checkpoints import load_checkpoint
+from support.cli import UserError, as_user_error, parse
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""Devices, number formats, processes and seeds."""
+
+import contextlib
+import datetime
+import os
+import platform
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from support.cli import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is cuda where there is one, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device {name!r} is not available here: use --device auto, or cpu") from e
+    return device
+
+
+class World(NamedTuple):
+    """The processes that train together, one per device (torchrun starts them)."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def join_world(device: str) -> World:
+    """This process's place in it, from torchrun's environment variables; alone without them."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    world = World(rank, size, pick_device(device))
+    if size > 1 and not dist.is_initialized():
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+    return world
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
+    loss scaler. Weights, feature maps, states and denominators are float32 in any case."""
+    cpu_has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_it = {"cpu": cpu_has_it, "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)}
+    if name == "auto":
+        return torch.bfloat16 if has_it.get(device.type, False) else torch.float32
+    if name == "float32":
+        return torch.float32
+    if name != "bfloat16":
+        raise UserError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    if device.type == "cuda" and not has_it["cuda"]:
+        raise UserError("this GPU has no bfloat16: use --dtype float32")
+    return torch.bfloat16
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory in use so far, in GiB: the GPU's tensors, or the whole process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of all randomness of one step (dropout; batches): a function of (seed, step, rank) and
+    of nothing else, so that a resumed run draws what the uninterrupted run would have drawn."""
+    return zlib.crc32(f"{seed} {step} {rank}".encode())
+
+
+def machine() -> str:
+    """The processor by name, with the number of threads or GPUs in use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):  # no such file; no such line (ARM)
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return f"{name}, {torch.get_num_threads()} threads"
