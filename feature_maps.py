@@ -44,7 +44,7 @@ class FeatureMap(nn.Module):
     """Base of all maps.
 
     `phi(x, offset=0)` maps (B, H, T, D) to (B, H, T, F), in float32 (float64 for float64 input).
-    `phi.query(x)` and `phi.key(x)` name the role; they differ only for `Untied` maps.
+    `phi.query` and `phi.key` are the maps of queries and of keys. They differ only for `Untied` maps.
     `offset` is the absolute position of the first token of x (only cosFormer looks at it).
     """
 
@@ -58,11 +58,13 @@ class FeatureMap(nn.Module):
         with without_autocast(x):
             return self.features(F.hardtanh(at_least_float32(x), -CEIL, CEIL), offset)  # clamp, cheaper backward
 
-    def query(self, x: Tensor, offset: int = 0) -> Tensor:
-        return self(x, offset)
+    @property
+    def query(self) -> nn.Module:
+        return self
 
-    def key(self, x: Tensor, offset: int = 0) -> Tensor:
-        return self(x, offset)
+    @property
+    def key(self) -> nn.Module:
+        return self
 
 
 class Untied(nn.Module):

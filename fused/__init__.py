@@ -1,37 +1,132 @@
-"""Fused forms of causal linear attention, and the one place that decides which of them runs.
+"""Fast forms of what attention.py and distill.py write plainly, and the one place that decides which of them runs.
 
-    torch     chunked.py: every device, dtype and feature map; what tests hold the others equal to
-    cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where a C++ compiler is, and then kept
+    torch     chunked.py: every device, dtype and feature map
+    cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where there is a C++ compiler, then kept
     triton    chunked_triton.py: NVIDIA GPUs, float32 and bfloat16
 
-`use(name)` decides for this process: one of these, or "auto" (from the start): the fused form for the tensors'
-device, where there is one. `describe(device)` says it in words; commands print that.
+`attend` is linear attention by the fastest of these forms. `use(name)` chooses for this process: one of the three, or
+"auto" (the default), the compiled form for the tensors' device where there is one. `describe(device)` says the choice
+in words, for commands to print. mimicry.py is Eq. 3 in blocks. Tests hold every form equal to the plain one.
 """
 
 import functools
-import hashlib
-import math
 import os
-import shutil
 import sys
-import tempfile
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+
+from feature_maps import Hedgehog, Taylor, at_least_float32, without_autocast
+from fused import build
+from fused.build import Unavailable
+from fused.chunked import CHUNK, bidirectional, chunked, quadratic, role, step
+from fused.compiled import causal as compiled_causal
+from fused.compiled import decode
 
 KERNELS = ("auto", "torch", "cpp", "triton")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)  # of the compiled kernels
+SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8 tokens, forward and backward on a CPU
+PIECE = 1024  # tokens whose features are in memory at once, where a compiled kernel is given features
 SOURCE = Path(__file__).parent / "chunked.cpp"
 LOCK = threading.RLock()
 chosen = "auto"
 
 
-class Unavailable(ValueError):
-    """This kernel cannot run here; the message says why."""
+# ---------------------------------------------------------------- linear attention
+
+
+@torch.compiler.disable
+def attend(
+    phi: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+    *,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    offset: int = 0,
+    carry: bool = True,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """attention.attend by the fastest form: (y, state). carry=False: no state is wanted, and none is returned."""
+    T, alone = q.size(2), state is None and not carry
+    if alone and type(phi) is Taylor and T <= phi.feature_dim // 2 and not watched(phi):
+        return quadratic_without_features(phi, q, k, v, causal, key_mask), None
+    if not causal:
+        with without_autocast(v):
+            return bidirectional(*both_features(phi, q, k, offset), v, key_mask), None
+    kernel = kernel_for(q, k, v)
+    if alone and T <= SHORT:
+        with without_autocast(v):
+            phi_q, phi_k = both_features(phi, q, k, offset)
+            return quadratic(phi_q @ phi_k.mT, v, causal, key_mask), None
+    if T == 1 and state is not None and key_mask is None:
+        return one_more(phi, q, k, v, state, None if torch.is_grad_enabled() else kernel, offset)
+    if kernel is None:
+        y, *state = chunked(phi, q, k, v, state, key_mask=key_mask, offset=offset, chunk_size=chunk_size)
+        return y, state
+    return in_pieces(phi, q, k, v, state, kernel, key_mask, offset, carry)
+
+
+def both_features(phi: nn.Module, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    return at_least_float32(role(phi, "query")(q, offset)), at_least_float32(role(phi, "key")(k, offset))
+
+
+def quadratic_without_features(phi: Taylor, q, k, v, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """1 + s + s^2 / 2 of all pairs: while T is below F / 2, A is smaller than Taylor's features."""
+    with without_autocast(v):
+        return quadratic(phi.products(q, k), v, causal, key_mask)
+
+
+def one_more(phi: nn.Module, q, k, v, state, kernel, offset: int):
+    """Decoding: (y, state) after one more token."""
+    maps = kernel and map_weights(phi, kernel)
+    if maps is None:
+        q, k = role(phi, "query")(q, offset), role(phi, "key")(k, offset)
+    if kernel is None:
+        with without_autocast(v):
+            y, *state = step(q, k, v, *state)
+    elif maps is None:
+        y, *state = decode(kernel, q.float(), k.float(), v, None, *state)
+    else:
+        y, *state = decode(kernel, q, k, v, maps, *state)
+    return y, state
+
+
+def in_pieces(phi: nn.Module, q, k, v, state, kernel, key_mask: Tensor | None, offset: int, carry: bool):
+    """Causal attention by a compiled kernel: (y, state). Where the kernel is given features, PIECE tokens at a time."""
+    (S, z), T, maps, ys = state or (None, None), q.size(2), map_weights(phi, kernel), []
+    size = PIECE if maps is None else max(T, 1)
+    for start in range(0, max(T, 1), size):
+        piece = slice(start, start + size)
+        q_p, k_p, mask = q[:, :, piece], k[:, :, piece], None if key_mask is None else key_mask[:, piece]
+        if maps is None:
+            q_p = role(phi, "query")(q_p, offset + start).float()
+            k_p = role(phi, "key")(k_p, offset + start).float()
+        y, S, z = compiled_causal(kernel, q_p, k_p, v[:, :, piece], maps, S, z, mask, carry or piece.stop < T)
+        ys.append(y)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 2), (S, z) if carry else None
+
+
+def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
+    """W, b of queries and W, b of keys, if the kernel computes this map's features itself; None: it is given them."""
+    maps = role(phi, "query"), role(phi, "key")
+    for m in maps:
+        square = type(m) is Hedgehog and m.feature_dim == 2 * m.head_dim and len(m.weight) == m.n_head
+        if not square or m.head_dim > kernel.MAX_DIM or watched(m):
+            return None
+    return [p for m in maps for p in (m.weight, m.bias)]
+
+
+def watched(phi: nn.Module) -> bool:
+    """Whether hooks watch or change the map. They must see it called."""
+    return bool(phi._forward_hooks or phi._forward_pre_hooks)
+
+
+# ---------------------------------------------------------------- which kernel
 
 
 def use(name: str, device: str | torch.device = "cpu") -> None:
@@ -65,8 +160,8 @@ def describe(device: str | torch.device) -> str:
     return f"kernel {name} ({remark})" if remark else f"kernel {name}"
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor):
-    """The kernel for these tensors, or None: chunked.py, which "auto" takes for other dtypes than DTYPES."""
+def kernel_for(q: Tensor, k: Tensor, v: Tensor):
+    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES."""
     if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
         return pick(chosen, q.device.type)
     if chosen in ("auto", "torch"):
@@ -96,9 +191,9 @@ def load_once(name: str, device: str):
     """The kernel, or the reason why not: neither is looked for twice."""
     try:
         if name == "cpp" and device == "cpu":
-            return verified(load_cpp(), device)
+            return verified(build.load_cpp(SOURCE), device)
         if name == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
-            return verified(load_triton(), device)
+            return verified(build.load_triton(), device)
         return Unavailable(f"kernel {name} does not run on {device}: use kernel auto or torch")
     except Unavailable as e:
         return e
@@ -117,7 +212,7 @@ def verified(kernel, device: str):
             want = A @ v / A.sum(-1, keepdim=True)
             W, b = torch.eye(16, **kind).repeat(2, 1, 1), torch.zeros(2, 1, 16, **kind)
             here = [x.detach().float().to(device).requires_grad_() for x in (q, k, v, dy, W, b)]
-            got, *_ = causal_attention(kernel, *here[:3], here[4:] * 2, None, None, None, False)
+            got, *_ = compiled_causal(kernel, *here[:3], here[4:] * 2, None, None, None, False)
             found = [got, *torch.autograd.grad(got, here[:3], here[3])]
             wanted = [want, *torch.autograd.grad(want, (q, k, v), dy)]
             errors = [((x.cpu() - y).norm() / y.norm()).item() for x, y in zip(found, wanted)]
@@ -126,129 +221,3 @@ def verified(kernel, device: str):
     if not all(error < 5e-3 for error in errors):  # tf32 may be on, and cost 1e-3; NaN is not below anything
         raise Unavailable(f"its y, dq, dk, dv are off by {', '.join(f'{e:.1g}' for e in errors)} on a small example")
     return kernel
-
-
-def load_triton():
-    try:
-        from fused import chunked_triton
-    except ImportError as e:
-        raise Unavailable(f"triton cannot be imported ({e}): pip install triton") from e
-    return chunked_triton
-
-
-def load_cpp():
-    """torch.ops.hedgehog, with chunked.cpp built if this source, torch, processor and compiler are new."""
-    if sys.platform == "win32":
-        raise Unavailable("chunked.cpp is written for GCC and Clang")
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags, compiler = flags_for(capability), os.environ.get("CXX", "c++")
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {flags} {compiler}".encode()).hexdigest()[:16]
-    try:
-        home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-        library = Path(home) / f"hedgehog_{key}.so"
-        if library.exists():
-            try:
-                torch.ops.load_library(str(library))
-            except OSError:  # half a file, or another system's
-                library.unlink()
-        if not hasattr(torch.ops.hedgehog, "forward"):
-            build_cpp(flags, compiler, library)
-    except (OSError, RuntimeError, ImportError) as e:
-        lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
-        raise Unavailable(f"chunked.cpp was not built ({lines[-1].strip()})") from e
-    ops = torch.ops.hedgehog
-    return SimpleNamespace(
-        forward=ops.forward.default, backward=ops.backward.default, decode=ops.decode.default,
-        multiply=ops.multiply.default, MAX_DIM=math.inf,
-    )  # fmt: skip
-
-
-def flags_for(capability: str) -> list[str]:
-    """Compiler flags for a processor, by PyTorch's name for it."""
-    vectors = {
-        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
-        "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    }.get(capability, [])
-    known = capability if vectors else "DEFAULT"  # the names that at::vec knows
-    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return ["-O3", *vectors, *threads, f"-DCPU_CAPABILITY={known}", f"-DCPU_CAPABILITY_{known}"]
-
-
-def build_cpp(flags: list[str], compiler: str, library: Path) -> None:
-    """Build and load, in a folder of its own, then move: builds at the same time cannot disturb each other."""
-    from torch.utils import cpp_extension
-
-    if not shutil.which(compiler.split()[0]):
-        raise Unavailable(f"there is no C++ compiler ({compiler}): install one, or set CXX")
-    path = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # a ninja that pip installed is there
-    try:
-        if not cpp_extension.is_ninja_available():
-            raise Unavailable("building chunked.cpp needs ninja: pip install ninja")
-        print(f"building {SOURCE.name} for this processor, once: about 20 s", file=sys.stderr, flush=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            name, linker = "hedgehog_kernels", [flag for flag in flags if flag == "-fopenmp"]
-            cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=linker, build_directory=folder,
-                is_python_module=False,
-            )  # fmt: skip
-            os.replace(Path(folder) / f"{name}.so", library)
-    finally:
-        os.environ["PATH"] = path
-
-
-class Fused(torch.autograd.Function):
-    """chunked.chunked_with_maps by one of the kernels. Wq is None: q and k are features.
-    `carry`: the new state is wanted, too."""
-
-    @staticmethod
-    def forward(ctx, kernel, carry, key_mask, q, k, v, Wq, bq, Wk, bk, S, z):
-        keep = any(ctx.needs_input_grad)
-        y, d, S, z, states = kernel.forward(q, k, v, Wq, bq, Wk, bk, S, z, key_mask, keep, carry)
-        ctx.kernel, ctx.shapes = kernel, (S.shape, z.shape)
-        ctx.save_for_backward(q, k, v, Wq, bq, Wk, bk, key_mask, y, d, *states)
-        ctx.set_materialize_grads(False)
-        return y, S, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dS, dz):
-        inputs, (y, d, *states) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        dy = torch.zeros_like(y) if dy is None else innermost_dense(dy)
-        if dS is not None or dz is not None:
-            dS, dz = (y.new_zeros(s) if x is None else x.contiguous() for x, s in zip((dS, dz), ctx.shapes))
-        grads = ctx.kernel.backward(dy, dS, dz, *inputs, y, d, states)
-        needed = ctx.needs_input_grad[3:]
-        grads = [g.to(x.dtype) if need else None for g, need, x in zip(grads, needed, [*inputs[:7], y, y])]
-        return None, None, None, *grads
-
-
-def causal_attention(
-    kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor | None, z: Tensor | None,
-    key_mask: Tensor | None, carry: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, S, z) of shapes (B, H, T, D), (B, H, F, D), (B, H, F); y has v's dtype, S and z are float32.
-    maps: Hedgehog's W, b of queries and W, b of keys, or None if q and k are features. carry=False: S and z are
-    not wanted, and have no meaning."""
-    S, z = (None if x is None else x.float().contiguous() for x in (S, z))
-    key_mask = None if key_mask is None else key_mask.bool().expand(q.size(0), -1).contiguous()
-    y, S, z = Fused.apply(kernel, carry, key_mask, *(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
-    return y.to(v.dtype), S, z
-
-
-def decode(
-    kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None, S: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, S, z) after one more token: y (B, H, 1, D) and the new state. No gradient."""
-    S, z = S.float().contiguous(), z.float().contiguous()
-    y, S, z = kernel.decode(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), S, z)
-    return y.to(v.dtype), S, z
-
-
-def dense(maps: list[Tensor] | None) -> list[Tensor | None]:
-    return [None] * 4 if maps is None else [p.float().contiguous() for p in maps]
-
-
-def innermost_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

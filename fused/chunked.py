@@ -1,10 +1,10 @@
-"""The chunked form of linear attention in PyTorch, with its gradient: any device, dtype and feature map.
+"""Linear attention in PyTorch as it is computed: any device, dtype and feature map.
 
-chunked.cpp and chunked_triton.py are the same function again, for one map; tests hold all of them equal to
-Eq. 6. Letters: the glossary of attention.py; the algebra: linear_attention_chunked there.
+attention.py writes the same functions as plain loops. Here the feature map is applied inside the loop over
+chunks, and the gradient is written by hand, so that neither the features of a whole sequence nor the states
+between chunks are kept. chunked.cpp and chunked_triton.py are `chunked` again, compiled. Tests hold all of
+them equal to the plain forms, in outputs and gradients. Letters: the glossary of attention.py.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,47 +14,97 @@ from torch.func import functional_call
 
 from feature_maps import at_least_float32, without_autocast
 
-CHUNK = 64  # tokens: fastest of 32, 64, 128, 256 on a CPU at D = 32 and 64
-GROUP = 4  # chunks: backward is given one state for so many
-
-
-class State(NamedTuple):
-    S: Tensor  # (B, H, F, D)
-    z: Tensor  # (B, H, F)
+CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 and 256 on a CPU at D = 32 and 64
+GROUP = 4  # the backward pass keeps one state for so many chunks and computes the others again
 
 
 def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0: a row that has no key.
-
-    The only division by a sum of weights in the repository. No epsilon: features are at least 1e-15
-    (feature_maps.py), so a row with a key has a denominator of at least 1e-30. (Taylor's features have
-    signs, but its weights are at least 1/2, up to rounding.)
-    """
+    """attention.normalise once more: a row without a key has denominator 0, and gives 0."""
     return numerator / torch.where(denominator > 0, denominator, 1.0)
 
 
-def chunked_with_maps(
-    phi_query: nn.Module | None, phi_key: nn.Module | None, q: Tensor, k: Tensor, v: Tensor,
-    state: State | None = None, *, key_mask: Tensor | None = None, offset: int = 0, chunk_size: int = CHUNK,
-) -> tuple[Tensor, State]:  # fmt: skip
-    """linear_attention_chunked of phi_query(q, offset) and phi_key(k, offset), the maps (None: q and k are
-    features) applied chunk by chunk: the features of a whole sequence never leave the cache for the memory
-    (2x faster at 8K tokens). Backward applies the maps again: they must not be random. For second derivatives,
-    and for torch.func's transforms, use the quadratic form."""
-    R = None if state is None else torch.cat([state.S, state.z[..., None]], -1).flatten(0, 1)
-    parameters = dict.fromkeys(p for phi in (phi_query, phi_key) if phi is not None for p in phi.parameters())
-    y, R = Chunked.apply((phi_query, phi_key, key_mask, offset, chunk_size), q, k, v, R, *parameters)
+def quadratic(products: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2."""
+    Tq, Tk = products.shape[-2:]
+    if causal:
+        products = products.tril(Tk - Tq)
+    if key_mask is not None:
+        products = products.masked_fill(~key_mask[:, None, None, :], 0.0)
+    y = normalise(products @ v.to(products.dtype), products.sum(-1, keepdim=True))
+    return y.to(v.dtype)
+
+
+def bidirectional(phi_q: Tensor, phi_k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """y_i = phi(q_i) S / phi(q_i).z with S and z over all keys."""
+    if key_mask is not None:
+        phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+    S, z = phi_k.mT @ v.to(phi_k.dtype), phi_k.sum(-2)[..., None]
+    return normalise(phi_q @ S, phi_q @ z).to(v.dtype)
+
+
+def step(phi_q: Tensor, phi_k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 6 for one more token, T = 1: (y, S, z)."""
+    S = torch.addcmul(S, phi_k.to(S.dtype).mT, v.to(S.dtype))  # (B, H, F, 1) (B, H, 1, D)
+    z = z + phi_k.to(z.dtype).squeeze(2)
+    q = phi_q.to(S.dtype)
+    return normalise(q @ S, q @ z[..., None]).to(v.dtype), S, z
+
+
+def chunked(
+    phi: nn.Module | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    offset: int = 0,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """attention.linear_attention_chunked with the feature map phi inside: (y, S, z).
+
+    phi None: q and k are features. The map is applied chunk by chunk, so that features stay in the cache (2x
+    faster at 8K tokens). The backward pass applies it again: it must not be random. Differentiable once, and not
+    by torch.func's transforms: use linear_attention_quadratic or the plain chunked form for those.
+    """
+    R = None if state is None else torch.cat([state[0], state[1][..., None]], -1).flatten(0, 1)
+    maps = (None, None) if phi is None else (role(phi, "query"), role(phi, "key"))
+    parameters = dict.fromkeys(p for phi in maps if phi is not None for p in phi.parameters())
+    y, R = Chunked.apply((*maps, key_mask, offset, chunk_size), q, k, v, R, *parameters)
     R = R.unflatten(0, v.shape[:2])
-    return y.to(v.dtype), State(R[..., :-1], R[..., -1])
+    return y.to(v.dtype), R[..., :-1], R[..., -1]
+
+
+class Role(nn.Module):
+    """A map's method `query` or `key` as a module: functional_call takes nothing else."""
+
+    def __init__(self, phi: nn.Module, name: str):
+        super().__init__()
+        self.phi, self.name = phi, name
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        return getattr(self.phi, self.name)(x, offset)
+
+
+def role(phi: nn.Module, name: str) -> nn.Module:
+    """The map of queries or of keys: phi itself, unless it tells the two apart."""
+    own = getattr(phi, name, phi)
+    return own if isinstance(own, nn.Module) else Role(phi, name)
 
 
 class Chunked(torch.autograd.Function):
-    """The chunks in order; and the gradient, from the last chunk to the first. With G = [dN dd] the gradient
-    of [N d], and dR that of the state after the chunk:
+    """The chunks in order, and the gradient from the last chunk to the first.
+
+    A column of ones beside the values, U = [V 1], makes the denominator one more column of the numerator, and
+    R = [S z] one state. For the queries Q and keys K (features) of a chunk
+
+        [N d] = Q R + tril(Q K^T) U,    R <- R + K^T U,    y = N / d.
+
+    With A = tril(Q K^T), G = [dN dd] the gradient of [N d], and dR that of the state after the chunk:
 
         dA = tril(G U^T)    dQ = dA K + G R^T    dK = dA^T Q + U dR^T    dU = A^T G + K dR    dR <- dR + Q^T G
 
-    Kept is only the state before every GROUP chunks: backward makes the features and other states again.
+    What is kept is the state before every GROUP chunks. The backward pass computes features and other states again.
     """
 
     @staticmethod
@@ -76,8 +126,9 @@ class Chunked(torch.autograd.Function):
                 N = torch.baddbmm(Q @ R, (Q @ K.mT).tril_(), U).unflatten(0, v.shape[:2])
                 R.baddbmm_(K.mT, U)
                 y[:, :, tokens], d[:, :, tokens] = normalise(N[..., :-1], N[..., -1:]), N[..., -1:]
-        ctx.options, ctx.n, index = options, len(parameters), {p: i for i, p in enumerate(parameters)}
-        ctx.index = [[] if phi is None else [index[p] for p in phi.parameters()] for phi in (phi_query, phi_key)]
+        ctx.options, ctx.n = options, len(parameters)
+        place = {p: i for i, p in enumerate(parameters)}
+        ctx.places = [[] if phi is None else [place[p] for p in phi.parameters()] for phi in (phi_query, phi_key)]
         ctx.save_for_backward(*parameters, q, k, v, y, d, *states)
         return y, R
 
@@ -85,8 +136,9 @@ class Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dR):
         phi_query, phi_key, key_mask, offset, n = ctx.options
-        parameters, (q, k, v, y, d, *states) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        of_query, of_key = ([parameters[i] for i in index] for index in ctx.index)
+        saved = ctx.saved_tensors  # read once: gradient checkpointing unpacks a tensor once only
+        parameters, (q, k, v, y, d, *states) = saved[: ctx.n], saved[ctx.n :]
+        of_query, of_key = ([parameters[i] for i in places] for places in ctx.places)
         trained = [p for p in parameters if p.requires_grad]
         dR, dq, dk, dv = dR.clone(), *(torch.zeros_like(x) for x in (q, k, v))
         sums = {p: at_least_float32(torch.zeros_like(p)) for p in trained}
@@ -102,7 +154,7 @@ class Chunked(torch.autograd.Function):
                 Gs = torch.cat([dN, -(dN * y[:, :, group]).sum(-1, keepdim=True)], -1).flatten(0, 1)
                 chunks = list(zip(*(x.split(n, 1) for x in (phi_q.detach(), phi_k.detach(), Us, Gs))))
                 Rs, dQs, dKs, dUs = [states.pop()], [], [], []
-                for _, K, U, _ in chunks[:-1]:
+                for _, K, U, _ in chunks[:-1]:  # the states before the chunks of this group
                     Rs.append(torch.baddbmm(Rs[-1], K.mT, U))
                 for (Q, K, U, G), R in zip(reversed(chunks), reversed(Rs)):
                     A, dA = (Q @ K.mT).tril_(), (G @ U.mT).tril_()
@@ -111,6 +163,7 @@ class Chunked(torch.autograd.Function):
                     dUs.append(torch.baddbmm(K @ dR, A.mT, G))
                     dR.baddbmm_(Q.mT, G)
                 dQ, dK, dU = (torch.cat(x[::-1], 1) for x in (dQs, dKs, dUs))
+                # through the feature map, to its inputs and parameters
                 grads = torch.autograd.grad((phi_q, phi_k), (xq, xk, *trained), (dQ, dK), allow_unused=True)
             dq[:, :, group], dk[:, :, group], *grads = grads
             dv[:, :, group] = dU[..., :-1].unflatten(0, v.shape[:2])
@@ -120,14 +173,21 @@ class Chunked(torch.autograd.Function):
         return None, dq, dk, dv, dR if ctx.needs_input_grad[4] else None, *dparameters
 
 
-def features(phi, x: Tensor, offset: int, parameters=(), key_mask=None, tokens=slice(0)) -> Tensor:
-    """phi(x, offset) as (BH, n, F), zero for masked keys. `parameters`, if any, are those that phi had in the
-    forward pass: it may have others by now (torch.func.functional_call)."""
+def features(
+    phi: nn.Module | None,
+    x: Tensor,
+    offset: int,
+    parameters: list[Tensor] | tuple = (),
+    key_mask: Tensor | None = None,
+    tokens: slice = slice(0),
+) -> Tensor:
+    """phi(x, offset) as (B H, n, F), zero for masked keys. `parameters`, if any, are those that phi had in the
+    forward pass: it may have others by the time of the backward pass (torch.func.functional_call)."""
     own = [] if phi is None else list(phi.named_parameters())
     if any(mine is not given for (_, mine), given in zip(own, parameters)):
         x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, offset))
     elif phi is not None:
         x = phi(x, offset)
     if key_mask is not None:
-        x = x.masked_fill(~key_mask[:, None, tokens, None], 0.0)  # after phi: phi(0) is not 0
+        x = x.masked_fill(~key_mask[:, None, tokens, None], 0.0)  # after phi, since phi(0) is not 0
     return at_least_float32(x).flatten(0, 1)

@@ -26,7 +26,7 @@ and `decode`, one token of every head. Hedgehog's features are made in the kerne
 never reach memory; u does (in float32: as large as float32 queries), and the state before each chunk (F / C
 times float32 values). A chunk is made of tiles of BT tokens, features come in blocks of BF, values in
 blocks of BE: powers of two, padded with zeros. Small blocks, since a product of two tiles keeps both in
-registers; `python -m kernels.resources` prints what each kernel takes, without a GPU.
+registers; `python -m fused.resources` prints what each kernel takes, without a GPU.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU, without one: they are compiled as forward, backward and decode launch them.
 
-python -m kernels.resources
+python -m fused.resources
 """
 
 import re

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from attention import (
     CHUNK,
-    SHORT,
     LinearAttention,
     SoftmaxAttention,
     State,
@@ -25,6 +24,7 @@ from attention import (
     softmax_weights,
 )
 from feature_maps import FEATURE_MAPS, make_feature_map
+from fused import SHORT
 
 NAMES = list(FEATURE_MAPS)
 CAUSAL = {

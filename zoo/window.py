@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from feature_maps import at_least_float32, without_autocast
 from fused.chunked import CHUNK, normalise
 
+WINDOWS = {"hedgehog_window": True, "softmax_window": False}  # name -> with the linear branch, or without it
 LEAST = -60.0  # smaller scores count as this: a row's denominator is at least exp(LEAST), and never 0
 
 

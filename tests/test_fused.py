@@ -15,11 +15,11 @@ import fused
 from attention import (
     LinearAttention,
     State,
-    chunked_with_maps,
     linear_attention_quadratic,
     linear_attention_recurrent,
 )
 from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
+from fused.chunked import chunked
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
@@ -299,7 +299,7 @@ def test_a_loss_on_the_state_alone(kernel, loss):
     for dtype, name in ((torch.float32, kernel), (torch.float64, "auto")):
         fused.use(name)
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        _, state = attn.to(dtype).causal_attention(*leaves)
+        _, state = attn.to(dtype).attend(*leaves)
         of = {
             "S": state.S.square().sum(), "z": state.z.square().sum(), "both, expanded": state.S.sum() + state.z.sum(),
             "S, transposed": (state.S.mT @ torch.arange(48, dtype=dtype).view(16, 3)).square().sum(),
@@ -378,14 +378,14 @@ def test_the_kernel_sees_parameters_that_functional_call_puts_in():
 def extra_peak(kernel: str, T: int) -> float:
     """MiB that forward and backward of 4 heads of 64 add to the peak of a process."""
     script = f"""
-import torch, kernels, sys
+import torch, fused, sys
 from attention import LinearAttention, softmax_attention
 from feature_maps import make_feature_map
 torch.set_num_threads(1)
 if "{kernel}" == "sdpa":
     attn = softmax_attention
 else:
-    kernels.use("{kernel}")
+    fused.use("{kernel}")
     attn = LinearAttention(make_feature_map("hedgehog", 4, 64))
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
@@ -429,7 +429,7 @@ def test_other_dtypes_run_in_pytorch_and_not_at_all_if_the_kernel_was_asked_for(
     q, k, v, _ = (x.double() for x in sequence(1, 2, 70, 8))
     attn = LinearAttention(make_feature_map("hedgehog", 2, 8)).double()
     fused.use("auto")
-    want, _ = chunked_with_maps(attn.phi, attn.phi, q, k, v)
+    want, *_ = chunked(attn.phi, q, k, v)
     assert torch.equal(attn(q, k, v), want)
     fused.use("cpp")
     with pytest.raises(ValueError, match="kernel cpp takes float32 and bfloat16, not torch.float64"):
@@ -462,7 +462,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(fault):
 
 def loader_in_a_new_process(tmp_path, script="", **env):
     """stdout and stderr of a process that has no built kernel yet."""
-    code = f"import kernels, torch\n{script}\nprint(kernels.describe('cpu'))"
+    code = f"import fused, torch\n{script}\nprint(fused.describe('cpu'))"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path), **env}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
 
@@ -503,7 +503,7 @@ def test_a_broken_file_in_the_cache_is_built_again(tmp_path):
 def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):
     bad = tmp_path / "bad.cpp"
     bad.write_text("#error is not C++\n")
-    run = loader_in_a_new_process(tmp_path / "cache", f"import pathlib; kernels.SOURCE = pathlib.Path({str(bad)!r})")
+    run = loader_in_a_new_process(tmp_path / "cache", f"import pathlib; fused.SOURCE = pathlib.Path({str(bad)!r})")
     assert run.stdout.startswith("kernel torch (chunked.cpp was not built (") and run.stdout.count("\n") == 1
     assert "error" in run.stdout and not list((tmp_path / "cache").iterdir())
 
@@ -520,13 +520,13 @@ q, k, v, dy = torch.randn(4, 1, 2, 300, 40)
 attn = LinearAttention(make_feature_map("hedgehog", 2, 40))
 found = []
 for kernel in ("cpp", "torch"):
-    kernels.use(kernel)
+    fused.use(kernel)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     y = attn(*leaves)
     found.append([y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy)])
 for got, want in zip(*found):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-kernels.use("cpp")
+fused.use("cpp")
 """
     run = loader_in_a_new_process(tmp_path, script, ATEN_CPU_CAPABILITY=capability)
     assert f"kernel cpp ({capability.upper()})" in run.stdout
