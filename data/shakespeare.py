@@ -20,7 +20,7 @@ def files(data_dir: str) -> list[Path]:
 
 
 def splits(data_dir: str) -> dict:
-    from data import hub, read_text, split_file
+    from data.reading import hub, read_text, split_file
 
     if local := files(data_dir):
         return split_file(read_text(local[0]))
@@ -32,7 +32,7 @@ def splits(data_dir: str) -> dict:
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)  # the repository, in place of data/
     from data import main
 
     main("shakespeare")

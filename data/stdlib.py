@@ -1,4 +1,4 @@
-"""The source of Python's own standard library: about 12 MB of real text that every machine has.
+"""The source code of Python's standard library: about 12 MB of real text that each machine has.
 
 python data/stdlib.py [FOLDER]     FOLDER: another tree of .py files
 """
@@ -7,20 +7,31 @@ import sysconfig
 from pathlib import Path
 
 TOKENIZER = "bytes"
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # some systems have no tests
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+}  # not installed everywhere
 
 
 def root(data_dir: str) -> Path:
+    """The folder of the .py files; by default the standard library's."""
     return Path(data_dir or sysconfig.get_path("stdlib"))
 
 
 def files(data_dir: str) -> list[Path]:
     top = root(data_dir)
-    return sorted(p for p in top.rglob("*.py") if p.is_file() and LEFT_OUT.isdisjoint(p.relative_to(top).parts))
+    return sorted(
+        p
+        for p in top.rglob("*.py")
+        if p.is_file() and LEFT_OUT.isdisjoint(p.relative_to(top).parts)
+    )
 
 
 def splits(data_dir: str) -> dict:
-    from data import split_files
+    from data.reading import split_files
 
     return split_files(files(data_dir), root(data_dir))
 
@@ -28,7 +39,7 @@ def splits(data_dir: str) -> dict:
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)  # the repository, in place of data/
     from data import main
 
     main("stdlib")

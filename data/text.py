@@ -1,4 +1,4 @@
-"""Any UTF-8 text: a file (its last tenth is validation) or a folder (every 20th file is).
+"""Any UTF-8 text. The last tenth of a file is validation; of a folder, about every 20th file.
 
 python data/text.py FILE_OR_FOLDER
 """
@@ -22,7 +22,7 @@ def files(data_dir: str) -> list[Path]:
 
 
 def splits(data_dir: str) -> dict:
-    from data import read_text, split_file, split_files
+    from data.reading import read_text, split_file, split_files
 
     found = files(data_dir)
     if len(found) == 1:
@@ -33,7 +33,7 @@ def splits(data_dir: str) -> dict:
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)  # the repository, in place of data/
     from data import main
 
     main("text")

@@ -1,10 +1,10 @@
-"""WikiText-103 (Merity et al., 2017), 103 million words of Wikipedia: the paper's language modelling data.
+"""WikiText-103 (Merity et al., 2017), 103 million words of Wikipedia: the paper trains on it.
 
 python data/wikitext103.py [FOLDER]
 
 From the hub (`Salesforce/wikitext`, raw), or from a folder with the original files: wiki.train.raw,
-wiki.valid.raw, perhaps wiki.test.raw; or the same names with .tokens (rare words are <unk> there).
-The hub's rows, joined, are the original raw file to the letter.
+wiki.valid.raw and perhaps wiki.test.raw. Names that end in .tokens instead are the variant in which
+rare words are <unk>. The rows of the hub, joined, are the original raw file, letter by letter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,24 +25,26 @@ def files(data_dir: str) -> list[Path]:
         if found[0].is_file() and found[1].is_file():
             return [p for p in found if p.is_file()]
     raise UserError(
-        f"{data_dir} does not hold WikiText: put wiki.train.raw and wiki.valid.raw there, or wiki.train.tokens "
-        "and wiki.valid.tokens"
+        f"{data_dir} does not hold WikiText: put wiki.train.raw and wiki.valid.raw there, "
+        "or wiki.train.tokens and wiki.valid.tokens"
     )
 
 
 def rows(dataset) -> Iterator[str]:
+    """The text of the hub's rows, a thousand at a time."""
     for batch in dataset.iter(1000):
-        yield "".join(row or " \n" for row in batch["text"])  # the hub stripped blank lines
+        yield "".join(row or " \n" for row in batch["text"])  # the hub strips blank lines
 
 
 def splits(data_dir: str, config: str = "wikitext-103-raw-v1") -> dict[str, Iterable[str]]:
-    from data import hub, read_lines
+    from data.reading import hub, read_lines
 
     if local := files(data_dir):
-        return {split: read_lines(p) for split, name in NAMES.items() for p in local if p.name.split(".")[1] == name}
+        path_of = {p.name.split(".")[1]: p for p in local}  # "train", "valid", "test"
+        return {split: read_lines(path_of[n]) for split, n in NAMES.items() if n in path_of}
     remedy = (
-        "put the original wiki.train.raw and wiki.valid.raw (or wiki.train.tokens and wiki.valid.tokens) "
-        "into a folder and pass --data_dir FOLDER"
+        "put the original wiki.train.raw and wiki.valid.raw (or wiki.train.tokens and "
+        "wiki.valid.tokens) into a folder and pass --data_dir FOLDER"
     )
     dataset = hub("Salesforce/wikitext", config, remedy=remedy)
     return {split: rows(dataset[split]) for split in NAMES}
@@ -51,7 +53,7 @@ def splits(data_dir: str, config: str = "wikitext-103-raw-v1") -> dict[str, Iter
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)  # the repository, in place of data/
     from data import main
 
     main("wikitext103")

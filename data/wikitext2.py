@@ -1,4 +1,4 @@
-"""WikiText-2: 2 million words; its validation and test texts are WikiText-103's.
+"""WikiText-2: 2 million words. The validation and test texts are those of WikiText-103.
 
 python data/wikitext2.py [FOLDER]     FOLDER: as for wikitext103.py
 """
@@ -24,7 +24,7 @@ def splits(data_dir: str) -> dict[str, Iterable[str]]:
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)  # the repository, in place of data/
     from data import main
 
     main("wikitext2")

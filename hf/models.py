@@ -1,9 +1,4 @@
-"""Models and tokenizers of Hugging Face as this repository knows them: loading, and our own interfaces.
-
-hf.py puts linear attention into them; convert_llama.py and analyze.py use both.
-"""
-
-from pathlib import Path
+"""Load models and tokenizers of Hugging Face, and give them the interfaces of this repository."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +6,18 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data.tokenizer import HuggingFaceTokenizer as Tokenizer  # noqa: F401  beside the models
 from support.cli import UserError
-
-transformers.logging.set_verbosity_error()  # which weights a model lacks, `load` checks and says
+from support.hub import quiet, reason, where
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal language model with our GPT's interface: model(idx, targets) -> (logits, loss).
-    mask (B, T), if the batch is padded: 1 at real tokens."""
+    """A transformers causal language model with the interface of our GPT.
+
+    model(idx, targets) -> (logits, loss):
+    idx, targets (B, T); targets of -100 are ignored. logits (B, T, V); loss is a number, or None
+    without targets. mask (B, T) of a padded batch is 1 at real tokens.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -28,33 +27,37 @@ class LanguageModel(nn.Module):
         logits = self.hf(input_ids=idx, attention_mask=mask, use_cache=False).logits
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        logits_of_all = logits.float().flatten(0, 1)  # (B T, V)
+        return logits, F.cross_entropy(logits_of_all, targets.flatten(), ignore_index=-100)
 
 
 class Classifier(nn.Module):
-    """A transformers sequence classifier as model(ids, segments, mask), each (B, T) -> outputs (B, n).
+    """A transformers sequence classifier: model(ids, segments, mask), all (B, T) -> outputs (B, n).
 
-    pooling: "model", its own way from tokens to outputs, or "mean" over the real tokens, in its pooler's place; kept as
-    `pooling` in its config, and by default what that says. A model with "mean" needs this class: its own forward pass
-    knows its pooler only."""
+    pooling: how the outputs are made from the tokens. "model" is the model's own way. "mean" takes
+    the mean of all real tokens in place of the model's pooler. The model's config keeps the choice
+    as `pooling`, and that is the default. A model with "mean" needs this class, because its own
+    forward pass knows only its pooler.
+    """
 
     def __init__(self, model: nn.Module, pooling: str = ""):
         super().__init__()
-        self.hf, model.config.pooling = model, pooling or getattr(model.config, "pooling", "model")
+        self.hf = model
+        self.hf.config.pooling = pooling or getattr(model.config, "pooling", "model")
 
     def forward(self, ids: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
         inputs = dict(input_ids=ids, attention_mask=mask)
-        if getattr(self.hf.config, "type_vocab_size", 1) > 1:  # RoBERTa knows no segments
+        if getattr(self.hf.config, "type_vocab_size", 1) > 1:  # RoBERTa has no segments
             inputs["token_type_ids"] = segments
         if self.hf.config.pooling == "model":
             return self.hf(**inputs).logits
         x = self.hf.base_model(**inputs).last_hidden_state  # (B, T, C)
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, C)
         return self.hf.classifier(self.hf.dropout(mean))
 
 
 class ImageClassifier(nn.Module):
-    """A transformers image classifier as model(pixels), (B, channels, height, width) -> outputs (B, n)."""
+    """A transformers image classifier: model(pixels (B, channels, height, width)) -> (B, n)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -64,59 +67,49 @@ class ImageClassifier(nn.Module):
         return self.hf(pixel_values=pixels).logits
 
 
-class Tokenizer:
-    """A transformers tokenizer with the interface of those in data/. name: "hf:" and where it came from."""
-
-    def __init__(self, source: str):
-        self.name = f"hf:{source}"
-        name, options = where(source)
-        try:
-            self.hf = transformers.AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as e:
-            reason = str(e).splitlines()[0][:160]
-            raise UserError(f"cannot load a tokenizer from {source} ({reason}): give a hub name or a folder") from e
-        self.vocab_size = len(self.hf)
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def decode_bytes(self, ids) -> bytes:
-        return self.hf.decode(list(ids), clean_up_tokenization_spaces=False).encode()
-
-
-def where(source: str) -> tuple[str, dict]:
-    """A hub name, a folder, or a .gguf file, as from_pretrained takes it."""
-    path = Path(source)
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
-
-
 def read_config(source: str) -> transformers.PreTrainedConfig:
-    """A model's configuration, without its weights."""
+    """The configuration of a model, without the weights. Raises UserError if there is none."""
     name, options = where(source)
     try:
-        return transformers.AutoConfig.from_pretrained(name, **options)
+        with quiet("transformers"):
+            return transformers.AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, TypeError) as e:
-        reason = str(e).splitlines()[0][:160]
-        raise UserError(f"cannot load {source} ({reason}): give a hub name, which needs a network once, or a folder "
-                        "with config.json and weights") from e  # fmt: skip
+        raise UserError(
+            f"cannot load {source} ({reason(e)}): give a hub name, which needs a network once, "
+            "or a folder with config.json and weights"
+        ) from e
 
 
 def load(
-    source: str, kind=transformers.AutoModelForCausalLM, dtype: torch.dtype = torch.float32, new: tuple[str, ...] = (),
+    source: str,
+    kind=transformers.AutoModelForCausalLM,
+    dtype: torch.dtype = torch.float32,
+    new: tuple[str, ...] = (),
     **changes,
-) -> nn.Module:  # fmt: skip
-    """A model by hub name, folder or .gguf file. new: modules that it may lack, which then begin at random.
-    changes: of its config. Raises UserError if there is none, or not all of it."""
+) -> nn.Module:
+    """A model by hub name, folder or .gguf file; `model.source` remembers which.
+
+    kind: a class of transformers.    changes: fields of the model's config.
+    new: names of modules whose weights may be missing; they begin at random.
+    Raises UserError if there is no such model, or if other weights are missing.
+    """
     name, options = where(source)
     try:
-        model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **changes)
+        # transformers has a long report of missing weights; one line below says the same.
+        with quiet("transformers"):
+            model, found = kind.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **options, **changes
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        reason = str(e).splitlines()[0][:160]
-        raise UserError(f"cannot load a {kind.__name__} from {source} ({reason}): give a hub name, a folder with "
-                        "config.json and safetensors, or a .gguf file") from e  # fmt: skip
+        raise UserError(
+            f"cannot load a {kind.__name__} from {source} ({reason(e)}): give a hub name, "
+            "a folder with config.json and safetensors, or a .gguf file"
+        ) from e
     missing = sorted(key for key in found["missing_keys"] if not set(key.split(".")) & set(new))
     if missing:
         names = ", ".join(missing[:3])
-        raise UserError(f"{source} lacks weights ({names} ...): it is damaged, or another kind of model")
+        raise UserError(
+            f"{source} lacks weights ({names} ...): it is damaged, or another kind of model"
+        )
     model.source = source
     return model

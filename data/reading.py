@@ -1,0 +1,75 @@
+"""Reading text: UTF-8 files, data sets of the Hugging Face hub, and how a text is split."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from support.cli import UserError
+from support.hub import quiet, reason
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises UserError for a file that is missing or is not text."""
+    return "".join(read_lines(path)).removeprefix("\ufeff")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, with their line ends as they are."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as f:
+            for line in f:
+                if "\0" in line:
+                    raise ValueError("a NUL byte")
+                yield line
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give a file with UTF-8 text") from e
+    except ValueError as e:  # a UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} is not UTF-8 text: convert it, or leave it out") from e
+
+
+def split_file(text: str) -> dict[str, list[str]]:
+    """The first 90% of a text for training, the rest for validation."""
+    if not text.strip():
+        raise UserError("the text is empty: give a file with more")
+    cut = int(0.9 * len(text))
+    return {"train": [text[:cut]], "validation": [text[cut:]]}
+
+
+def split_files(files: list[Path], root: Path) -> dict[str, Iterator[str]]:
+    """About every 20th file is validation.
+
+    A checksum of the file's name below `root` decides, so the split is the same on every machine.
+    A text that occurs twice is used once, so that no text is in both splits.
+    """
+    split: dict[str, list[str]] = {"train": [], "validation": []}
+    seen = set()
+    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+        text = read_text(path)
+        if not text.strip() or text in seen:
+            continue
+        seen.add(text)
+        held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % 20 == 0
+        split["validation" if held_out else "train"].append(text)
+    # With few files one split may be empty: it gets the last file of the other.
+    for empty, full in (("validation", "train"), ("train", "validation")):
+        if not split[empty] and len(split[full]) > 1:
+            split[empty].append(split[full].pop())
+    return {name: iter(texts) for name, texts in split.items()}
+
+
+def hub(path: str, *args: str, remedy: str, **kwargs) -> Iterable[dict]:
+    """A data set of the Hugging Face hub, as rows.
+
+    remedy: what to do without the hub. The UserError for a hub that cannot be reached ends with it.
+    """
+    import datasets
+
+    what = " ".join([path, *args])
+    print(f"getting {what} from the Hugging Face hub")
+    try:
+        with quiet("huggingface_hub"):  # it reports each retry
+            return datasets.load_dataset(path, *args, **kwargs)
+    except Exception as e:  # network errors are of a dozen types, from four packages
+        raise UserError(
+            f"cannot get {what} from the Hugging Face hub ({reason(e, 120)}): {remedy}"
+        ) from e

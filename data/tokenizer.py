@@ -1,0 +1,109 @@
+"""Tokenizers: text to token ids and back.
+
+Each has `encode_many(texts)`, one list of ids for each text, `decode_bytes(ids)`, `vocab_size`, and a
+`name`, by which prepared data and checkpoints remember it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from support.cli import UserError
+from support.hub import quiet, reason, where
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8."""
+
+    name, vocab_size = "bytes", 256
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(t.encode(), np.uint8) for t in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(ids)
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE, from tiktoken."""
+
+    name, vocab_size = "gpt2", 50257
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except (
+            Exception
+        ) as e:  # errors of requests, of the disk, of a checksum: the advice is the same
+            raise UserError(
+                "cannot download GPT-2's tokenizer: connect once, or point TIKTOKEN_CACHE_DIR at a "
+                f"copy of tiktoken's cache, or use --tokenizer bytes ({type(e).__name__})"
+            ) from e
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.bpe.decode_bytes(list(ids))
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers, `self.hf`. source: a hub name, a folder or a .gguf file.
+
+    Raises UserError if there is no tokenizer.
+    """
+
+    def __init__(self, source: str):
+        try:
+            import transformers
+        except ImportError as e:
+            raise UserError(
+                f"the tokenizer hf:{source} needs transformers: pip install -r requirements-hf.txt"
+            ) from e
+
+        self.name = f"hf:{source}"
+        name, options = where(source)
+        try:
+            with quiet("transformers"):
+                self.hf = transformers.AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"cannot load a tokenizer from {source} ({reason(e)}): give a hub name or a folder"
+            ) from e
+        self.vocab_size = len(self.hf)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.hf.decode(list(ids), clean_up_tokenization_spaces=False).encode()
+
+
+# By the part of the name before the colon; the part after it is the argument.
+TOKENIZERS: dict[str, Callable] = {
+    "bytes": ByteTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "hf": HuggingFaceTokenizer,
+}
+
+
+def get_tokenizer(name: str):
+    """The tokenizer called "bytes", "gpt2" or "hf:SOURCE". Raises UserError for another name."""
+    kind, colon, source = name.partition(":")
+    if kind not in TOKENIZERS or bool(colon) != (kind == "hf"):
+        raise UserError(f"unknown tokenizer {name!r}: choose bytes or gpt2")
+    return TOKENIZERS[kind](source) if colon else TOKENIZERS[kind]()
+
+
+def files_of_tokenizer(name: str) -> list[Path]:
+    """The local files of an "hf:" tokenizer: text is encoded again when they change."""
+    path = Path(name.removeprefix("hf:"))
+    if not name.startswith("hf:") or not path.exists():
+        return []
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.iterdir() if p.suffix in (".json", ".txt", ".model"))

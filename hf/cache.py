@@ -1,0 +1,112 @@
+"""The state of linear attention as a layer of transformers' cache: generation in constant memory.
+
+transformers keeps the keys and values of all tokens in a Cache, with one layer for each attention
+module. A linearized module needs S and z instead. `prepare_cache` runs before each forward pass of
+such a module. It puts a StateLayer into the cache and hands it to convert.attention.
+"""
+
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+from attention import LinearAttention, State
+from swap import SoftmaxTeacher, ZeroAttention
+
+NAME = "hedgehog"  # of the attention implementation in transformers, and of the sockets in a model
+
+
+class StateLayer(CacheLayerMixin):
+    """A layer of a transformers Cache with S (B, H, F, D) and z (B, H, F), not keys and values.
+
+    The size of the layer does not depend on the length of the text.
+    """
+
+    is_sliding = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.state: dict = {}  # as LinearAttention.extend keeps it: "state" and "length"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values: the attention function adds them to the state."""
+        self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.state.get("length", 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state = {}
+
+    def each(self, change) -> None:
+        """Apply `change` to S and to z. The first dimension of both is the batch."""
+        if "state" in self.state:
+            self.state["state"] = State(*map(change, self.state["state"]))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.each(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.each(lambda x: x[indices])
+
+    def crop(self, *args) -> None:
+        raise ValueError("a state cannot forget its last tokens: assisted generation needs softmax")
+
+    def offload(self) -> None:
+        pass  # an offloaded cache moves large layers off the device; a state is small and stays
+
+    def prefetch(self) -> None:
+        pass
+
+
+def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A forward pre-hook of attention modules: put a StateLayer into the cache in mode "linear".
+
+    It replaces the empty layer of the module, and becomes the keyword argument `state_layer` of the
+    call. The layer travels with the call, not with the module: threads may share one model.
+    Raises ValueError for a cache that the current mode cannot continue, and if another attention
+    implementation has been set, which would ignore the sockets.
+    """
+    attend, cache = getattr(module, NAME).attend, kwargs.get("past_key_values")
+    if module.config._attn_implementation != NAME:
+        raise ValueError(
+            f"this linearized model has attention {module.config._attn_implementation!r} now: "
+            f'call model.set_attn_implementation("{NAME}") again'
+        )
+    if cache is None:
+        return None
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    while len(cache.layers) <= module.layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[module.layer_idx]
+    holds_state = isinstance(layer, StateLayer)
+
+    if type(attend) is not LinearAttention:
+        # Softmax reads keys and values. Mimicry compares the weights of a whole text in one call.
+        reads_keys = isinstance(attend, (SoftmaxTeacher, ZeroAttention))
+        if holds_state or (layer.get_seq_length() and not reads_keys):
+            raise ValueError(
+                f"{type(attend).__name__} cannot continue a {type(layer).__name__}: use a new cache"
+            )
+        return None
+    if not holds_state:
+        if type(layer) is not DynamicLayer or layer.get_seq_length():
+            raise ValueError(
+                f"linear attention cannot continue a {type(layer).__name__}: "
+                "start with an empty DynamicCache"
+            )
+        layer = cache.layers[module.layer_idx] = StateLayer()
+    return args, {**kwargs, "state_layer": layer}

@@ -1,0 +1,233 @@
+"""Linearize a Hugging Face transformer: give each attention module a feature map.
+
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    linearize(model)                    # Hedgehog maps with W = I, in place; distil them next
+    set_mode(model, "mimic")            # softmax outside, Eq. 3 inside: train map_parameters(model)
+    set_mode(model, "linear")           # model.generate() now has a state of constant size
+    save_linearized(model, "linear.safetensors")
+
+`attention` serves Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa, ELECTRA and ViT. transformers
+calls it in place of softmax attention, with queries and keys as they enter softmax (after RoPE).
+With grouped-query attention, keys and values are repeated first. So each query head has one feature
+map. Each attention module gets a Socket with the name `hedgehog`, whose `attend.phi` is the map.
+No mode has attention dropout. Tested with transformers 5.23.0.
+"""
+
+import json
+import zlib
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+import distill  # noqa: F401  adds mode "mimic" to those of set_mode
+from attention import LinearAttention, softmax_attention
+from feature_maps import make_feature_map
+from hf.cache import NAME, StateLayer, prepare_cache
+from support.checkpoints import checksum, unique_tensors
+from swap import sockets
+
+KNOWN = (  # classes of attention modules that compute softmax(scale q.k) v, and nothing more
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+    "GPT2Attention",
+    "BertSelfAttention",
+    "RobertaSelfAttention",
+    "ElectraSelfAttention",
+    "ViTAttention",
+    "ViTSelfAttention",
+)
+
+
+# ---------------------------------------------------------------- linearize
+
+
+class Socket(nn.Module):
+    """Holds the linear attention of one attention module; `set_mode` exchanges it."""
+
+    def __init__(self, attend: LinearAttention):
+        super().__init__()
+        self.attend = attend
+
+
+def linearize(
+    model: nn.Module,
+    feature_map: str = "hedgehog",
+    layers: list[int] | None = None,
+    tie: bool = True,
+    **options,
+) -> nn.Module:
+    """Give the attention modules of a transformers model linear attention, in place.
+
+    Returns the model, in mode "linear". swap.set_mode switches the mode of all its sockets.
+    feature_map: a name in FEATURE_MAPS.
+    layers: the layers to convert, from 0; None converts all. The other layers keep softmax.
+    tie: True gives queries and keys one map; False gives them one each.
+    options: further arguments of make_feature_map, such as init. A map's W is (H, D, F), float32.
+    Raises ValueError for a model that has been linearized before, for attention modules that are
+    not known to compute softmax(scale q.k) v, and for sliding windows and soft caps: a feature map
+    would ignore these without a word.
+    """
+    if sockets(model):
+        raise ValueError("this model has been linearized before: load it again, or use set_mode")
+    modules = attention_modules(model)
+    if not modules:
+        known = ", ".join(KNOWN)
+        raise ValueError(f"{type(model).__name__} has no attention of a known kind ({known})")
+    wanted = range(len(modules)) if layers is None else layers
+    if wrong := [i for i in wanted if not 0 <= i < len(modules)]:
+        raise ValueError(f"layers must be in 0 .. {len(modules) - 1}, not {wrong}")
+    for module in modules:
+        check_plain(module)
+
+    # What saving.py needs: which weights have changed since, and how to do this again.
+    base = model.hedgehog_base = fingerprints(model)
+    model.hedgehog = {
+        "class": type(model).__name__,
+        "base": getattr(model, "source", model.config.name_or_path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "base_crc": zlib.crc32(json.dumps(base).encode()),
+        "feature_map": feature_map,
+        "layers": sorted(wanted),
+        "tie": tie,
+        "options": options,
+    }
+    for i in wanted:
+        config, device = modules[i].config, next(modules[i].parameters()).device
+        n_head = config.num_attention_heads
+        head_dim = getattr(modules[i], "head_dim", None) or config.hidden_size // n_head
+        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
+        attend = LinearAttention(
+            phi.to(device), causal=is_causal(modules[i])
+        )  # the map stays float32
+        modules[i].add_module(NAME, Socket(attend))
+        modules[i].register_forward_pre_hook(prepare_cache, with_kwargs=True)
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """A checksum of each weight, by name. Later checksums tell which weights have changed."""
+    tensors = unique_tensors(model, frozen_too=True)
+    return {name: checksum({"": t.detach().cpu().contiguous()}, "") for name, t in tensors.items()}
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of a model, by layer. Raises ValueError for one of an unknown kind."""
+    found = [m for m in model.modules() if type(m).__name__ in KNOWN]
+    for m in model.modules():
+        inside = any(m is part for known in found for part in known.modules())
+        around = any(part is known for known in found for part in m.modules())
+        if "attention" in type(m).__name__.lower() and not inside and not around:
+            known = ", ".join(KNOWN)
+            raise ValueError(
+                f"{type(m).__name__} is attention of a kind that is not known here ({known})"
+            )
+    return found
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether an attention module is a decoder's."""
+    config_says_no = getattr(module.config, "is_causal", None) is False
+    return bool(getattr(module, "is_causal", False)) and not config_says_no
+
+
+def check_plain(module: nn.Module) -> None:
+    """Raise ValueError if a module does more than softmax(scale q.k) v, causal or with padding."""
+    config, name = module.config, type(module).__name__
+    window = getattr(config if name == "MistralAttention" else module, "sliding_window", None)
+    if window is not None:
+        raise ValueError(
+            f"{name} has a sliding window of {window} tokens, which linear attention would ignore: "
+            "set it to None in the model's config if your texts are shorter"
+        )
+    for where in (module, config):
+        for cap in ("attn_logit_softcapping", "attn_logit_softcap", "sinks"):
+            if getattr(where, cap, None) is not None:
+                raise ValueError(
+                    f"{name} has {cap}, which linear attention would ignore: it cannot be converted"
+                )
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"{name} belongs to a model with cross-attention, which is not converted here"
+        )
+
+
+# ---------------------------------------------------------------- what transformers calls
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    state_layer: StateLayer | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (y (B, T, H, D), None).
+
+    query (B, H, T, D); key and value (B, groups, T, D), where a group of heads shares its keys.
+    attention_mask: (B, T) from padding_mask.    state_layer: from prepare_cache.
+    None stands for the attention weights, which are never made.
+    Raises ValueError for a window, a soft cap or a mask of another shape.
+    """
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"attention with {name} cannot be linear: "
+                f"{type(module).__name__} passes {kwargs[name]}"
+            )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"give a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}"
+        )
+    groups = query.size(1) // key.size(1)  # query heads that share one key head
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))  # (B, H, T, D)
+    if scaling is not None and abs(scaling * query.size(-1) ** 0.5 - 1) > 1e-6:
+        # softmax_attention divides by sqrt(D): the model's own scale goes into the queries.
+        query = query * (scaling * query.size(-1) ** 0.5)
+    mask = attention_mask
+    if mask is not None:
+        mask = mask[:, -key.size(2) :]  # the state holds the tokens before these keys
+        mask = None if bool(mask.all()) else mask
+
+    socket = getattr(module, NAME, None)
+    if socket is None:  # a layer that keeps softmax
+        y = softmax_attention(query, key, value, causal=is_causal(module), key_mask=mask)
+    elif state_layer is not None:
+        y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
+    else:
+        y = socket.attend(query, key, value, key_mask=mask)
+    return y.transpose(1, 2), None
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function=None,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
+
+    Whether attention is causal, the attention function knows. Raises ValueError for other patterns.
+    """
+    if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
+        raise ValueError(
+            "linear attention is causal or bidirectional: packed sequences and other masks "
+            "cannot be kept"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, padding_mask)

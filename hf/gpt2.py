@@ -1,0 +1,80 @@
+"""Our GPT as a folder that transformers loads as GPT-2. This file does not need transformers.
+
+    from hf.gpt2 import to_hf
+    to_hf(model, "out/mine")        GPT2LMHeadModel.from_pretrained("out/mine") loads it
+
+convert_gpt2.from_pretrained is the way back. Our names of the weights are GPT-2's. GPT-2 keeps its
+matrices as (in, out), nn.Linear as (out, in): four matrices in each block are transposed.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from attention import SoftmaxAttention
+from convert_gpt2 import NEEDED, OURS, SIZES, TRANSPOSED
+from model import GPT
+from support.checkpoints import unique_tensors, write_atomically, write_tensors
+from support.cli import UserError
+
+
+def to_hf(model: GPT, path: str | Path) -> None:
+    """Write a GPT that is a GPT-2 as a new folder for transformers.
+
+    The folder appears when all of it is written. Raises UserError for a model that GPT-2 cannot
+    represent, for a path that exists and is not an empty folder, and if the disk refuses.
+    """
+    path, config = Path(path), model.config
+    check_is_gpt2(model)
+
+    # <|endoftext|> begins and ends a text, but only GPT-2's vocabulary has it. A config.json without
+    # these two tokens would mean 50256, whatever the vocabulary.
+    end = 50256 if config.vocab_size == 50257 else None
+    options = {name: values[0] for name, values in NEEDED.items()}
+    options |= {name: getattr(config, ours) for name, ours in SIZES.items()}
+    options |= dict(n_inner=None, resid_pdrop=config.dropout, embd_pdrop=config.dropout)
+    options |= dict(attn_pdrop=0.0)  # our attention drops no weights
+    options |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    tensors = {
+        name: t.t() if name.endswith(TRANSPOSED) else t for name, t in unique_tensors(model).items()
+    }
+
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already: name a new folder, or delete it")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(options, indent=2) + "\n"
+    try:
+        beside.mkdir(parents=True)
+        write_atomically(beside / "config.json", lambda p: p.write_text(text))
+        write_tensors(
+            beside / "model.safetensors", tensors, {"format": "pt"}
+        )  # transformers 4 asks for it
+        if path.exists():
+            path.rmdir()
+        beside.rename(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}): name another folder") from e
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_is_gpt2(model: GPT) -> None:
+    """Raise UserError unless GPT-2 computes the same function as this model."""
+    config, wte = model.config, model.transformer.wte.weight
+    wrong = [
+        f"{name} {getattr(config, name)!r}, not {value!r}"
+        for name, value in OURS.items()
+        if getattr(config, name) != value
+    ]
+    exchanged = [type(block.attn.attend) is not SoftmaxAttention for block in model.transformer.h]
+    if not wrong and any(exchanged):
+        wrong.append("another attention than its configuration says")
+    tied = model.lm_head.weight is wte
+    if wte.shape != (config.vocab_size, config.n_embd) or not tied:
+        wrong.append(
+            f"an embedding {tuple(wte.shape)} that is not the head's, "
+            f"or not of vocab_size {config.vocab_size}"
+        )
+    if wrong:
+        raise UserError(f"GPT-2 cannot represent this model: it has {'; '.join(wrong)}")

@@ -1,0 +1,41 @@
+"""LoRA (Hu et al., 2022) beside the attention of a transformers model, by peft."""
+
+from torch import nn
+
+from model import map_parameters
+from swap import ZeroAttention, sockets
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
+    """Add LoRA to the projections of q, k, v and o, in place, and return the parameters of LoRA.
+
+    r: rank of the update.    alpha: the update is scaled by alpha / r.
+    Afterwards only these parameters and the feature maps are trainable. In the control without
+    attention (mode "zero") LoRA goes to the MLP: q, k, v and o have no effect there.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    without_attention = any(type(socket.attend) is ZeroAttention for socket in sockets(model))
+    names = MLP if without_attention else ATTENTION
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=names), model)
+    for p in map_parameters(model):
+        p.requires_grad_()
+    added = [p for name, p in model.named_parameters() if "lora_" in name]
+    for p in added:
+        p.data = p.data.float()  # also beside weights in bfloat16, which would lose small steps
+    return added
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add the update of LoRA to the weights, and remove the adapters. Returns the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    return model
