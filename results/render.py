@@ -1,281 +1,497 @@
-"""README's tables and the figures in docs/figures, from results/*.json: copies of what the commands wrote.
+"""Fills the tables of README and of the pages in results/ from results/*.json; draws the figures.
 
-python results/render.py            writes the tables into README.md and draws the figures
-cp out/stdlib-hedgehog/result.json results/stdlib-hedgehog-1.json     adds a run of train.py
-cp out/bench.json results/bench-cpu.json                              replaces the benchmark
-cp out/recall/recall.json results/                                    replaces associative recall; and so on
+    python results/render.py
+
+A result is a copy of the file that a command wrote:
+
+    cp out/stdlib-hedgehog/result.json results/stdlib-hedgehog-1.json     a run of train.py
+    cp out/bench.json results/bench-cpu.json                              the benchmark; and so on
 """
 
 import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from math import exp, log
 from pathlib import Path
 
-from experiments import attention_maps, encoder_speed, from_scratch, ladder, recovered
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
+# ruff: noqa: E402
 from experiments import (
-    figures,  # noqa: E402
-    recall,  # noqa: E402
+    ablations,
+    attention_maps,
+    encoder_speed,
+    figures,
+    finetuned_tables,
+    from_scratch,
+    ladder,
+    recall,
 )
-from experiments.runs import mean_sd  # noqa: E402
+from experiments.tables import markdown, mean_sd
+from support.plots import label
 
-FIGURES = HERE.parent / "docs" / "figures"
-BENCH = HERE / "bench-cpu.json"
+FIGURES = ROOT / "docs" / "figures"
+PAGES = [ROOT / "README.md", *sorted(HERE.glob("*.md"))]
+
+# Some commands were renamed after they had written results. results/*.json keep the command that
+# ran; the pages show the command of today that does the same. The first entry that matches is used.
+RENAMED_SCRIPTS = {
+    r"compare\.py(.*) --ablations": r"-m experiments.ablations\1",
+    r"compare\.py": "-m experiments.from_scratch",
+    r"recall\.py": "-m experiments.recall",
+    r"analyze\.py": "-m experiments.attention_maps",
+    r"convert_gpt2\.py": "-m experiments.gpt2",
+    r"convert_llama\.py": "-m experiments.llama",
+    r"convert_bert\.py": "-m experiments.glue",
+    r"convert_vit\.py": "-m experiments.vit",
+    r"bench_encoder\.py": "-m experiments.encoder_speed",
+}
+RENAMED_FLAGS = {  # every entry that matches is used
+    r"(--arms(?: \w+)*?) exp\b": r"\1 exp_t1",
+    r"(--arms(?: \w+)*?) exp2\b": r"\1 exp_t2",
+}
+PAPER_PPL = {"softmax": 18.6, "elu": 25.6, "hedgehog": 20.8}  # Table 1
+
+
+def today(command: str) -> str:
+    """A recorded command, in the names of today."""
+    for old, new in RENAMED_SCRIPTS.items():
+        translated = re.sub(rf"^python {old}", rf"python {new}", command)
+        if translated != command:
+            command = translated
+            break
+    for old, new in RENAMED_FLAGS.items():
+        command = re.sub(old, new, command)
+    return command
+
+
+# ---------------------------------------------------------------- reading the results
 
 
 def read(name: str) -> dict:
-    return json.loads((HERE / name).read_text())
+    """The result NAME.json, with its command and its arms in the names of today."""
+    facts = json.loads((HERE / f"{name}.json").read_text())
+    if {"ladder", "recover"} & set(facts):
+        facts = ladder.with_new_names(facts)
+    return {**facts, "command": today(facts["command"])}
 
 
-def read_runs() -> dict[tuple[str, str], list[dict]]:
-    """Results by (data set, attention): one for each seed."""
-    runs: dict[tuple[str, str], list[dict]] = {}
-    for path in sorted(HERE.glob("*.json")):
-        result = json.loads(path.read_text())
-        if "parameters" not in result:
-            continue  # of another command
-        runs.setdefault((result["config"]["dataset"], result["config"]["attention"]), []).append(result)
-    return runs
+def first_runs() -> dict[str, list[dict]]:
+    """The runs of the first command by attention, one for each seed."""
+    groups: dict[str, list[dict]] = {}
+    for path in sorted(HERE.glob("stdlib-*.json")):
+        result = read(path.stem)
+        groups.setdefault(result["config"]["attention"], []).append(result)
+    return dict(
+        sorted(groups.items(), key=lambda item: statistics.mean(loss_of(r) for r in item[1]))
+    )
 
 
-def table() -> str:
-    runs = read_runs()
-    lines = [
-        "| data | attention | nats per token, mean ± sd (seeds) | bits per byte | minutes | tokens/s | parameters |",
-        "|---|---|---|---|---|---|---|",
+def tasks_of(kind: str) -> list[dict]:
+    """The results of GLUE's tasks: `glue` has maps of the paper's size, `wide` larger ones."""
+    return [read(path.stem) for path in sorted(HERE.glob(f"{kind}-*.json"))]
+
+
+def loss_of(run: dict) -> float:
+    return run["final"]["loss"]
+
+
+def shares(
+    groups: dict[str, list[dict]], prior: str = "elu", measure: Callable = float
+) -> list[float]:
+    """How much of the gap between `prior` and softmax Hedgehog closes, in percent, for each seed.
+
+    measure: float for a share of nats, exp for a share of perplexities."""
+    of = {name: {r["config"]["seed"]: measure(loss_of(r)) for r in groups[name]} for name in groups}
+    return [
+        100 * (of[prior][seed] - loss) / (of[prior][seed] - of["softmax"][seed])
+        for seed, loss in of["hedgehog"].items()
     ]
-    for (dataset, attention), group in sorted(runs.items(), key=lambda item: mean(item[1], "loss")):
-        losses = [r["final"]["loss"] for r in group]
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        lines.append(
-            f"| {dataset} | {attention} | {statistics.mean(losses):.3f}{spread} ({len(losses)}) "
-            f"| {mean(group, 'bits_per_byte'):.3f} | {statistics.mean(r['minutes'] for r in group):.1f} "
-            f"| {statistics.median(r['tokens_per_s'] for r in group):,.0f} | {group[0]['parameters']:,} |"
-        )
-    if runs.keys() >= {("stdlib", name) for name in ("softmax", "hedgehog", "elu")}:
-        softmax, hedgehog, elu = (mean(runs["stdlib", name], "loss") for name in ("softmax", "hedgehog", "elu"))
-        closed = f"Hedgehog closes {(elu - hedgehog) / (elu - softmax):.0%} of the gap between 1+ELU and softmax."
-        lines += ["", closed]
-    machines = sorted({r["machine"] for group in runs.values() for r in group})
-    commits = sorted({r["commit"] for group in runs.values() for r in group})
-    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}. Commit: {', '.join(commits)}."])
 
 
-def mean(group: list[dict], key: str) -> float:
-    return statistics.mean(r["final"][key] for r in group)
+def in_words(values: list[float], form: str = ".0f") -> str:
+    """ "77 ± 3% (3 seeds)"."""
+    seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+    return f"{mean_sd(values, form)}% ({seeds})"
 
 
-def experiment(name: str, table, command: str) -> str:
-    """The table of an experiment whose file is in results/, and where it comes from; or the command that makes it."""
-    if not (HERE / name).exists():
-        return f"Not run yet: `{command}`."
-    facts = read(name)
-    runs = facts.get("runs", [])
-    minutes = (
-        facts["minutes"] if {"ladder", "recover"} & set(facts) else sum(r["minutes"] for r in runs)
-    )  # stages serve several arms
-    what = f", {len(runs)} runs of together {minutes:.0f} minutes" if runs else ""
+def by_attention(name: str) -> dict[str, list[dict]]:
+    """The runs of a comparison from scratch by attention, the least loss first."""
+    return from_scratch.by_attention(read(name)["runs"])
+
+
+# ---------------------------------------------------------------- where a table comes from
+
+
+def conditions(results: list[dict]) -> str:
+    """Machine, threads and commit of the runs."""
+    machines = [
+        m.replace(" 1 threads", " 1 thread") for m in sorted({r["machine"] for r in results})
+    ]
+    commits = sorted({r["commit"] for r in results})
+    return f"{' and '.join(machines)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+
+
+def source(facts: dict) -> str:
+    """The command that made a result, its runs, minutes, machine and commits."""
+    runs, command = facts.get("runs", []), facts["command"]
+    if "ladder" in facts:  # several commands may have added rows to one file: name all rows
+        arms = " ".join(r["arm"] for r in runs)
+        command = re.sub(r" --arms( \w+)+", "", command) + f" --arms {arms}"
+    if {"ladder", "recover"} & set(facts):
+        minutes = facts["minutes"]  # stages serve several rows
+    else:
+        minutes = sum(r["minutes"] for r in runs)
+    said = [f"`{command}`"]
+    if runs:
+        said.append(f"{len(runs)} runs, {minutes:.0f} minutes in all")
     if facts.get("sweep"):
-        what += f" (and {len(facts['sweep'])} of the sweep, partly the same)"
-    commits = ", ".join(sorted({r["commit"] for r in runs} or {facts["commit"]}))
-    arms = " --arms " + " ".join(r["arm"] for r in runs) if "ladder" in facts else ""  # of all commands that made it
-    command = re.sub(r" --arms( \w+)+", "", facts["command"]) + arms if arms else facts["command"]
-    source = f"`{command}`{what}, {facts['machine']}, commit {commits}."
-    return f"{table(facts.get('runs', facts) if 'recover' not in facts else facts)}\n\n{source}"
+        said.append(f"{len(facts['sweep'])} runs to choose learning rates, some of them the same")
+    return "; ".join([*said, conditions(runs or [facts])]) + "."
+
+
+def experiment(name: str, table: Callable) -> str:
+    """The table of one result, and where it comes from.
+
+    table: what an experiment prints, of its runs; of all its facts where it needs more."""
+    facts = read(name)
+    needs_all = "recover" in facts or "runs" not in facts
+    return f"{table(facts if needs_all else facts['runs'])}\n\n{source(facts)}"
+
+
+# ---------------------------------------------------------------- README
 
 
 def glance() -> str:
-    """The results beside the paper's numbers: paper | ours | seeds | machine | command."""
-    lines = ["| | paper | ours | seeds | machine | command |", "|---|---|---|---|---|---|"]
+    """The results beside the paper's: eight rows."""
 
-    def row(what: str, paper: str, name: str, ours, seeds, command: str) -> None:
-        if (HERE / name).exists():
-            facts = read(name)
-            lines.append(f"| {what} | {paper} | {ours(facts)} | {seeds(facts)} | {facts['machine']} | `{command}` |")
-        else:
-            lines.append(f"| {what} | {paper} | not run | | | `{command}` |")
+    def ratio(name: str) -> str:
+        of = {r["arm"]: r["final"]["perplexity"] for r in read(name)["runs"]}
+        return f"{of['hedgehog'] / of['teacher_finetuned']:.2f}"
 
-    def closed(facts: dict) -> str:
-        groups = from_scratch.by_attention(facts["runs"])
-        return f"{mean_sd([100 * c for c in from_scratch.gap_closed(groups, 'hedgehog', 'elu')], '.0f')}%"
+    def recovered(kind: str) -> str:
+        of_tasks = [finetuned_tables.recovered(facts, "hedgehog") for facts in tasks_of(kind)]
+        return f"{statistics.mean(statistics.mean(share) for share in of_tasks):.0f}%"
 
-    def seeds_of(facts: dict, key=lambda r: r.get("arm") or r["config"]["attention"]) -> int:
-        return sum(key(r) == "hedgehog" for r in facts["runs"])
-
-    def share(facts: dict, arm: str = "hedgehog") -> str:
-        return f"{mean_sd(recovered.recovered(facts, arm), '.0f')}%"
-
-    def ratio(facts: dict) -> str:
-        ppl = {r["arm"]: r["final"]["perplexity"] for r in facts["runs"]}
-        return f"{ppl['hedgehog'] / ppl['teacher_finetuned']:.2f}"
-
-    def rouge1(facts: dict) -> str:
-        found = {r["arm"]: r["final"]["rouge1"] for r in facts["runs"]}
-        return f"{found['hedgehog']:.1f}, {found['teacher_finetuned']:.1f}"
-
-    def recalled(facts: dict) -> str:
-        found = [r["final"]["accuracy"] for r in facts["runs"] if r["config"]["attention"] == "hedgehog"]
-        return f"{mean_sd([100 * x for x in found], '.1f')}%"
-
-    def of_32k(facts: dict) -> str:
-        found = {(r["part"], r["T"], r["contender"]): r["ratio"] for r in facts["rows"]}
-        return f"{found['forward', 32768, 'cpp']:.0f} times (CPU)"
-
-    gap = "Table 1, from scratch: of the gap from 1+ELU to softmax Hedgehog closes"
-    row(gap, "68.6%", "compare-stdlib.json", closed, seeds_of, "python compare.py")
-    row("the same with nothing that we add", "68.6%", "compare-stdlib-paper.json", closed, seeds_of,
-        "python compare.py --setting paper")  # fmt: skip
-    row("Fig. 5, associative recall: Hedgehog's accuracy", "100% (softmax; Hedgehog not shown)", "recall.json",
-        recalled, seeds_of, "python recall.py --all --seeds 3")  # fmt: skip
-    for files, what, flags in (("glue", "", ""), ("wide", ", 256 features instead of 64", " --map_features 128")):
-        if tasks := glue_tasks(files):
-            mean = statistics.mean(statistics.mean(recovered.recovered(f, "hedgehog")) for f in tasks)
-            seeds = " or ".join(str(n) for n in sorted({seeds_of(f) for f in tasks}))
-            row(f"Table 2, finetuned encoders: recovered, mean of {len(tasks)} tasks of GLUE{what}",
-                "99.3% (8 tasks, BERT)", f"{files}-cola.json", lambda f, mean=mean: f"{mean:.0f}% (MiniLM)",
-                lambda f, seeds=seeds: seeds, f"python convert_bert.py TASK --model FOLDER{flags}")  # fmt: skip
-    row("Table 5, CoLA: recovered by swapped 1+ELU", "48%", "cola-controls.json", lambda f: share(f, "elu"),
-        lambda f: len(recovered.recovered(f, "elu")), "python convert_bert.py cola --model FOLDER")  # fmt: skip
-    over = "perplexity over the equally finetuned teacher's"
-    row(f"Table 3, a pretrained GPT: {over}", "1.06", "convert-stdlib.json", ratio, seeds_of,
-        "python convert_gpt2.py out/stdlib-softmax")  # fmt: skip
-    for how, name in (("all parameters", "convert-smollm2-long.json"), ("LoRA", "convert-smollm2-lora.json")):
-        row(f"SmolLM2-135M on WikiText-2, {how}: {over}", "", name, ratio, seeds_of,
-            "python convert_llama.py HuggingFaceTB/SmolLM2-135M")  # fmt: skip
-    row("Summaries with LoRA: ROUGE-1 of Hedgehog, of softmax", "47.4, 51.1 (Llama-2 on SAMSum, second-hand)",
-        "convert-smollm2-dialogue.json", lambda f: f"{rouge1(f)} (SmolLM2 on DialogSum)", seeds_of,
-        "python convert_llama.py HuggingFaceTB/SmolLM2-135M --task dialogue")  # fmt: skip
-    row("ViT: recovered", "99.0% (ImageNet, second-hand)", "vit-digits.json", lambda f: f"{share(f)} (digits)",
-        seeds_of, "python convert_vit.py --seeds 3")  # fmt: skip
-    row("Fig. 7, forward at 32K tokens, times softmax's speed", "4 times (GPU)", "bench-cpu.json", of_32k, lambda f: "",
-        "python bench.py")  # fmt: skip
-    return "\n".join(lines)
-
-
-def glue_tasks(files: str) -> list[dict]:
-    return [read(path.name) for path in sorted(HERE.glob(f"{files}-*.json"))]
-
-
-def glue(files: str) -> str:
-    """Table 2 over the tasks in results/FILES-*.json, and how each was run."""
-    tasks = glue_tasks(files)
-    if not tasks:
-        return "Not run yet: `python convert_bert.py TASK`."
-    said = [f"`{f['command']}`, {f['minutes']:.0f} minutes" for f in tasks]
-    commits = ", ".join(dict.fromkeys(f["commit"] for f in tasks))
-    return f"{recovered.tasks_table(tasks)}\n\n{'; '.join(said)}; {tasks[0]['machine']}, commit {commits}."
-
-
-COMPARE = "python compare.py"
-SMOLLM2 = "python convert_llama.py HuggingFaceTB/SmolLM2-135M --dataset wikitext2"
-TABLES = {
-    "glance": lambda: glance(),
-    "results": lambda: table(),
-    "speed": lambda: speed_table(),
-    "recall": lambda: experiment("recall.json", recall.table, "python recall.py --all --seeds 3"),
-    "analysis": lambda: experiment("analysis.json", attention_maps.table, "python analyze.py"),
-    "paper": lambda: experiment("compare-stdlib-paper.json", from_scratch.table, f"{COMPARE} --setting paper"),
-    "compare": lambda: experiment("compare-stdlib.json", from_scratch.table, COMPARE),
-    "wikitext2": lambda: experiment("compare-wikitext2.json", from_scratch.table, f"{COMPARE} --dataset wikitext2"),
-    "convert": lambda: experiment(
-        "convert-stdlib.json", ladder.table_perplexity, "python convert_gpt2.py out/stdlib-softmax"
-    ),
-    "smollm2": lambda: experiment("convert-smollm2.json", ladder.table_perplexity, SMOLLM2),
-    "smollm2-lora": lambda: experiment("convert-smollm2-lora.json", ladder.table_perplexity, SMOLLM2),
-    "smollm2-dialogue": lambda: experiment(
-        "convert-smollm2-dialogue.json", ladder.table_rouge, f"{SMOLLM2.partition(' --')[0]} --task dialogue"
-    ),
-    "smollm2-long": lambda: experiment("convert-smollm2-long.json", ladder.table_perplexity, SMOLLM2),
-    "glue": lambda: glue("glue"),
-    "wide": lambda: glue("wide"),
-    "cola": lambda: experiment("cola-controls.json", recovered.table, "python convert_bert.py cola"),
-    "vit": lambda: experiment("vit-digits.json", recovered.table, "python convert_vit.py"),
-    "encoder": lambda: experiment("bench-encoder.json", encoder_speed.table, "python bench_encoder.py"),
-    "ablations": lambda: experiment("ablations.json", from_scratch.ablation_table, f"{COMPARE} --ablations"),
-}
-
-
-def rendered(readme: str) -> str:
-    """README with the tables between their marks brought up to date."""
-    for name, text in TABLES.items():
-        begin, end = f"<!-- {name}: python results/render.py -->", f"<!-- end of {name} -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n\n{text()}\n\n{end}{rest.split(end)[1]}"
-    return readme
-
-
-def speed_table() -> str:
-    bench = json.loads(BENCH.read_text())
-    found = {(r["part"], r["T"], r["contender"]): r for r in bench["rows"]}
-    lengths = sorted({T for part, T, _ in found if part == "forward"})
-
-    def cells(part: str, T: int, key: str, form: str, names: tuple = ("cpp", "torch", "elu", "taylor")) -> str:
-        rows = [found.get((part, T, name), {}).get(key) for name in names]
-        return " | ".join("" if value is None else format(value, form) for value in rows)
-
-    lines = []
-    for part, what in (("forward", "forward"), ("training", "forward and backward")):
-        lines += [
-            f"| {what}, tokens | softmax, ms | Hedgehog, C++ | Hedgehog, PyTorch | 1+ELU | Taylor |",
-            "|---|---|---|---|---|---|",
-        ]
-        for T in (T for T in lengths if (part, T, "softmax") in found):
-            softmax = found[part, T, "softmax"]
-            heads = "" if softmax["heads"] == bench["config"]["n_head"] else f" ({softmax['heads']} heads)"
-            lines.append(f"| {T:,}{heads} | {softmax['median'] * 1e3:,.1f} | {cells(part, T, 'ratio', '.2f')} |")
-        lines.append("")
-    names = ("softmax", "cpp", "torch")
-    lines += ["| extra memory of forward and backward, tokens | softmax, MiB | Hedgehog, C++ | Hedgehog, PyTorch |"]
-    lines += ["|---|---|---|---|"]
-    lines += [f"| {T:,} | {cells('memory', T, 'median', ',.0f', names)} |" for T in (2048, 8192, 32768)]
-    lines += ["", "| one more token after | best KV cache, us | Hedgehog, C++ | Hedgehog, PyTorch | KV cache | state |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for T in sorted({T for part, T, _ in found if part == "decode"}):
-        best = min(found["decode", T, name]["median"] for name in ("softmax", "matmul")) * 1e6
-        size = next(r for r in bench["rows"] if r["T"] == T and "kv_bytes" in r)
-        times = cells("decode", T, "ratio", ".1f", ("cpp", "torch"))
-        lines.append(f"| {T:,} | {best:,.0f} | {times} | {size['kv_bytes']:,} B | {size['state_bytes']:,} B |")
-    lines += ["", "| a GPT, end to end | softmax, tokens/s | Hedgehog, tokens/s |", "|---|---|---|"]
-    for part, T in sorted({(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}):
-        batch = part.removeprefix("generate")
-        what = f"forward and backward at {T:,}" if part == "model" else f"generation, batch {batch}, after {T:,}"
-        speeds = (f"{found[part, T, name]['tokens_per_s']:,.0f}" for name in ("softmax", "hedgehog"))
-        lines.append(f"| {what} | {' | '.join(speeds)} |")
-    speed, cross = bench["speed"], bench["crossover"]
-    peak = max(v for k, v in speed.items() if k.endswith("gflops"))
-    longest = max((r for r in bench["rows"] if r["contender"] == "cpp" and "of_peak" in r), key=lambda r: r["T"])
-    lines += [
-        "",
-        "The C++ kernel is faster than softmax from "
-        f"{cross['forward cpp']} tokens on (forward) and {cross['training cpp']} (forward and backward), of the "
-        f"lengths measured; PyTorch from {cross['forward torch']} and {cross['training torch']}. "
-        f"At {longest['T']:,} tokens the kernel does {longest['of_peak']:.0%} of {peak:.0f} GFLOP/s, the most that the "
-        f"processor does in float32 products; PyTorch's matrix products do {speed['blas_gflops']:.0f} of them, and "
-        f"memory is copied at {speed['copy_gb_s']:.0f} GB/s.",
-        "",
-        f"{bench['machine']}, commit {bench['commit']}. `{bench['command']}`, {bench['minutes']:.0f} minutes.",
+    in_recall = recall.by_attention(read("recall")["runs"])["hedgehog"]
+    recalled = [100 * r["final"]["accuracy"] for r in in_recall]
+    rouge = {r["arm"]: r["final"]["rouge1"] for r in read("convert-smollm2-dialogue")["runs"]}
+    digits = finetuned_tables.recovered(read("vit-digits"), "hedgehog")
+    of_bench = {
+        (r["part"], r["T"], r["contender"]): r["ratio"]
+        for r in read("bench-cpu")["rows"]
+        if "ratio" in r
+    }
+    closed = shares(by_attention("compare-stdlib-paper"))
+    paper = {name: log(value) for name, value in PAPER_PPL.items()}
+    paper_nats = (paper["elu"] - paper["hedgehog"]) / (paper["elu"] - paper["softmax"])
+    paper_ppl = (PAPER_PPL["elu"] - PAPER_PPL["hedgehog"]) / (
+        PAPER_PPL["elu"] - PAPER_PPL["softmax"]
+    )
+    rows = [
+        [
+            "Table 1, WikiText-103 from scratch, 125M parameters: perplexity",
+            "softmax 18.6, Hedgehog 20.8, 1+ELU 25.6",
+            "not run: [about 8 hours and 9 GB each on an A100](docs/gpu.md)",
+            "`python train.py wikitext103 --attention hedgehog`",
+        ],
+        [
+            "the same question on Python's standard library: "
+            "of the gap between 1+ELU and softmax, Hedgehog closes",
+            f"{paper_nats:.0%} of the nats ({paper_ppl:.1%} of the perplexity)",
+            f"{in_words(closed)} of the nats",
+            "`python -m experiments.from_scratch --setting paper`",
+        ],
+        [
+            "Fig. 5, associative recall: accuracy of Hedgehog",
+            "softmax 100%, earlier maps below 20%",
+            in_words(recalled, ".1f"),
+            "`python -m experiments.recall --all --seeds 3`",
+        ],
+        [
+            "Table 2, GLUE: share of the teacher's score that Hedgehog recovers, mean of tasks",
+            "99.3% (BERT, 8 tasks)",
+            f"{recovered('glue')} with 64 features a head, {recovered('wide')} with 256 "
+            "(MiniLM, 4 tasks)",
+            "`python -m experiments.glue cola`",
+        ],
+        [
+            "Table 3, a pretrained language model: "
+            "perplexity over that of the equally finetuned teacher",
+            "1.06 (GPT-2; second-hand)",
+            f"{ratio('convert-stdlib')} (small GPT), "
+            f"{ratio('convert-smollm2-long')} (SmolLM2-135M)",
+            "`python -m experiments.gpt2 out/stdlib-softmax`",
+        ],
+        [
+            "summaries with LoRA: ROUGE-1 of Hedgehog and of softmax",
+            "47.4 and 51.1 (Llama-2, SAMSum; second-hand)",
+            f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} "
+            "(SmolLM2-135M, DialogSum)",
+            "`python -m experiments.llama HuggingFaceTB/SmolLM2-135M --task dialogue`",
+        ],
+        [
+            "vision transformer: share of the teacher's accuracy that Hedgehog recovers",
+            "99.0% (ImageNet; second-hand)",
+            f"{in_words(digits)}, digits",
+            "`python -m experiments.vit --seeds 3`",
+        ],
+        [
+            "Fig. 7: forward pass at 32K tokens, times the speed of softmax",
+            "4 (GPU)",
+            f"{of_bench['forward', 32768, 'cpp']:.0f} (CPU)",
+            "`python bench.py`",
+        ],
     ]
-    return "\n".join(lines)
+    return markdown(["", "paper", "ours", "command"], rows)
+
+
+# ---------------------------------------------------------------- results/from_scratch.md
+
+
+def gaps() -> str:
+    ours = by_attention("compare-stdlib")
+    paper = by_attention("compare-stdlib-paper")
+    measured = {
+        "the paper's settings, as far as it states them": paper,
+        "with our additions": ours,
+        "with our additions, against the better softmax (without them)": {
+            **ours,
+            "softmax": paper["softmax"],
+        },
+        "the first command: with our additions, twice as long": first_runs(),
+    }
+    ppl = PAPER_PPL
+    nats = (log(ppl["elu"]) - log(ppl["hedgehog"])) / (log(ppl["elu"]) - log(ppl["softmax"]))
+    share = (ppl["elu"] - ppl["hedgehog"]) / (ppl["elu"] - ppl["softmax"])
+    rows = [["the paper, WikiText-103", f"{nats:.0%}", f"{share:.1%}", ""]]
+    for name, groups in measured.items():
+        found = shares(groups)
+        in_ppl = shares(groups, measure=exp)
+        rows.append(
+            [name, f"{mean_sd(found, '.1f')}%", f"{mean_sd(in_ppl, '.1f')}%", str(len(found))]
+        )
+    return markdown(
+        ["share of the gap that Hedgehog closes", "in nats", "in perplexity", "seeds"], rows
+    )
+
+
+def first() -> str:
+    groups = first_runs()
+    rows = []
+    for name, runs in groups.items():
+        rows.append(
+            [
+                label(name),
+                f"{mean_sd([loss_of(r) for r in runs])} ({len(runs)})",
+                f"{statistics.mean(r['final']['bits_per_byte'] for r in runs):.3f}",
+                f"{runs[0]['parameters']:,}",
+                f"{statistics.mean(r['minutes'] for r in runs):.1f}",
+                f"{statistics.median(r['tokens_per_s'] for r in runs):,.0f}",
+                conditions(runs),
+            ]
+        )
+    heads = [
+        "attention",
+        "nats per byte, mean ± sd (seeds)",
+        "bits per byte",
+        "parameters",
+        "minutes",
+        "tokens/s",
+    ]
+    return markdown([*heads, "timed on"], rows)
+
+
+# ---------------------------------------------------------------- results/finetuned.md
+
+
+def tasks(kind: str) -> str:
+    """Table 2 over several tasks, and how each was run."""
+    found = tasks_of(kind)
+    commands = [f"- `{f['command']}`, {f['minutes']:.0f} minutes" for f in found]
+    where = conditions([r for f in found for r in f["runs"]])
+    return "\n".join(
+        [finetuned_tables.tasks_table(found), "", f"The commands; {where}:", "", *commands]
+    )
+
+
+# ---------------------------------------------------------------- results/speed.md
+
+
+def speed() -> str:
+    bench = read("bench-cpu")
+    found = {(r["part"], r["T"], r["contender"]): r for r in bench["rows"]}
+
+    def cells(part: str, T: int, key: str, form: str, names: list[str]) -> list[str]:
+        values = [found.get((part, T, name), {}).get(key) for name in names]
+        return ["" if value is None else format(value, form) for value in values]
+
+    def lengths(part: str, contender: str = "softmax") -> list[int]:
+        return sorted(T for p, T, name in found if (p, name) == (part, contender))
+
+    text = []
+    heads = ["softmax, ms", "Hedgehog, C++", "Hedgehog, PyTorch", "1+ELU", "Taylor"]
+    for part, what in (("forward", "forward"), ("training", "forward and backward")):
+        rows = []
+        for T in lengths(part):
+            softmax = found[part, T, "softmax"]
+            few = softmax["heads"] != bench["config"]["n_head"]
+            tokens = f"{T:,} ({softmax['heads']} heads)" if few else f"{T:,}"
+            ratios = cells(part, T, "ratio", ".2f", ["cpp", "torch", "elu", "taylor"])
+            rows.append([tokens, f"{softmax['median'] * 1e3:,.1f}", *ratios])
+        text.append(f"Times softmax, {what}:\n\n" + markdown(["tokens", *heads], rows))
+
+    names = ["softmax", "cpp", "torch"]
+    rows = [[f"{T:,}", *cells("memory", T, "median", ",.0f", names)] for T in (2048, 8192, 32768)]
+    text.append(
+        "Additional memory of forward and backward, in MiB:\n\n"
+        + markdown(["tokens", "softmax", "Hedgehog, C++", "Hedgehog, PyTorch"], rows)
+    )
+
+    rows = []
+    for T in sorted({T for part, T, _ in found if part == "decode"}):
+        best = min(found["decode", T, name]["median"] for name in ("softmax", "matmul"))
+        sizes = next(r for r in bench["rows"] if r["T"] == T and "kv_bytes" in r)
+        ratios = cells("decode", T, "ratio", ".1f", ["cpp", "torch"])
+        mib = [f"{sizes[key] / 2**20:,.2f} MiB" for key in ("kv_bytes", "state_bytes")]
+        rows.append([f"{T:,}", f"{best * 1e3:,.2f}", *ratios, *mib])
+    text.append(
+        "One more token, times the faster of two KV caches:\n\n"
+        + markdown(
+            [
+                "tokens before it",
+                "KV cache, ms",
+                "Hedgehog, C++",
+                "Hedgehog, PyTorch",
+                "KV cache",
+                "state",
+            ],
+            rows,
+        )
+    )
+
+    rows = []
+    for part, T in sorted(
+        {(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}
+    ):
+        if part == "model":
+            what = f"forward and backward at {T:,} tokens"
+        else:
+            what = f"generation, batch {part.removeprefix('generate')}, after {T:,} tokens"
+        rows.append([what, *cells(part, T, "tokens_per_s", ",.0f", ["softmax", "hedgehog"])])
+    text.append(
+        "A whole GPT, in tokens a second:\n\n" + markdown(["", "softmax", "Hedgehog"], rows)
+    )
+
+    fast, cross = bench["speed"], bench["crossover"]
+    peak = max(value for name, value in fast.items() if name.endswith("gflops"))
+    longest = max(
+        (r for r in bench["rows"] if r["contender"] == "cpp" and "of_peak" in r),
+        key=lambda r: r["T"],
+    )
+    text.append(
+        f"- Of the lengths measured, the C++ kernel is faster than softmax from "
+        f"{cross['forward cpp']} tokens on (forward) and from {cross['training cpp']} (forward and "
+        f"backward). PyTorch's form is faster from {cross['forward torch']:,} and "
+        f"{cross['training torch']:,}.\n"
+        f"- At {longest['T']:,} tokens the kernel computes at {longest['of_peak']:.0%} of "
+        f"{peak:.0f} GFLOP/s, the highest rate of float32 products that was measured on this "
+        f"processor. PyTorch's matrix products reach {fast['blas_gflops']:.0f} GFLOP/s. Memory is "
+        f"copied at {fast['copy_gb_s']:.0f} GB/s."
+    )
+    text.append(f"`{bench['command']}`; {bench['minutes']:.0f} minutes; {conditions([bench])}.")
+    return "\n\n".join(text)
+
+
+def taylor() -> str:
+    """Taylor's weights made directly, beside those made from features."""
+    after, before = (
+        {
+            (r["part"], r["T"]): r["ratio"]
+            for r in read(name)["rows"]
+            if r["contender"] == "taylor" and "ratio" in r
+        }
+        for name in ("bench-taylor", "bench-cpu")
+    )
+    rows = [
+        [
+            f"{T:,}",
+            *(
+                f"{found[part, T]:.2f}"
+                for part in ("forward", "training")
+                for found in (before, after)
+            ),
+        ]
+        for T in (128, 256, 512, 1024)
+    ]
+    heads = ["tokens", "forward, from features", "forward, directly"]
+    heads += ["forward and backward, from features", "forward and backward, directly"]
+    return f"{markdown(heads, rows)}\n\n{source(read('bench-taylor'))}"
+
+
+# ---------------------------------------------------------------- pages and figures
+
+TABLES: dict[str, Callable[[], str]] = {
+    "glance": glance,
+    # results/from_scratch.md
+    "gaps": gaps,
+    "paper": lambda: experiment("compare-stdlib-paper", from_scratch.table),
+    "compare": lambda: experiment("compare-stdlib", from_scratch.table),
+    "ablations": lambda: experiment("ablations", ablations.table),
+    "first": first,
+    "wikitext2": lambda: experiment("compare-wikitext2", from_scratch.table),
+    # results/why.md
+    "recall": lambda: experiment("recall", recall.table),
+    "maps": lambda: experiment("analysis", attention_maps.table),
+    # results/converting.md
+    "convert": lambda: experiment("convert-stdlib", ladder.table_perplexity),
+    "smollm2": lambda: experiment("convert-smollm2", ladder.table_perplexity),
+    "smollm2-long": lambda: experiment("convert-smollm2-long", ladder.table_perplexity),
+    "smollm2-lora": lambda: experiment("convert-smollm2-lora", ladder.table_perplexity),
+    "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),
+    # results/finetuned.md
+    "glue": lambda: tasks("glue"),
+    "wide": lambda: tasks("wide"),
+    "cola": lambda: experiment("cola-controls", finetuned_tables.table),
+    "vit": lambda: experiment("vit-digits", finetuned_tables.table),
+    # results/speed.md
+    "speed": speed,
+    "taylor": taylor,
+    "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
+}
+MADE_BY = "python results/render.py"
+MARKED = re.compile(rf"<!-- ([\w-]+): {MADE_BY} -->.*?<!-- end of \1 -->", re.DOTALL)
+
+
+def rendered(page: str) -> str:
+    """The page with every table between its marks brought up to date."""
+
+    def fill(found: re.Match) -> str:
+        name = found[1]
+        return f"<!-- {name}: {MADE_BY} -->\n\n{TABLES[name]()}\n\n<!-- end of {name} -->"
+
+    return MARKED.sub(fill, page)
+
+
+def draw() -> None:
+    """The figures that need nothing but the results."""
+    title = "On Python's standard library, Hedgehog learns nearly as well as softmax"
+    command = "python train.py --attention NAME --seed 1, 2, 3"
+    figures.curves(
+        FIGURES / "curves.png", first_runs(), title, "validation loss (nats per byte)", command
+    )
+    from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib"))
+    facts = read("recall")
+    figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
+    finetuned_tables.draw(FIGURES / "recovery.png", [read("cola-controls")])
+    figures.speed(FIGURES / "speed.png", read("bench-cpu")["rows"], "python bench.py")
 
 
 if __name__ == "__main__":
-    runs = {name: group for (dataset, name), group in read_runs().items() if dataset == "stdlib"}
-    title, axis = (
-        "On Python's standard library Hedgehog learns nearly as softmax does",
-        "validation loss (nats per byte)",
-    )
-    figures.curves(FIGURES / "curves.png", runs, title, axis, "python train.py --attention NAME --seed 1, 2, 3")
-    figures.speed(FIGURES / "speed.png", json.loads(BENCH.read_text())["rows"], "python bench.py")
-    if (HERE / "recall.json").exists():
-        facts = read("recall.json")
-        figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
-    if (HERE / "compare-stdlib.json").exists():
-        from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib.json"))
-    if (HERE / "cola-controls.json").exists():
-        recovered.draw(FIGURES / "recovery.png", [read("cola-controls.json")])
-    path = HERE.parent / "README.md"
-    path.write_text(rendered(path.read_text()))
+    draw()
+    for path in PAGES:
+        path.write_text(rendered(path.read_text()))

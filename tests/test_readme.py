@@ -1,11 +1,12 @@
-"""README tells the truth: its table is the results', its files exist, its commands are understood."""
+"""README and the pages in results/ tell the truth: their tables are the results', their files exist, their
+commands run."""
 
 import importlib.util
 import json
 import re
 import shlex
-from math import exp
-from statistics import mean
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -16,58 +17,172 @@ from documents import blocks_of, broken_links, check_command
 import data
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = blocks_of(README)
-COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+PAGES = {
+    path: path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+}
+COMMANDED = {**PAGES, **{p: p.read_text() for p in (ROOT / "experiments").glob("README.md")}}
+EXAMPLES = [code for language, code in blocks_of(README) if language == "python"]
+IDEA, OWN_MODEL, HUGGING_FACE = EXAMPLES
+
 STEPS = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --device cpu --dtype float32"
 CONVERT = f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 --dev_tokens 200 --eval_tokens 200"
-RECOVER = f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
-OVERRIDES = {  # what makes each command of README small; a flag given twice counts as the last time
+RECOVER = (
+    f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
+)
+COMPARE = f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --eval_tokens 200 --jobs 1"
+OVERRIDES = {  # what makes each command small; of a flag that is given twice, the last value counts
     "train": f"{' '.join(TINY)} --batch_size 16",
     "sample": "--max_new_tokens 5",
-    "compare": f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --sweep_steps 2 "
-    "--eval_tokens 200 --jobs 1 --seeds 1 --lrs 1e-3 --map_lr_scales 1 --attentions softmax hedgehog elu",
-    "recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 --lrs 1e-3 "
-    "--stage_steps 0 --test_sequences 8 --jobs 1",
-    "analyze": "--tokens 48 --device cpu",
     "distill": f"{STEPS} --max_steps 2 --batch_size 2 --held_out 2",
     "convert_gpt2": CONVERT,
-    "convert_llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
-    "convert_bert": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
-    "convert_vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --arms teacher_finetuned hedgehog",
     "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32 --what forward training",
-    "bench_encoder": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
+    "experiments.from_scratch": f"{COMPARE} --seeds 1 --lrs 1e-3 --map_lr_scales 1 --attentions softmax hedgehog elu",
+    "experiments.ablations": COMPARE,
+    "experiments.recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 "
+    "--lrs 1e-3 --stage_steps 0 --test_sequences 8 --jobs 1 --seeds 1",
+    "experiments.attention_maps": "--tokens 48 --device cpu",
+    "experiments.gpt2": CONVERT,
+    "experiments.llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
+    "experiments.glue": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
+    "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms teacher_finetuned hedgehog",
+    "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
 }
 
 
-def test_the_results_table_is_rendered_from_the_results():
-    spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
-    assert render.rendered(README) == README, "run python results/render.py"
-    assert render.table() in README and render.table().count("\n") > 2
+def commands_of(text: str) -> list[str]:
+    """Every line of every bash block."""
+    return [
+        line
+        for language, code in blocks_of(text)
+        if language == "bash"
+        for line in code.splitlines()
+    ]
 
 
-def test_the_python_examples_run_as_printed(tmp_path, monkeypatch):
-    """In their order; but a small random model takes the place of the one from the hub."""
+def split(line: str) -> tuple[str, list[str]]:
+    """(script or module, flags) of a command; "" for pip, pytest, cp and an empty line."""
+    words = shlex.split(line, comments=True)
+    words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
+    if not words or words[0] not in ("python", "torchrun"):
+        assert not words or words[0] in ("pip", "pytest", "cp"), line
+        return "", []
+    at = (
+        words.index("-m") + 1
+        if "-m" in words
+        else next(i for i, w in enumerate(words) if w.endswith(".py"))
+    )
+    return words[at].removesuffix(".py"), words[at + 1 :]
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def render():
+    return module_of(ROOT / "results" / "render.py")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_tables_are_rendered_from_the_results(render):
+    for path, text in PAGES.items():
+        assert render.rendered(text) == text, f"{path.name}: run python results/render.py"
+
+
+def test_every_table_is_on_one_page(render):
+    marks = [name for text in PAGES.values() for name in render.MARKED.findall(text)]
+    assert sorted(marks) == sorted(render.TABLES)
+
+
+def test_every_recorded_command_is_one_of_today(render, monkeypatch):
+    """results/*.json keep the command that ran; what the pages show instead is understood by today's parsers."""
+    for path in sorted((ROOT / "results").glob("*.json")):
+        command = render.today(json.loads(path.read_text())["command"])
+        assert check_command(command, monkeypatch), f"{path.name}: {command}"
+
+
+def test_renamed_commands_are_translated_and_others_stay(render):
+    for old, new in {
+        "python compare.py --ablations --max_steps 400": "python -m experiments.ablations --max_steps 400",
+        "python compare.py --setting paper": "python -m experiments.from_scratch --setting paper",
+        "python convert_bert.py cola --arms elu exp exp2 t2r --lrs 5e-5": (
+            "python -m experiments.glue cola --arms elu exp_t1 exp_t2 t2r --lrs 5e-5"
+        ),
+        "python -m experiments.recall --all": "python -m experiments.recall --all",
+        "python bench.py --rounds 5": "python bench.py --rounds 5",
+    }.items():
+        assert render.today(old) == new
+        assert render.today(new) == new
+
+
+# ---------------------------------------------------------------- README's Python
+
+
+def test_the_idea_is_the_feature_map_and_the_loss():
+    """README's three lines give Eq. 4's features and Eq. 3's loss."""
+    from attention import linear_weights, softmax_weights
+    from distill import attention_cross_entropy
+    from feature_maps import make_feature_map
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 9, 4)
+    phi = make_feature_map("hedgehog", 2, 4, init="random")
+    A_softmax = softmax_weights(q, k, causal=False)
+    A_linear = linear_weights(phi(q), phi(k), causal=False)
+    names = dict(torch=torch, x=q, W=phi.weight, b=phi.bias, A_softmax=A_softmax, A_linear=A_linear)
+    exec(compile(IDEA, "README.md", "exec"), names)
+    torch.testing.assert_close(names["phi"], phi(q), rtol=1e-4, atol=1e-5)
+    expected, _ = attention_cross_entropy(q, k, phi(q), phi(k), causal=False)
+    torch.testing.assert_close(names["loss"], expected.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_two_files_alone_are_linear_attention(tmp_path):
+    """feature_maps.py and attention.py, copied to an empty folder, run README's example in a new process."""
+    for name in ("feature_maps.py", "attention.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "example.py").write_text(OWN_MODEL)
+    code = "import runpy, sys; runpy.run_path('example.py'); assert 'fused' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_for_your_own_model_runs_here():
+    """And here the fast forms are found."""
+    exec(compile(OWN_MODEL, "README.md", "exec"), {})
+
+
+def test_the_example_for_hugging_face_runs(tmp_path, monkeypatch):
+    """With a small random model in the place of the one from the hub."""
     pytest.importorskip("transformers")
     tiny.save_llama(tmp_path)
     monkeypatch.chdir(tmp_path)
-    examples = [code for language, code in BLOCKS if language == "python"]
-    assert len(examples) == 2 and "HuggingFaceTB/SmolLM2-135M" in examples[0]
-    for code in examples:
-        code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path))
-        exec(compile(code, "README.md", "exec"), {})
+    assert "HuggingFaceTB/SmolLM2-135M" in HUGGING_FACE
+    code = HUGGING_FACE.replace("HuggingFaceTB/SmolLM2-135M", str(tmp_path))
+    exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "linear.safetensors").stat().st_size < 50_000
+
+
+# ---------------------------------------------------------------- commands
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch, text):
-    """A folder to work in, and what stands in it for the models, the data and the tokenizer of the hub: word of a
-    command -> words in its place."""
+    """A folder to work in, and what stands there for the models, data and tokenizers of the hub:
+    {word of a command: words in its place}."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recovery.DRAWS", 5)
-    monkeypatch.setattr(data.GPT2Tokenizer, "__init__", lambda self: None)  # GPT-2's is a download: bytes
+    monkeypatch.setattr("experiments.finetuned_tables.DRAWS", 5)
+    monkeypatch.setattr(
+        data.GPT2Tokenizer, "__init__", lambda self: None
+    )  # its files are a download
     monkeypatch.setattr(data.GPT2Tokenizer, "vocab_size", 257)
     for method in ("encode_many", "decode_bytes"):
         monkeypatch.setattr(data.GPT2Tokenizer, method, getattr(data.ByteTokenizer, method))
@@ -76,74 +191,71 @@ def elsewhere(tmp_path, monkeypatch, text):
     for name in ("input.txt", "wiki.train.raw", "wiki.valid.raw"):
         (words / name).write_text(text.read_text())
     glue = tiny.save_glue(tmp_path / "glue")
-    dialogues, images = tiny.save_dialogues(tmp_path / "dialogues"), tiny.save_images(tmp_path / "images")
+    dialogues = tiny.save_dialogues(tmp_path / "dialogues")
+    images = tiny.save_images(tmp_path / "images")
     bert = tiny.save_encoder(tmp_path / "bert")
-    folders = {
-        "shakespeare": ["shakespeare", "--data_dir", words], "wikitext2": ["wikitext2", "--data_dir", words],
-        "wikitext103": ["wikitext103", "--data_dir", words], "imagenet": ["imagenet", "--data_dir", images],
-        "dialogue": ["dialogue", "--data_dir", dialogues], "cola": ["cola", "--data_dir", glue, "--model", bert],
+    return {
+        "shakespeare": ["shakespeare", "--data_dir", words],
+        "wikitext2": ["wikitext2", "--data_dir", words],
+        "wikitext103": ["wikitext103", "--data_dir", words],
+        "imagenet": ["imagenet", "--data_dir", images],
+        "dialogue": ["dialogue", "--data_dir", dialogues],
+        "cola": ["cola", "--data_dir", glue, "--model", bert],
         "gpt2": [tiny.save_gpt2(tmp_path / "gpt2"), "--data_dir", words],
         "HuggingFaceTB/SmolLM2-135M": [tiny.save_llama(tmp_path / "llama")],
         "google/vit-base-patch16-224": [tiny.save_vit(tmp_path / "vit")],
-    }  # fmt: skip
-    return folders | {"FOLDER": [bert], "GLUE_FILES": [glue], "FILE": [text], "FILE_OR_FOLDER": [text]}
+        "FOLDER": [bert],
+        "GLUE_FILES": [glue],
+        "FILE": [text],
+        "FILE_OR_FOLDER": [text],
+    }
 
 
-def test_every_command_runs(command, elsewhere):
-    """Every line of every bash block, in README's order, each finding what those before it have left: with small
-    models and data in the place of the hub's. torchrun's line runs in one process; two are in test_train.py."""
-    for line in COMMANDS:
-        words = shlex.split(line, comments=True)
-        words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
-        script = next((w.removesuffix(".py") for w in words if w.endswith(".py")), None)
-        if script is None:
-            assert not words or words[0] in ("pip", "pytest"), line
-            continue
-        flags = [part for w in words[words.index(f"{script}.py") + 1 :] for part in elsewhere.get(w, [w])]
-        code, stdout, stderr = command(script, *flags, *OVERRIDES[script].split())
-        assert code == 0, f"{line}\n{stdout}\n{stderr}"
+def test_commands_run(command, elsewhere):
+    """Every line of README, in its order, each finding what the lines before it have left; and of the other pages the
+    commands that README does not have. Models and data are small. torchrun's line runs in one process (two processes
+    are in test_train.py)."""
+    seen = set()
+    for path, text in COMMANDED.items():
+        for line in commands_of(text):
+            script, flags = split(line)
+            if script not in OVERRIDES or (script in seen and path.parent != ROOT):
+                continue
+            seen.add(script)
+            flags = [part for word in flags for part in elsewhere.get(word, [word])]
+            code, stdout, stderr = command(script, *flags, *OVERRIDES[script].split())
+            assert code == 0, f"{line}\n{stdout}\n{stderr}"
+    assert seen == set(OVERRIDES)
 
 
-def test_every_command_is_understood(monkeypatch):
-    """Flags and recipes are read by the commands' own parsers; nothing is trained."""
-    assert {f"{name}.py" for name in OVERRIDES} <= {check_command(line, monkeypatch) for line in COMMANDS}
+@pytest.mark.parametrize("path", COMMANDED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_is_understood(path, monkeypatch):
+    """Flags and recipes, in blocks and in the text, are read by the commands' own parsers; nothing is trained."""
+    text = re.sub(r"^```.*?^```", "", COMMANDED[path], flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
+    for line in commands_of(COMMANDED[path]) + spans:
+        check_command(line, monkeypatch)
 
 
-def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
-    tree = next(code for _, code in BLOCKS if "feature_maps.py    " in code)
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line and not line.startswith(" ")}
-    assert all((ROOT / name).exists() for name in listed)
-    assert {p.name for p in ROOT.glob("*.py")} <= listed
+# ---------------------------------------------------------------- README as a door
 
 
-def test_shares_in_the_text_are_those_of_the_results():
-    """Those that no table has: in perplexities, against the better softmax, and as a share of averages."""
-
-    def losses(name: str) -> dict[str, float]:
-        runs = json.loads((ROOT / "results" / name).read_text())["runs"]
-        found = {r["config"]["attention"]: [] for r in runs}
-        for r in runs:
-            found[r["config"]["attention"]].append(r["final"]["loss"])
-        return {attention: mean(x) for attention, x in found.items()}
-
-    def closed(loss: dict[str, float], f=float) -> float:
-        return (f(loss["elu"]) - f(loss["hedgehog"])) / (f(loss["elu"]) - f(loss["softmax"]))
-
-    ours, paper = losses("compare-stdlib.json"), losses("compare-stdlib-paper.json")
-    better = closed({**ours, "softmax": min(ours["softmax"], paper["softmax"])})
-    row = re.search(r"\| Hedgehog: distilled, finetuned \|(?: [^|]+%\) \|){4} ([\d.]+) \| ([\d.]+) \|\n", README)
-    fair = re.search(r"\| teacher, finetuned \|(?: [^|]+%\) \|){4} ([\d.]+) \| 100.0 \|\n", README)
-    of_means, text = float(row[1]) / float(fair[1]), " ".join(README.split())
-    for said in (
-        f"in perplexities {closed(ours, exp):.0%}, and {closed(paper, exp):.0%} with nothing added",
-        f"Against the better softmax of the two settings {better:.0%} of 1+ELU's gap is closed",
-        f"({float(row[2]):.0f}% as the mean of the shares, {of_means:.0%} as the share of the means)",
-    ):
-        assert said in text, said
+def test_readme_is_short():
+    assert README.count("\n") <= 250
 
 
-def test_links_lead_somewhere():
-    assert not broken_links(README, ROOT)
+def test_every_file_of_the_root_and_every_folder_is_in_the_reading_order():
+    order = README.partition("## Reading order")[2].partition("\n## ")[0]
+    linked = {target.rstrip("/") for target in re.findall(r"\]\(([^)]+)\)", order)}
+    folders = {p.parent.name for p in ROOT.glob("*/*.py")} | {"docs"}
+    assert linked == {p.name for p in ROOT.glob("*.py")} | {
+        f for f in folders if not f.startswith(".")
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    assert not broken_links(PAGES[path], path.parent)
 
 
 def test_the_guides_new_feature_map_is_a_feature_map():
@@ -155,7 +267,8 @@ def test_the_guides_new_feature_map_is_a_feature_map():
     try:
         exec(compile(code, "CONTRIBUTING.md", "exec"), dict(vars(feature_maps)))
         attn, x = make_attention("square", 2, 4), torch.randn(1, 2, 7, 4)
-        torch.testing.assert_close(linear_weights(attn.phi(x), attn.phi(x)).sum(-1), torch.ones(1, 2, 7))
+        weights = linear_weights(attn.phi(x), attn.phi(x))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
         assert attn(x, x, x).shape == x.shape
     finally:
         feature_maps.FEATURE_MAPS.pop("square", None)

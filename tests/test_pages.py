@@ -1,0 +1,439 @@
+"""The pages in results/ and README tell the truth: every number in their text is one of a result, of a
+setting, or of the paper. (Their tables are rendered, see test_readme.py.)"""
+
+import json
+import re
+from functools import cache
+from math import exp
+from statistics import mean, stdev
+
+import pytest
+from conftest import ROOT
+
+PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]}
+# Numbers in names and references. What is left over after these and the checked fragments is an error.
+NAMES = r"""
+    (?:Tables?|Figs?\.|Eqs?\.|Sec\.)\ [\d, ]+(?:and\ \d+)? | WikiText-\d+ | GPT-2 | Llama-2 | T2R(?:-HH)? | 1\+ELU
+    | ROUGE-[\d/L]+ | SST-2 | SmolLM2(?:-135M)? | A100 | H100 | ViT-B/16 | ImageNet-1k | Qwen\d | 1\ \+\ x\ \+\ x²/2
+    | ICLR\ 2024 | O\(1\) | exp\(2x\) | seed\ 1 | \#Person\d\# | b?float\d\d
+"""
+
+
+@cache
+def read(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def config(name: str, i: int = 0) -> dict:
+    return read(name)["runs"][i]["config"]
+
+
+def sd(values: list[float], form: str = ".0f") -> str:
+    return f"{mean(values):{form}} ± {stdev(values):{form}}"
+
+
+def prose(text: str) -> str:
+    """The running text: without tables, code, marks, pictures and the targets of links."""
+    text = re.sub(r"<!-- ([\w-]+):.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^\|.*$|^    .*$|`[^`\n]*`|!\[[^\]]*\]\([^)]*\)", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return " ".join(text.replace("**", "").split())
+
+
+# ---------------------------------------------------------------- what the results say
+
+
+def losses(name: str) -> dict[str, dict[int, float]]:
+    """{attention: {seed: loss}}."""
+    found: dict[str, dict[int, float]] = {}
+    for r in read(name)["runs"]:
+        found.setdefault(r["config"]["attention"], {})[r["config"]["seed"]] = r["final"]["loss"]
+    return found
+
+
+def closed(of: dict, prior: str = "elu", measure=float) -> list[float]:
+    """% of the gap between `prior` and softmax that Hedgehog closes, seed by seed."""
+    x = {name: {seed: measure(loss) for seed, loss in seeds.items()} for name, seeds in of.items()}
+    return [
+        100 * (x[prior][s] - x["hedgehog"][s]) / (x[prior][s] - x["softmax"][s])
+        for s in x["hedgehog"]
+    ]
+
+
+def from_scratch() -> list[str]:
+    ours, paper = losses("compare-stdlib"), losses("compare-stdlib-paper")
+    a, p = ({name: mean(x.values()) for name, x in of.items()} for of in (ours, paper))
+    swept: dict[str, list[float]] = {}
+    for line in read("compare-stdlib")["sweep"]:
+        name, loss = re.match(
+            r"([\w.]+)(?:-map_lr_scale[\d.]+)?-seed1: ([\d.]+)|", line.replace("-lr", "_")
+        ).groups()
+        swept.setdefault(name, []).append(float(loss))
+    slow, fast = sorted(
+        swept["hedgehog_0.004"]
+    )  # maps that learn 2.5 and 10 times as fast as the model
+    assert fast > max(ours["t2r"][1], ours["performer"][1])
+    fast_first, slow_first = sorted(swept["hedgehog_0.002"])
+    names = sorted(a, key=a.get)
+    largest = max(stdev(x.values()) for x in ours.values())
+    assert largest == stdev(ours["taylor"].values()) and names[:2] == ["taylor", "softmax"]
+    apart = sorted(a[second] - a[first] for first, second in zip(names[1:], names[2:]))
+    assert largest < apart[0]
+    features = 1 + 64 + 64 * 65 // 2  # of Taylor's map, D = 64
+    c = config("compare-stdlib")
+    assert c["n_embd"] // c["n_head"] == 64 and round(features / 128) == 17
+    wiki = config("compare-wikitext2")
+    ablated = {r["name"]: r["final"]["loss"] for r in read("ablations")["runs"]}
+    for name in ("plain exp (Eq. 5)", "a map each for q and k (tie False)", "W random"):
+        assert abs(ablated[name] - ablated["as set"]) < 0.01
+    assert (
+        ablated["those 16 alone"] < ablated["softmax over the last 16 tokens"] < ablated["as set"]
+    )
+    short = config("ablations")
+    first = json.loads((ROOT / "results" / "stdlib-hedgehog-1.json").read_text())
+    assert first["config"]["max_steps"] == 6 * short["max_steps"] == 2 * c["max_steps"]
+    return [
+        f"{first['parameters'] / 1e6:.1f} million parameters",
+        "125 million parameters",  # the paper's
+        f"usual base of RoPE ({config('compare-stdlib-paper')['rope_base']:,.0f})",
+        f"weight decay {config('compare-stdlib-paper')['weight_decay']:g}",
+        f"Weight decay is {c['weight_decay']:g}",
+        f"Hedgehog closes {sd(closed(paper))}% of the gap of 1+ELU",
+        "the share is 65% in nats",  # render.py computes it
+        f"Hedgehog closes {sd(closed(paper, 't2r'))}%",
+        f"a context of {c['block_size']} tokens",
+        f"It has {a['taylor']:.3f} nats, softmax {a['softmax']:.3f}",
+        f"Taylor has {features:,} features a head here (D = 64), Hedgehog has 128",
+        f"Affordable at {c['block_size']} tokens; on long texts it costs 17 times",
+        f"{mean(closed(ours)):.0f}% for 1+ELU, {mean(closed(ours, 'performer')):.0f}% for Performer, "
+        f"{sd(closed(ours, 't2r'))}% for T2R",
+        f"Hedgehog improves from {p['hedgehog']:.3f} to {a['hedgehog']:.3f} nats, "
+        f"T2R from {p['t2r']:.3f} to {a['t2r']:.3f}",
+        f"Softmax ({p['softmax']:.3f} without the additions) and 1+ELU ({p['elu']:.3f} without)",
+        f"ahead of 1+ELU, by {a['elu'] - a['performer']:.2f} nats",
+        f"rate of 0.004, maps that learn 10 times as fast give Hedgehog {fast:.3f} nats",
+        f"2.5 times as fast give {slow:.3f}",
+        f"At 0.002, which is the first command's rate, 10 times gives {fast_first:.3f} and 2.5 times "
+        f"{slow_first:.3f}",
+        "runs of 300 steps",  # the lab log
+        f"at most {largest:.3f} nats",
+        f"distance to softmax is {a['softmax'] - a['taylor']:.3f} nats",
+        f"differs by {apart[0]:.3f} nats or more",
+        f"learning rate {short['lr']:g}",
+        f"{short['max_steps']} steps",
+        "softmax over the last 16 tokens",
+        "those 16 tokens alone",
+        "less than 0.01 nats",
+        f"learn {first['config']['map_lr_scale']:g} times as fast",
+        f"{wiki['max_steps'] * wiki['batch_size'] * wiki['block_size']:,} of GPT-2's tokens",
+    ]
+
+
+def why() -> list[str]:
+    accuracy: dict[str, list[float]] = {}
+    for r in read("recall")["runs"]:
+        accuracy.setdefault(r["config"]["attention"], []).append(100 * r["final"]["accuracy"])
+    lines = [
+        re.match(r"(\w+), lr ([\d.]+), .*accuracy ([\d.]+)%", line).groups()
+        for line in read("recall")["sweep"]
+    ]
+    swept = {(name, float(lr)): float(percent) for name, lr, percent in lines}
+    four = [swept[name, 4e-3] for name in ("relu", "cosformer", "t2r", "performer")]
+    long = {
+        r["config"]["attention"]: 100 * r["final"]["accuracy"] for r in read("recall-long")["runs"]
+    }
+    stages = read("recall-stages")["runs"][0]
+    alone = {r["config"]["attention"]: r["minutes"] for r in read("recall-alone")["runs"]}
+    solved = {name for name, x in accuracy.items() if min(x) > 99.5}
+    assert solved == {"softmax", "taylor", "hedgehog"} and len(accuracy) == 11
+    assert [name for name in accuracy if max(accuracy[name] + [swept[name, 4e-3]]) < 20] == ["elu"]
+    performer = sorted(accuracy["performer"])
+    assert (
+        round(performer[1], 1) == round(performer[2], 1) == 99.4
+        or performer[2] - performer[1] < 0.1
+    )
+    three = lambda name: "{:.0f}, {:.0f} and {:.0f}%".format(*accuracy[name])  # noqa: E731
+    c = config("recall")
+    return [
+        "sequences of 8 tokens",  # experiments.recall's first stage
+        f"at most {c['max_steps']} steps",
+        f"{min(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f} to "
+        f"{max(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f}% on average, T2R {mean(accuracy['t2r']):.0f}%",
+        f"Performer reaches {performer[2]:.1f}% with two seeds and {performer[0]:.0f}% with the third",
+        f"between {int(min(four))} and {max(four):.0f}%",
+        f"Hedgehog reaches only {swept['hedgehog', 4e-3]:.0f}%",
+        f"does not solve the task in {c['max_steps']} steps",
+        f"{three('exp_t2')} with the three seeds",
+        f"Hedgehog with plain exp reaches {three('hedgehog_exp')}",
+        f"{config('recall-long')['max_steps']:,} steps the two reach {long['exp_t2']:.1f} and "
+        f"{long['hedgehog_exp']:.1f}%",
+        f"stages of {stages['config']['stage_steps']} steps instead of {c['stage_steps']}, exp(2x) reaches "
+        f"{100 * stages['final']['accuracy']:.1f}%",
+        f"{alone['softmax']:.1f} minutes for softmax, {alone['hedgehog']:.1f} for Hedgehog and "
+        f"{alone['taylor']:.1f} for Taylor",
+        "W = I and b = 0",
+        "below x = −1",
+    ]
+
+
+def ladder(name: str, key: str = "perplexity") -> dict[str, float]:
+    return {r["arm"]: r["final"][key] for r in read(name)["runs"]}
+
+
+def converting() -> list[str]:
+    times = lambda name, arm: ladder(name)[arm] / ladder(name)["teacher_finetuned"]  # noqa: E731
+    runs = {r["arm"]: r for r in read("convert-stdlib")["runs"]}
+    small, short, long = (
+        ladder("convert-stdlib"),
+        ladder("convert-smollm2"),
+        ladder("convert-smollm2-400"),
+    )
+    lora, lora100 = ladder("convert-smollm2-lora"), "convert-smollm2-lora-100"
+    from400 = ladder("convert-smollm2-lora-400")["hedgehog"] / ladder(lora100)["teacher_finetuned"]
+    kl400 = next(r["kl"] for r in read("convert-smollm2-400")["runs"] if r["arm"] == "hedgehog")
+    rouge, before = (ladder(f"convert-smollm2-dialogue{n}", "rouge1") for n in ("", "-150"))
+    c, d, e = (
+        config("convert-smollm2"),
+        config("convert-smollm2-dialogue"),
+        config("convert-smollm2-lora"),
+    )
+    a = config("convert-smollm2-long", 1)
+    assert a["distil_steps"] == 2 * c["distil_steps"] and a["max_steps"] == 4 * c["max_steps"]
+    tokens = c["batch_size"] * c["block_size"]
+    percent = 100 * runs["distilled"]["map_parameters"] / runs["hedgehog"]["parameters"]
+    return [
+        "Hedgehog-GPT-2 is at 1.06",  # 16.7 / 15.8
+        f"from {small['swap']:.1f} to {small['distilled']:.1f}",
+        f"takes {runs['distilled']['minutes']['distil']:.1f} minutes and trains {percent:.0f}% of the parameters",
+        f"ends at {times('convert-stdlib', 'hedgehog'):.2f} times",
+        "stored in 4 bits",
+        f"{c['distil_steps'] * tokens:,} tokens of distillation and {c['max_steps'] * tokens:,} of finetuning",
+        f"Hedgehog is at {times('convert-smollm2', 'hedgehog'):.2f} times the equally finetuned teacher, and "
+        f"{short['t2r'] / short['hedgehog']:.1f} times better than T2R",
+        f"maps learn {a['map_lr_scale']:g} times as fast",
+        f"With {config('convert-smollm2-400')['distil_steps']} steps of distillation instead of {a['distil_steps']}, "
+        f"the same {a['max_steps']} steps of finetuning ended at {long['hedgehog']:.2f}, which is "
+        f"{times('convert-smollm2-400', 'hedgehog'):.2f} times the teacher (KL {kl400:.3f}",
+        f"With {config('convert-smollm2-300')['max_steps']} steps of finetuning, in which the maps learned at the "
+        f"model's own rate, it was {times('convert-smollm2-300', 'hedgehog'):.2f} times",
+        f"LoRA of rank {e['lora_r']} on q, k, v and o at learning rate {e['lr']:g}, with the maps at "
+        f"{e['lr'] * e['map_lr_scale']:.3f}, for {e['max_steps']} steps. T2R has {e['max_steps'] + e['distil_steps'] // 2}"
+        " steps",
+        f"Hedgehog is at {times('convert-smollm2-lora', 'hedgehog'):.2f} times the teacher, and "
+        f"{lora['t2r'] / lora['hedgehog']:.1f} times better than T2R",
+        f"With the maps at {config(lora100)['lr'] * config(lora100)['map_lr_scale']:g}, which is the rate of "
+        f"distillation, {config(lora100)['max_steps']} steps left Hedgehog at {times(lora100, 'hedgehog'):.2f} times "
+        f"its teacher, T2R-HH at {times(lora100, 't2r_hh'):.2f} and T2R at {times(lora100, 't2r'):.2f}",
+        f"From the maps of the table above it was {from400:.2f}",
+        f"{d['test_dialogues']} dialogues that no stage has trained on, greedy decoding of at most {d['new_tokens']}",
+        f"LoRA at learning rate {d['lr']:g}, the maps at {d['lr'] * d['map_lr_scale']:g}, one map each for queries and "
+        f"keys, {d['max_steps']} steps; T2R has {d['max_steps'] + d['distil_steps'] // 2}",
+        "only 35 of about 230 tokens",  # the lab log
+        f"Hedgehog is {rouge['teacher_finetuned'] - rouge['hedgehog']:.1f} points of ROUGE-1 behind softmax",
+        "the distance is 3.7 points (second-hand)",  # 51.1 - 47.4
+        f"have seen {d['max_steps'] * d['batch_size']} dialogues",
+        f"With {config('convert-smollm2-dialogue-150')['max_steps']} steps a stage",
+        f"the distance was {before['teacher_finetuned'] - before['hedgehog']:.1f} points: Hedgehog "
+        f"{before['hedgehog']:.1f}, softmax {before['teacher_finetuned']:.1f}, T2R {before['t2r']:.1f}, the model "
+        f"without finetuning {before['teacher']:.1f}",
+    ]
+
+
+def scores(name: str, arm: str, metric: str = "") -> dict[int, float]:
+    """{seed: score} of an arm."""
+    runs = [r for r in read(name)["runs"] if r["arm"] == arm]
+    return {
+        r["config"]["seed"]: r["final"]["sets"]["validation"][metric]
+        if metric
+        else r["final"]["score"]
+        for r in runs
+    }
+
+
+def recovered(name: str, arm: str) -> list[float]:
+    fair = scores(name, "teacher_finetuned")
+    return [100 * score / fair[seed] for seed, score in scores(name, arm).items()]
+
+
+def finetuned() -> list[str]:
+    def shares(kind: str, skip: str = "") -> tuple[float, float]:
+        """Hedgehog's: the mean of the shares, and the share of the means."""
+        tasks = [f"{kind}-{task}" for task in ("cola", "mrpc", "sst2", "stsb") if task != skip]
+        ours, fair = (
+            mean(mean(scores(t, arm).values()) for t in tasks)
+            for arm in ("hedgehog", "teacher_finetuned")
+        )
+        return mean(mean(recovered(t, "hedgehog")) for t in tasks), 100 * ours / fair
+
+    of = lambda name, arm="hedgehog", form=".0f": f"{mean(recovered(name, arm)):{form}}"  # noqa: E731
+    kl = {r["arm"]: r["kl"] for r in read("cola-controls")["runs"]}
+    mrpc = {arm: mean(scores("glue-mrpc", arm).values()) for arm in ("t2r_hh", "hedgehog")}
+    accuracy = {
+        r["arm"]: mean(scores("wide-mrpc", r["arm"], "accuracy").values())
+        for r in read("wide-mrpc")["runs"]
+    }
+    behind, error = read("glue-cola")["differences"]["hedgehog"]
+    mrpc_kl = next(r["kl"] for r in read("glue-mrpc")["runs"] if r["arm"] == "hedgehog")
+    for task in ("cola", "sst2", "stsb", "mrpc"):  # the order that the page speaks of
+        x = [mean(scores(f"glue-{task}", arm).values()) for arm in ("t2r", "t2r_hh", "hedgehog")]
+        assert (x == sorted(x)) == (task != "mrpc")
+    assert scores("glue-cola", "t2r_hh")[1] > scores("glue-cola", "hedgehog")[1]
+    fixed = {r["arm"]: r for r in read("cola-controls")["runs"] if r["arm"] in "elu relu performer cosformer exp exp2 "
+             "taylor".split()}  # fmt: skip
+    spiky = sorted(fixed, key=lambda arm: fixed[arm]["weights"]["entropy"])
+    least = sorted(fixed, key=lambda arm: fixed[arm]["final"]["score"])
+    assert set(spiky[:2]) == {"exp2", "performer"} == set(least[1:3]) and least[0] == "elu"
+    rows = {name: max(r["config"]["train_rows"] for r in read(name)["runs"]) for name in
+            ("glue-mrpc", "glue-sst2", "glue-stsb", "wide-stsb", "wide-mrpc", "wide-sst2")}  # fmt: skip
+    assert config("glue-cola")["train_rows"] == config("wide-cola")["train_rows"] == 0  # all
+    assert kl["hedgehog_exp"] == pytest.approx(kl["hedgehog"], abs=1e-3)
+    return [
+        "times 100",
+        "6 layers with 12 heads of 32 dimensions",  # MiniLM's
+        "W is 32 x 32, which gives 64 features a head",
+        f"all 8,551 training examples; SST-2 has {rows['glue-sst2']:,} examples",
+        f"MRPC has {rows['glue-mrpc']:,} examples and two epochs, STS-B {rows['glue-stsb']:,} examples and four",
+        f"{mrpc['t2r_hh']:.1f} against {mrpc['hedgehog']:.1f}",
+        "would score 81.2",
+        f"KL {mrpc_kl:.3f}",
+        f"Hedgehog recovers {sd(recovered('glue-cola', 'hedgehog'))}% and T2R-HH {sd(recovered('glue-cola', 't2r_hh'))}%",
+        "The paper's 99% is not reached",
+        f"Hedgehog recovers {shares('glue')[0]:.0f}% as the mean of the shares, and {shares('glue')[1]:.0f}% as the share "
+        f"of the means: {of('glue-cola')}% on CoLA ({-behind:.1f} ± {error:.1f} points below the teacher), "
+        f"{of('glue-sst2')}% on SST-2, {of('glue-mrpc')}% on MRPC and {of('glue-stsb')}% on STS-B",
+        "MiniLM's heads have 32 dimensions and therefore 64 features, while BERT-base has 128",
+        f"batches of {config('stsb-small-batches')['batch_size']} and one map each for queries and keys reaches "
+        f"{of('stsb-small-batches')}%",
+        f"With a weaker teacher it was {of('stsb-weak-teacher')}%",
+        "W is 32 x 128 and starts random, which gives 256 features a head",
+        f"learning rate {config('wide-stsb')['distil_lr']:g} (the paper: 0.01)",
+        f"STS-B {rows['wide-stsb']:,}, MRPC {rows['wide-mrpc']:,} and SST-2 {rows['wide-sst2']:,}",
+        f"With 256 features, {shares('wide')[0]:.0f}% is recovered on average",
+        f"{sd(recovered('wide-cola', 'hedgehog'))}% on CoLA, {sd(recovered('wide-mrpc', 'hedgehog'), '.1f')}% on MRPC, "
+        f"{sd(recovered('wide-sst2', 'hedgehog'), '.1f')}% on SST-2 and "
+        f"{sd(recovered('wide-stsb', 'hedgehog'), '.1f')}% on STS-B",
+        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
+        f"The share of the mean scores is {shares('wide')[1]:.0f}%, and the other three tasks alone have "
+        f"{shares('wide', skip='cola')[0]:.0f}%",
+        "The aim was 97% on every task",
+        f"always answering yes has {mean(scores('wide-mrpc', 'elu').values()):.1f}",
+        f"the teacher has {accuracy['teacher_finetuned']:.1f} and Hedgehog {accuracy['hedgehog']:.1f} with three seeds; "
+        f"T2R-HH has {accuracy['t2r_hh']:.1f}, T2R {accuracy['t2r']:.1f} and 1+ELU {accuracy['elu']:.1f}",
+        "Two of 72 heads",
+        f"{sd(recovered('wide-stsb', 'distilled'), '.1f')}% are recovered",
+        f"it is {sd(recovered('wide-stsb', 'worst_heads'), '.1f')}%",
+        "{} with KL, {} with tau and {} with entropy".format(*rank_correlations()),
+        f"Zero attention recovers {of('cola-controls', 'zero')}%, untrained Hedgehog maps {of('cola-controls', 'swap')}%",
+        f"KL is {kl['hedgehog']:.3f} nats for Hedgehog (with softmax or with plain exp over the features), "
+        f"{kl['t2r_hh']:.3f} for T2R-HH, and {kl['shared']:.3f} for one",
+        "the paper's best fixed map (50.0)",
+        f"recovers {of('cola-controls', 'elu')}%; in the paper it recovers {28.1 / 58.8:.0%}",
+        "Layer 0",
+        "16 patches",
+        f"1+ELU recovers {of('vit-digits', 'elu', '.1f')}%",
+    ]  # fmt: skip
+
+
+def rank_correlations() -> list[str]:
+    """Of what CoLA's arms recover with the measures of their weights, as the page writes them."""
+    from experiments.finetuned_tables import points
+    from experiments.metrics import rank_correlation
+
+    found = points(read("cola-controls"))
+    assert len(found) == 12
+    said = []
+    for key in ("kl", "tau", "entropy"):
+        rho, low, high = rank_correlation(
+            [weights[key] for *_, weights in found], [share for _, share, _ in found]
+        )
+        assert low * high > 0, "the page says that no interval contains zero"
+        said.append(f"{rho:+.2f}".replace("-", "−"))
+    return said
+
+
+def speed() -> list[str]:
+    c = read("bench-cpu")["config"]
+    assert c["threads"] == 1 and c["dtype"] == "float32"
+    return [
+        "from 1K to 1M tokens",
+        "Above 1, linear attention is faster",
+        f"{c['n_head']} heads of {c['head_dim']} dimensions, {2 * c['head_dim']} features",
+        f"Taylor's columns are those of its {1 + 64 + 64 * 65 // 2:,} features",
+        f"up to {2145 // 2:,} tokens",
+        "within 99 KB",  # fused.resources
+    ]
+
+
+def readme() -> list[str]:
+    first = json.loads((ROOT / "results" / "stdlib-hedgehog-1.json").read_text())["config"]
+    seen = first["max_steps"] * first["batch_size"] * first["block_size"]
+    return [
+        "takes 2 to 5 minutes on 2 CPU cores",
+        "takes 20 seconds more",
+        f"After {seen / 1e6:.1f} million bytes",
+        f"distances of up to {first['block_size']} bytes",
+        "(3 to 6 minutes)",
+        "up to 1M tokens",
+    ]
+
+
+SAID = {
+    "README": readme,
+    "from_scratch": from_scratch,
+    "why": why,
+    "converting": converting,
+    "finetuned": finetuned,
+    "speed": speed,
+}
+
+
+@pytest.mark.parametrize("page", SAID)
+def test_every_number_in_the_text_is_accounted_for(page):
+    """What is said is what the results say; and nothing else with a digit is said."""
+    text = prose(PAGES[page].read_text())
+    for fragment in SAID[page]():
+        assert fragment in text, f"{page} should say: {fragment}"
+        text = text.replace(fragment, "")
+    left = re.sub(NAMES, "", text, flags=re.VERBOSE)
+    unchecked = [
+        left[max(0, found.start() - 40) : found.end() + 20] for found in re.finditer(r"\d+", left)
+    ]
+    assert not unchecked
+
+
+def test_every_page_is_checked():
+    assert set(PAGES) == set(SAID)
+
+
+def test_hours_and_memory_are_those_of_the_estimates():
+    """Rows that were not run say what docs/gpu.md computes."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]*) ?\| ([\d.]+) \| ([\d.]*) ?\| ([\d.]+) \| (\d+) \|$",
+                      (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)  # fmt: skip
+    estimates = {name.split(",")[0]: [float(x or 0) for x in rest] for name, *rest in rows}
+    _, hours, _, _, gb = estimates["Table 1"]
+    pages = {name: path.read_text() for name, path in PAGES.items()}
+    assert f"{hours:.1f} h each, {gb:.0f} GB" in pages["from_scratch"]
+    assert f"about {hours:.0f} hours and {gb:.0f} GB each on an A100" in pages["README"]
+    distil, train, undistilled, _, gb = estimates["Table 3"]
+    assert (
+        f"{distil + train:.1f} h for each distilled row, {undistilled:.1f} h for each other row, {gb:.0f} GB"
+        in (pages["converting"])
+    )
+    distil, train, _, _, gb = estimates["Llama-2 7B"]
+    assert f"{distil + train:.0f} h for each row, {gb:.0f} GB" in pages["converting"]
+    *_, together, gb = estimates["Table 2"]
+    assert f"{together:.0f} h, {gb:.0f} GB" in pages["finetuned"]
+    *_, together, gb = estimates["ViT-B/16"]
+    assert (
+        f"{together:.0f} h, and 14 h of CPU cores to read the images, {gb:.0f} GB"
+        in pages["finetuned"]
+    )
+
+
+def test_gaps_are_closed_as_the_page_says_in_perplexity_too():
+    """README's one number is a share of nats; the page has the same in perplexities beside it."""
+    text = PAGES["from_scratch"].read_text()
+    for name in ("compare-stdlib-paper", "compare-stdlib"):
+        of = losses(name)
+        assert f"| {sd(closed(of), '.1f')}% | {sd(closed(of, measure=exp), '.1f')}% | 3 |" in text
