@@ -292,6 +292,8 @@ def make_attention(
     the windows. Raises ValueError for an unknown name, and for a window that is not causal.
     """
     if name == "softmax":
+        if unexpected := set(options) - {"tie"}:  # it has no map that could be tied
+            raise ValueError(f"softmax takes no option {', '.join(sorted(unexpected))}")
         return SoftmaxAttention(causal)
     if name in WINDOWS:
         if not causal:

@@ -18,6 +18,7 @@ in FEATURE_MAPS; see CONTRIBUTING.md.
 import contextlib
 import copy
 import difflib
+import inspect
 import math
 
 import torch
@@ -221,9 +222,11 @@ class Learned(FeatureMap):
         super().__init__(n_head, head_dim)
         d, n_maps = n_features or head_dim, 1 if share_heads else n_head
         if init not in ("identity", "random"):
-            raise ValueError(f"a learned map begins as identity or random, not {init!r}")
+            raise ValueError(f"a learned map begins with init identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
-            raise ValueError(f"W ({head_dim} x {d}) can only begin as the identity if it is square: use random")
+            raise ValueError(f"W ({head_dim} x {d}) can only begin as the identity if it is square: use init random")
+        if d < 1 or not 0 < scale < math.inf:
+            raise ValueError(f"n_features must be at least 1 and scale positive, not {d} and {scale}")
         I, random = torch.eye(head_dim).repeat(n_maps, 1, 1), init == "random"
         W = torch.randn(n_maps, head_dim, d) / head_dim**0.5 if random else I
         self.weight = nn.Parameter(W * scale)  # (H, D, d'), or (1, D, d') for all heads
@@ -299,6 +302,8 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     if name not in FEATURE_MAPS:
         raise ValueError(unknown("feature map", name, FEATURE_MAPS))
     cls = FEATURE_MAPS[name]
+    if unexpected := set(options) - set(inspect.signature(cls).parameters):
+        raise ValueError(f"{name} takes no option {', '.join(sorted(unexpected))}")
     phi = cls(n_head, head_dim, **options)
     check_features(name, phi)
     if tie:

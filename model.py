@@ -1,12 +1,12 @@
 """nanoGPT's model with pluggable attention: softmax, or linear attention with any feature map.
 
-Names are GPT-2's (wte wpe h ln_1 c_attn c_proj ln_f lm_head), so its weights fit by name.
-Letters in shape comments: see the glossary in attention.py.
+Names are those of GPT-2 (wte wpe h ln_1 c_attn c_proj ln_f lm_head), so its weights fit by name.
+Letters in shape comments: the glossary in attention.py.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,21 @@ from feature_maps import FeatureMap, unknown
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # tokens a training sequence holds
-    vocab_size: int = 50257  # GPT-2's
+    # -- model
+    block_size: int = 1024  # tokens of context in training and evaluation
+    vocab_size: int = 50257  # tokens in the vocabulary; GPT-2 has 50257
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # heads of each attention
-    n_embd: int = 768  # width: C = H D
-    dropout: float = 0.0  # of embeddings and of what attention and MLP add
+    n_embd: int = 768  # width of the model: C = H D
+    dropout: float = 0.0  # dropout of embeddings and of the outputs of attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
-    attention: str = "hedgehog"  # "softmax", the name of a feature map, "hedgehog_window" or "softmax_window"
-    position: str = "rope"  # "rope" or "learned"
-    rope_base: float = 10000.0  # slowest rotation of rope: 2 pi times so many tokens
-    tie: bool = True  # one feature map for queries and keys; False: one each
+    attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
+    tie: bool = True  # one feature map for queries and keys; false: one map for each
+    options: dict = field(default_factory=dict)  # of the attention, as name=value: n_features=128 init=random window=16
+    position: str = "rope"  # how the model knows positions: rope or learned
+    rope_base: float = 10000.0  # the slowest rotation of rope takes 2 pi times so many tokens
     qk_gain: float = 1.0  # scales the initial query and key projections
     qk_bias: float = 0.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
-    embd_std: float = 0.02  # standard deviation of the initial embeddings
-    init_std: float = 0.02  # and of all other matrices: GPT-2's, made for a width of 768; maps begin as map_init says
-    map_init: str = "identity"  # how the W of a learned map begins: "identity" or "random"
-    map_scale: float = 1.0  # what the initial W of a learned map is multiplied with
-    map_features: int = 0  # d' of a learned map, W being D x d'; 0: D
-    window: int = 32  # tokens that the attentions called ..._window weigh with exact softmax
-    conv: int = 0  # taps of a causal convolution over time, one for each coordinate of q, k and v; 0: none
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -47,20 +42,11 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        for name in ("qk_gain", "embd_std", "init_std", "rope_base", "map_scale", "window"):
+        for name in ("qk_gain", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.attention not in attentions():
             raise ValueError(unknown("attention", self.attention, attentions()))
-        if self.map_init not in ("identity", "random"):
-            raise ValueError(f"unknown map_init {self.map_init!r}: choose identity or random")
-        if self.map_features < 0 or self.conv < 0 or self.conv == 1:
-            raise ValueError("map_features must be zero or more, conv zero or at least 2 taps")
-        if self.map_features not in (0, self.n_embd // self.n_head) and self.map_init == "identity":
-            raise ValueError(
-                f"{self.map_features} map_features for heads of {self.n_embd // self.n_head} dimensions cannot begin "
-                "as the identity: use map_init random"
-            )
         if self.position not in ("rope", "learned"):
             raise ValueError(f"unknown position {self.position!r}: choose rope or learned")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:
@@ -68,22 +54,37 @@ class GPTConfig:
 
     @property
     def max_length(self) -> float:
-        """Tokens that the model can see at all: block_size, or any number with RoPE and linear attention."""
+        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention."""
         bounded = self.position == "learned" or self.attention == "cosformer"
         return self.block_size if bounded else math.inf
 
     @classmethod
     def of(cls, values: dict) -> "GPTConfig":
-        """From a larger mapping, such as the configuration in a checkpoint. Fields that checkpoints did not have from
-        the beginning may be missing: then they have their defaults."""
+        """From a larger mapping, such as the configuration in a checkpoint, also of an earlier version. Raises
+        ValueError if the sizes of a GPT are not in it, or if this version cannot build it."""
         try:
-            known = [field.name for field in fields(cls) if field.name in values or field.name not in LATER]
-            return cls(**{name: values[name] for name in known})
+            sizes = {name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+            values = renewed(values)
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | sizes)
         except (KeyError, TypeError) as e:
             raise ValueError(f"this is not the configuration of a GPT ({type(e).__name__}: {e})") from e
 
 
-LATER = ("init_std", "map_init", "map_scale", "map_features", "window", "conv")  # came after the first checkpoints
+def renewed(values: dict) -> dict:
+    """A configuration that an earlier version wrote, in the fields of this one. Raises ValueError if this version
+    cannot build the model."""
+    if "attention" not in values:
+        return values
+    values, options = dict(values), dict(values.get("options", {}))
+    if values.pop("conv", 0):
+        raise ValueError("this model has convolutions over time, which only an earlier version can build")
+    of_maps = {"map_init": ("init", "identity"), "map_scale": ("scale", 1.0), "map_features": ("n_features", 0)}
+    for old, (new, default) in of_maps.items():
+        if (value := values.pop(old, default)) != default and learns_map(values["attention"]):
+            options[new] = value
+    if (window := values.pop("window", 32)) != 32 and values["attention"] in WINDOWS:
+        options["window"] = window
+    return {**values, "options": options}
 
 
 def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -106,49 +107,21 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        head_dim = config.n_embd // config.n_head
+        self.n_head, head_dim = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        if config.conv:
-            taps = torch.zeros(config.conv, 3 * config.n_embd)
-            taps[-1] = 1.0  # it begins as no convolution
-            self.conv = nn.Parameter(taps)
-        self.attend = make_attention(config.attention, config.n_head, head_dim, **map_options(config))
+        options = config.options if config.tie else {"tie": False, **config.options}
+        self.attend = make_attention(config.attention, config.n_head, head_dim, max_len=config.block_size, **options)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x)
-        if hasattr(self, "conv"):
-            qkv = self.convolve(qkv, cache)
-        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         qk, (v,) = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, T, D), (B, H, T, D)
         q, k = qk if rope is None else apply_rope(qk, rope)  # before phi: phi sees what softmax would see
         y = self.attend(q, k, v) if cache is None else self.attend.extend(q, k, v, cache)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.c_proj(y))
-
-    def convolve(self, x: Tensor, cache: dict | None) -> Tensor:
-        """x (B, T, 3 C) -> y_i = sum_t conv_t x_{i - taps + 1 + t}; the last taps - 1 tokens stay in the cache."""
-        B, T, C3 = x.shape
-        before = x.new_zeros(B, len(self.conv) - 1, C3) if not cache else cache["conv"]
-        x = torch.cat([before, x], dim=1)
-        if cache is not None:
-            cache["conv"] = x[:, T:]
-        return sum(x[:, t : t + T] * tap for t, tap in enumerate(self.conv.to(x.dtype)))
-
-
-def map_options(config: GPTConfig) -> dict:
-    """What make_attention shall know beside the attention's name."""
-    options: dict = {} if config.tie else {"tie": False}
-    if config.attention == "cosformer":
-        options["max_len"] = config.block_size
-    if config.attention in WINDOWS:
-        options["window"] = config.window
-    if learns_map(config.attention):
-        options |= {"init": config.map_init, "scale": config.map_scale, "n_features": config.map_features or None}
-    return options
 
 
 class MLP(nn.Module):
@@ -218,19 +191,20 @@ class GPT(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """GPT-2's initialisation; feature maps and convolutions keep their own."""
+    def init_weights(self, embd_std: float = 0.02, init_std: float = 0.02) -> None:
+        """The initialisation of GPT-2: standard deviations of embeddings and of all other matrices. Feature maps keep
+        their own. c_attn begins with smaller queries and keys, and equal biases, where the configuration says so."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.config.init_std)
+                nn.init.normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, nn.Embedding):  # after the Linears: wte is lm_head too
-                nn.init.normal_(module.weight, std=self.config.embd_std)
+                nn.init.normal_(module.weight, std=embd_std)
         for block in self.transformer.h:
             for out in (block.attn.c_proj, block.mlp.c_proj):  # 2 L additions: keep the residual's variance
-                nn.init.normal_(out.weight, std=self.config.init_std / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(out.weight, std=init_std / math.sqrt(2 * self.config.n_layer))
             block.attn.c_attn.weight[: 2 * self.config.n_embd] *= self.config.qk_gain
             if self.config.bias:  # rope turns equal vectors by their distance: q.k is largest at distance 0
                 block.attn.c_attn.bias[: 2 * self.config.n_embd] = self.config.qk_bias

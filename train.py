@@ -7,13 +7,11 @@
     python train.py --eval_only --init_from out/stdlib-hedgehog
     torchrun --nproc_per_node=2 train.py             several GPUs, or CPU processes
 
-Recipes and fields are in configs/__init__.py; any field can be overridden on the command line.
+config.py has the recipes and every setting. Any setting can be given on the command line.
 """
 
 import contextlib
 import math
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,65 +21,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import fused
-from config import FitConfig, TrainConfig, read_config
+from config import FitConfig, TrainConfig, changes, read_config
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
-from perplexity import perplexity, report
-from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from perplexity import perplexity
+from support.checkpoints import load_checkpoint, restore
 from support.cli import RunError, UserError, as_user_error, run
 from support.devices import World, join_world, pick_dtype, step_seed
-from support.log import Log, provenance
-
-
-def lr_factor(step: int, config: FitConfig) -> float:
-    """The learning rate of a step as a fraction of its peak: linear warm-up, then cosine to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def broken_group(optimizer: torch.optim.Optimizer) -> str:
-    """Which parameter groups hold numbers that are not finite: the place to look when a loss is NaN."""
-    found = []
-    for group in optimizer.param_groups:
-        for what, tensors in (("weights", group["params"]), ("gradients", [p.grad for p in group["params"]])):
-            if any(t is not None and not t.isfinite().all() for t in tensors):
-                found.append(f"{what} of the {group['name']}")
-    return "not finite: " + (", ".join(found) or "the loss alone")
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM as a question: `with stop: ... if stop.asked: ...`. The second ends the program."""
-
-    asked = ""
-
-    def __enter__(self) -> "StopSignal":
-        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame) -> None:
-        self.asked = signal.Signals(number).name
-        print(f"\n{self.asked}: finishing this step, then saving (again: stop at once)", file=sys.stderr)
-        self.restore()
-
-    def __exit__(self, *error) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-# What a resumed run may set otherwise than the run that was interrupted.
-MAY_CHANGE = """max_steps stop_loss patience grad_accum eval_interval save_interval log_interval device out_dir resume
-    kernel compile data_dir eval_tokens sample_tokens prompt init_from eval_only eval_split eval_stride
-    test_dialogues new_tokens examples""".split()
+from support.log import progress_bar, report
+from support.resuming import StopSignal, begin, diverged, make_writable
 
 
 def fit(
@@ -94,166 +45,112 @@ def fit(
     world: World,
     meta: dict,
 ) -> dict:
-    """The training loop: every script of this repository that trains, trains here.
+    """The training loop. Every script of this repository that trains, trains here. Returns the last evaluation.
 
     model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
-    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, or of a multiple: a function
-        of the step alone. Ranks and accumulation steps take their rows of it, so that their number changes
-        nothing (but which units drop out, where there is dropout).
-    loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss", lower is better.
-    meta: what checkpoints and log shall say, with meta["config"] a dict of everything that was set.
+    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, a function of the step alone.
+        Processes and pieces take their rows of it, so their number changes nothing (but which units drop out).
+    loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss"; the lowest is the best.
+    meta: what checkpoints and log say beside the progress; meta["config"] is a dict of everything that was set.
 
-    Stops at max_steps, once the validation loss is at most stop_loss, or after `patience` validations without a better
-    one. Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Returns the
-    last evaluation. Raises RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
+    Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better one. Writes
+    last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Raises RunError when the
+    loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
     """
-    n_pieces = max(1, config.grad_accum // world.size)  # on each device
-    if config.batch_size % (world.size * n_pieces) or (config.grad_accum > 1 and config.grad_accum % world.size):
-        raise UserError(
-            f"batch_size ({config.batch_size}) must be divisible by grad_accum ({config.grad_accum}) and by the "
-            f"number of processes ({world.size}), and grad_accum by the latter"
-        )
-    out, is_main, device = Path(config.out_dir), world.rank == 0, world.device
-    say = tqdm.write if is_main else lambda _: None
-    if is_main:  # one process alone writes
-        make_writable(out)
-    dtype = pick_dtype(config.dtype, device)
+    out, device = Path(config.out_dir), world.device
+    n_pieces = pieces_of_a_batch(config, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(config.dtype, device) == torch.bfloat16)
     model.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    start, best, since, seconds, log = 0, math.inf, 0, 0.0, Log(out / "log.jsonl")
-    if config.resume and (out / "last.safetensors").exists():
-        tensors, saved = load_checkpoint(out / "last.safetensors")
-        check_same_run(saved, meta, out, say)
-        restore(tensors, model, optimizer, out / "last.safetensors")
-        start, best, since, seconds = saved["step"], saved["best"], saved.get("since", 0), saved["seconds"]
-        say(f"resuming {out} at step {start}")
-    elif config.resume:
-        say(f"nothing to resume in {out}: starting at step 0")
-    if is_main:
-        if not start:
-            set_aside(out, say)
-        log.start({"step": start, "seconds_before": seconds, **meta, **provenance()}, start)
+    progress, log = begin(out, model, optimizer, config, world, meta, changes)
     if config.compile:
         model.compile()
-    ddp = DistributedDataParallel(model) if world.size > 1 else None
-
-    def save(name: str, step: int) -> None:
-        if not all(p.isfinite().all() for p in params):
-            raise RunError(f"step {step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
-        spent = seconds + time.perf_counter() - began
-        save_checkpoint(out / name, model, optimizer, step=step, best=best, since=since, seconds=spent, **meta)
-
-    def enough() -> bool:
-        return best <= config.stop_loss > 0 or 0 < config.patience <= since
-
-    result, stop, tokens = {}, StopSignal(), 0
-    began = clock = time.perf_counter()
-    bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
-    bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
+    parallel, result, tokens = world.wrap(model), {}, 0
+    clock = time.perf_counter()
+    bar = progress_bar(config.max_steps, progress.step, world)
     model.train()
-    with stop:
-        for step in range(start, config.max_steps):
-            if enough():
-                break
+    with StopSignal() as stop:
+        while progress.step < config.max_steps and not progress.enough(config.stop_loss, config.patience):
+            step = progress.step
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * lr_factor(step, config)
             torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
-            mine = [t.chunk(world.size)[world.rank] for t in batch(step)]
-            pieces = list(zip(*(t.chunk(n_pieces) for t in mine)))
-            tokens += mine[0].numel() * world.size
+            rows = [x.chunk(world.size)[world.rank] for x in batch(step)]  # those of this process
             total = torch.zeros((), device=device)
-            for i, piece in enumerate(pieces):
-                piece = [t.to(device, non_blocking=True) for t in piece]
-                quiet = ddp is not None and i < len(pieces) - 1  # ranks exchange gradients once a step
-                with ddp.no_sync() if quiet else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                        piece_loss = loss(ddp or model, *piece) / len(pieces)
-                    piece_loss.backward()
-                total += piece_loss.detach()
+
+            # one step: forward and backward, piece by piece; clip the gradient; update; forget the gradient
+            for i, piece in enumerate(zip(*(x.chunk(n_pieces) for x in rows)), 1):
+                with world.gradients_stay(parallel) if i < n_pieces else contextlib.nullcontext():
+                    with autocast:
+                        mean_loss = loss(parallel, *(x.to(device, non_blocking=True) for x in piece)) / n_pieces
+                    mean_loss.backward()
+                total += mean_loss.detach()
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-            asked = torch.tensor(float(bool(stop.asked)), device=device)
-            if ddp is not None:
-                dist.all_reduce(total)
-                total /= world.size
-                dist.all_reduce(asked)
+            total = world.mean(total)
             if not torch.isfinite(total + norm):
-                raise RunError(
-                    f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
-                    f"{broken_group(optimizer)}. Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
-                )
+                raise RunError(diverged(step + 1, total, norm, optimizer, out))
             torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip or math.inf, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            done = step + 1
+            # beside the step: log, validate, save, stop
+            progress.step = done = step + 1
+            at_end, tokens = done == config.max_steps, tokens + rows[0].numel() * world.size
             bar.update()
-            if is_main and (done % config.log_interval == 0 or done == config.max_steps):
+            if world.is_main and (done % config.log_interval == 0 or at_end):
                 now = time.perf_counter()
                 speed, clock, tokens, lr = tokens / (now - clock), now, 0, optimizer.param_groups[0]["lr"]
                 log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-            if is_main and (done % config.eval_interval == 0 or done == config.max_steps):
-                model.eval()
-                result = evaluate(model)
-                model.train()
-                log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
-                bar.write(f"step {done}: validation loss {result['loss']:.4f}")
-                best, since = (result["loss"], 0) if result["loss"] < best else (best, since + 1)
-                if not since:
-                    save("best.safetensors", done)
-                clock, tokens = time.perf_counter(), 0
-            if ddp is not None and done % config.eval_interval == 0:
-                shared = [best, since]
-                dist.broadcast_object_list(shared)  # rank 0 alone evaluates; all stop together
-                best, since = shared
-            stopping, last = bool(asked.item()), done == config.max_steps or enough()
-            if is_main and (done % config.save_interval == 0 or last or stopping):
-                save("last.safetensors", done)
-            if stopping and not last:
+            if done % config.eval_interval == 0 or at_end:
+                if world.is_main:
+                    model.eval()
+                    result = evaluate(model)
+                    model.train()
+                    name = result.pop("loss_name", "validation loss")
+                    log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
+                    bar.write(f"step {done}: {name} {result['loss']:.4f}")
+                    if progress.validated(result["loss"]):
+                        progress.save(out / "best.safetensors", model, optimizer, meta)
+                    clock, tokens = time.perf_counter(), 0
+                progress.best, progress.since = world.shared([progress.best, progress.since])
+            stopping = world.mean(torch.tensor(float(bool(stop.asked)), device=device)).item() > 0
+            at_end = at_end or progress.enough(config.stop_loss, config.patience)
+            if world.is_main and (done % config.save_interval == 0 or at_end or stopping):
+                progress.save(out / "last.safetensors", model, optimizer, meta)
+            if stopping and not at_end:
                 bar.close()
                 why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
-                raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if is_main else "")
+                raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if world.is_main else "")
     bar.close()
     return result
 
 
-def set_aside(out: Path, say: Callable) -> None:
-    """A new run in a folder that holds one: the old files go to out/previous, and nothing is mixed."""
-    names = ("last.safetensors", "best.safetensors", "log.jsonl", "curve.png", "result.json")
-    if old := [out / name for name in names if (out / name).exists()]:
-        shutil.rmtree(out / "previous", ignore_errors=True)
-        (out / "previous").mkdir()
-        for path in old:
-            path.rename(out / "previous" / path.name)
-        say(f"{out} held an earlier run: moved it to {out / 'previous'}")
+# ---------------------------------------------------------------- beside the loop
 
 
-def make_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as e:
-        raise UserError(f"cannot write to --out_dir {out} ({e.strerror}): choose another folder") from e
+def lr_factor(step: int, config: FitConfig) -> float:
+    """The learning rate of a step as a fraction of its peak: linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def check_same_run(saved: dict, meta: dict, out: Path, say: Callable) -> None:
-    """A resumed run must be the run that was interrupted; what may differ is said aloud."""
-    old, new = saved.get("config", {}), meta["config"]
-    changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)}
-    wrong = [text for name, text in changed.items() if name not in MAY_CHANGE]
-    if saved["step"] > new.get("max_steps", math.inf):
-        wrong.append(f"{saved['step']} steps, and not {new['max_steps']}")
-    if wrong:
-        raise UserError(f"{out} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or "
-                        "start a new run from its weights with --init_from and another --out_dir")  # fmt: skip
-    if "max_steps" in changed:
-        say(f"changed: {changed['max_steps']} (the learning rate's schedule moves with it)")
+def pieces_of_a_batch(config: FitConfig, world: World) -> int:
+    """Into how many pieces each process divides its rows. Raises UserError if the rows cannot be divided."""
+    n = max(1, config.grad_accum // world.size)
+    if config.batch_size % (world.size * n) or (config.grad_accum > 1 and config.grad_accum % world.size):
+        raise UserError(
+            f"batch_size ({config.batch_size}) must be divisible by grad_accum ({config.grad_accum}) and by the "
+            f"number of processes ({world.size}), and grad_accum by the latter"
+        )
+    return n
 
 
-# ---------------------------------------------------------------- language modelling
+# ---------------------------------------------------------------- the command: language modelling
 
 
 def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GPT:
@@ -264,17 +161,19 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
             return GPT(GPTConfig.of(asdict(config)))
     tensors, saved = load_checkpoint(config.init_from)
     if saved["tokenizer"] != tokens.tokenizer.name:
-        raise UserError(f"--tokenizer {tokens.tokenizer.name} contradicts {config.init_from}, which was trained on "
-                        f"{saved['tokenizer']} tokens: leave it out")  # fmt: skip
+        raise UserError(
+            f"--tokenizer {tokens.tokenizer.name} contradicts {config.init_from}, which was trained on "
+            f"{saved['tokenizer']} tokens: leave it out"
+        )
     with as_user_error():
-        unbounded = GPTConfig.of(saved["config"]).max_length == math.inf  # the block size shapes no weights
-    free = {"dropout", "block_size"} if unbounded else {"dropout"}
-    for field in fields(GPTConfig):
-        there, here = saved["config"][field.name], getattr(config, field.name)
-        if field.name in given and field.name not in free and here != there:
-            raise UserError(f"--{field.name} {here} contradicts {config.init_from}, which has {there}: leave it out")
-        if field.name not in given or field.name not in free:
-            setattr(config, field.name, there)
+        there = GPTConfig.of(saved["config"])
+    free = {"dropout"} | ({"block_size"} if there.max_length == math.inf else set())  # they shape no weights
+    for name in (f.name for f in fields(GPTConfig)):
+        old, new = getattr(there, name), getattr(config, name)
+        if name in given and name not in free and new != old:
+            raise UserError(f"--{name} {new} contradicts {config.init_from}, which has {old}: leave it out")
+        if name not in given or name not in free:
+            setattr(config, name, old)
     with as_user_error():
         model = GPT(GPTConfig.of(asdict(config)))
     restore(tensors, model, path=config.init_from)
@@ -285,20 +184,20 @@ def main() -> None:
     config, given = read_config(sys.argv[1:], __doc__)
     began = time.perf_counter()
     world = join_world(config.device)
-    is_main, dtype = world.rank == 0, pick_dtype(config.dtype, world.device)
+    say = print if world.is_main else lambda *_: None
+    dtype = pick_dtype(config.dtype, world.device)
     if config.eval_only and config.dtype == "auto":
-        dtype = torch.float32  # numbers to compare between machines
-    if is_main and not config.eval_only:
+        dtype = torch.float32  # numbers that can be compared between machines
+    if world.is_main and not config.eval_only:
         make_writable(Path(config.out_dir))
-    say = print if is_main else lambda *_: None
-    if not is_main:
-        dist.barrier()  # rank 0 prepares kernel and data, the others find them prepared
+    if not world.is_main:
+        world.wait()  # the main process builds the kernel and prepares the data; the others find them
     with as_user_error():
         fused.use(config.kernel, world.device)
     kernel = f", {fused.describe(world.device)}" if config.attention in FEATURE_MAPS else ""
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer, say)
-    if is_main and world.size > 1:
-        dist.barrier()
+    if world.is_main:
+        world.wait()
     torch.manual_seed(config.seed)
     model = build_model(config, given, tokens)
     stride = config.eval_stride or config.block_size
@@ -312,10 +211,11 @@ def main() -> None:
 
     if config.eval_only:
         result = evaluate(model.to(world.device).eval())
+        by_word = f"word perplexity {result['word_perplexity']:.8g}, " if tokens.tokenizer.name != "bytes" else ""
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
-            f"word perplexity {result['word_perplexity']:.8g}, bits per byte {result['bits_per_byte']:.4f}, "
-            f"loss {result['loss']:.4f} nats (context {config.block_size}, stride {stride}, "
+            f"{by_word}bits per byte {result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats "
+            f"(context {config.block_size}, stride {stride}, "
             f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes)"
         )
         return
@@ -329,7 +229,7 @@ def main() -> None:
     )
     fit(
         model,
-        model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
+        groups=model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
         batch=lambda step: data.batch_of(ids, step, config.batch_size, config.block_size, config.seed),
         loss=lambda model, x, y: model(x, y)[1],
         evaluate=evaluate,
@@ -337,7 +237,7 @@ def main() -> None:
         world=world,
         meta={"config": asdict(config), "tokenizer": tokens.tokenizer.name},
     )
-    if is_main:
+    if world.is_main:
         report(config, model, evaluate, tokens.tokenizer, began)
 
 

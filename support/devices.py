@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import UserError
 
@@ -29,15 +31,46 @@ def pick_device(name: str) -> torch.device:
 
 
 class World(NamedTuple):
-    """The processes that train together, one per device (torchrun starts them)."""
+    """The processes that train together, one for each device (torchrun starts them). Alone, every method does nothing."""
 
     rank: int
     size: int
     device: torch.device
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process evaluates, writes and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in training: its gradients are averaged over processes."""
+        return DistributedDataParallel(model) if self.size > 1 else model
+
+    def gradients_stay(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
+        """Context in which a backward pass exchanges no gradients: for all pieces of a batch but the last."""
+        return wrapped.no_sync() if self.size > 1 else contextlib.nullcontext()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a number over all processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x = x / self.size
+        return x
+
+    def shared(self, values: list) -> list:
+        """The values of the main process, in all processes."""
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
 
 def join_world(device: str) -> World:
-    """This process's place in it, from torchrun's environment variables; alone without them."""
+    """The place of this process, from the environment variables of torchrun; alone without them."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,21 +1,35 @@
-"""The log of a run, and where a number comes from."""
+"""The log of a run, where a number comes from, and the report at the end."""
 
 import contextlib
 import json
 import platform
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
-from support.checkpoints import write_atomically
-from support.devices import machine
+from support import plots
+from support.checkpoints import load_checkpoint, restore, write_atomically, write_json
+from support.devices import World, machine, peak_gib
+
+
+def command() -> str:
+    """The command that runs, as a person types it. With -m, sys.argv has the path of the file instead."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec and sys.argv[0].endswith(".py") else ["python", sys.argv[0]]
+    return " ".join([*program, *sys.argv[1:]])
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, command, versions and machine: what a number needs beside it to be worth anything."""
+    """Commit, command, versions and machine: a number without them cannot be checked."""
 
     def git(*args: str) -> str:
         try:
@@ -26,12 +40,12 @@ def provenance() -> dict[str, Any]:
 
     commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "commit": (commit or "unknown") + ("+changes" if changes else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": machine(),
-    }  # fmt: skip
+    }
 
 
 class Log:
@@ -53,6 +67,47 @@ class Log:
         text = "".join(json.dumps(e) + "\n" for e in [*kept, header])
         write_atomically(self.path, lambda beside: beside.write_text(text))
 
+    def minutes(self, began: float) -> float:
+        """How long the run took: before this process, and since `began` (time.perf_counter) in it."""
+        header = next(e for e in reversed(self.read()) if "config" in e)
+        return (header["seconds_before"] + time.perf_counter() - began) / 60
+
     def write(self, **entry) -> None:
         with open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
+
+
+def progress_bar(max_steps: int, done: int, world: World) -> tqdm:
+    """Shown by the main process only."""
+    bar = tqdm(total=max_steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True)
+    bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
+    return bar
+
+
+def report(config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict], tokenizer, began: float) -> None:
+    """The end of a run: the curve, result.json, a sample from the best checkpoint, one line of numbers."""
+    out, device = Path(config.out_dir), next(model.parameters()).device
+    restore(load_checkpoint(out / "best.safetensors")[0], model, path=out / "best.safetensors")
+    model.eval()
+    final, log = evaluate(model), Log(out / "log.jsonl")
+    entries, minutes = log.read(), log.minutes(began)
+    result = {
+        **[e for e in entries if "config" in e][-1],
+        "parameters": model.num_params(),
+        "minutes": round(minutes, 2),
+        "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e] or [0]),
+        "peak_gib": peak_gib(device),
+        "final": final,
+        "curve": [(e["step"], round(e["val_loss"], 4)) for e in entries if "val_loss" in e],
+    }
+    write_json(out / "result.json", result)
+    plots.curve(out / "curve.png", entries)
+    prompt = torch.from_numpy(np.asarray(tokenizer.encode_many([config.prompt])[0], np.int64))[None]
+    if (n := int(min(config.sample_tokens, model.config.max_length - prompt.size(1)))) > 0:
+        generator = torch.Generator(device).manual_seed(config.seed)
+        ids = model.generate(prompt.to(device), n, temperature=0.8, generator=generator)
+        print(f"--- sample\n{tokenizer.decode_bytes(ids[0].tolist()).decode(errors='replace')}\n---")
+    print(
+        f"validation loss {final['loss']:.4f} nats per token, {final['bits_per_byte']:.4f} bits per byte, "
+        f"{minutes:.1f} minutes, peak memory {result['peak_gib']:.1f} GiB, checkpoint {out / 'best.safetensors'}"
+    )

@@ -1,0 +1,159 @@
+"""What lets a run be interrupted and go on: its progress, signals, and a folder in which no two runs are mixed."""
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.cli import RunError, UserError, tagged
+from support.devices import World
+from support.log import Log, provenance
+
+
+@dataclass
+class Progress:
+    """How far a run has come. A checkpoint keeps it."""
+
+    step: int = 0  # optimiser steps done
+    best: float = math.inf  # the least validation loss
+    since: int = 0  # validations since then
+    seconds: float = 0.0  # of training, before this process
+
+    def __post_init__(self):
+        self.began = time.perf_counter()
+
+    @classmethod
+    def of(cls, saved: dict) -> "Progress":
+        """From the meta of a checkpoint."""
+        return cls(saved["step"], saved["best"], saved.get("since", 0), saved["seconds"])
+
+    def validated(self, loss: float) -> bool:
+        """Count a validation. Returns whether it is the best so far."""
+        better = loss < self.best
+        self.best, self.since = (loss, 0) if better else (self.best, self.since + 1)
+        return better
+
+    def enough(self, stop_loss: float, patience: int) -> bool:
+        """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations."""
+        return self.best <= stop_loss > 0 or 0 < patience <= self.since
+
+    def save(self, path: Path, model: nn.Module, optimizer: Optimizer, meta: dict) -> None:
+        """Write a checkpoint that a run can go on from. Raises RunError if a weight is not finite."""
+        if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+            raise RunError(f"step {self.step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
+        seconds = self.seconds + time.perf_counter() - self.began
+        progress = dict(step=self.step, best=self.best, since=self.since, seconds=seconds)
+        save_checkpoint(path, model, optimizer, **progress, **meta)
+
+
+def broken_group(optimizer: Optimizer) -> str:
+    """Which parameter groups hold numbers that are not finite: the place to look when a loss is NaN."""
+    found = []
+    for group in optimizer.param_groups:
+        for what, tensors in (("weights", group["params"]), ("gradients", [p.grad for p in group["params"]])):
+            if any(t is not None and not t.isfinite().all() for t in tensors):
+                found.append(f"{what} of the {group['name']}")
+    return "not finite: " + (", ".join(found) or "the loss alone")
+
+
+def diverged(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: Path) -> str:
+    """What to say when a loss or a gradient is not finite."""
+    return (
+        f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
+        f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
+    )
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`. A second signal ends the
+    program at once."""
+
+    asked = ""
+
+    def __enter__(self) -> "StopSignal":
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame) -> None:
+        self.asked = signal.Signals(number).name
+        print(f"\n{self.asked}: finishing this step, then saving (again: stop at once)", file=sys.stderr)
+        self.restore()
+
+    def __exit__(self, *error) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def begin(
+    out: Path, model: nn.Module, optimizer: Optimizer, config: Any, world: World, meta: dict, changes: Callable
+) -> tuple[Progress, Log]:
+    """Go on from the last checkpoint in `out` if config.resume is set and there is one, else begin at step 0.
+    changes(old, new): which settings of two configurations differ (config.py)."""
+    say = tqdm.write if world.is_main else lambda _: None
+    log, last, progress = Log(out / "log.jsonl"), out / "last.safetensors", Progress()
+    if world.is_main:
+        make_writable(out)
+    if config.resume and last.exists():
+        tensors, saved = load_checkpoint(last)
+        check_same_run(saved, changes(saved.get("config", {}), meta["config"]), config, say)
+        restore(tensors, model, optimizer, last)
+        progress = Progress.of(saved)
+        say(f"resuming {out} at step {progress.step}")
+    elif config.resume:
+        say(f"nothing to resume in {out}: starting at step 0")
+    if world.is_main:
+        if not progress.step:
+            set_aside(out, say)
+        header = {"step": progress.step, "seconds_before": progress.seconds, **meta, **provenance()}
+        log.start(header, progress.step)
+    return progress, log
+
+
+def check_same_run(saved: dict, changed: dict[str, tuple], config: Any, say: Callable) -> None:
+    """Refuse to resume with different settings; print permitted changes. The fields of `config` say which changes are
+    permitted (may_change)."""
+    said = {name: f"{name} {old} -> {value}" for name, (old, value) in changed.items()}
+    wrong = [text for name, text in said.items() if not tagged(config, name, "may_change")]
+    if saved["step"] > config.max_steps:
+        wrong.append(f"{saved['step']} steps, and not {config.max_steps}")
+    if wrong:
+        raise UserError(
+            f"{config.out_dir} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or "
+            "start a new run from its weights with --init_from and another --out_dir"
+        )
+    if "max_steps" in said:
+        say(f"changed: {said['max_steps']} (the schedule of the learning rate moves with it)")
+
+
+def set_aside(out: Path, say: Callable) -> None:
+    """A new run in a folder that holds one: the files of the old run move to out/previous."""
+    names = ("last.safetensors", "best.safetensors", "log.jsonl", "curve.png", "result.json")
+    if old := [out / name for name in names if (out / name).exists()]:
+        shutil.rmtree(out / "previous", ignore_errors=True)
+        (out / "previous").mkdir()
+        for path in old:
+            path.rename(out / "previous" / path.name)
+        say(f"{out} held an earlier run: moved it to {out / 'previous'}")
+
+
+def make_writable(out: Path) -> None:
+    """Make the folder. Raises UserError if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir {out} ({e.strerror}): choose another folder") from e
