@@ -2,11 +2,12 @@
 # %% [markdown]
 # # From softmax to Hedgehog
 #
-# A small GPT with softmax attention is looked at, and then given linear attention that mimics it. `python
-# docs/notebook.py` runs all of this with about 3 minutes of one CPU core, without a download; pictures go to
-# `out/notebook/`. VS Code runs it cell by cell as it is, Jupyter with jupytext, or as the .ipynb that `python
-# docs/render_notebook.py` makes of it. Letters are those of [attention.py](../attention.py): B batch, T time, H heads,
-# D head dim, F features.
+# This notebook looks at the attention of a small softmax GPT, and then replaces the attention by
+# linear attention that mimics softmax. `python docs/notebook.py` runs all of it in 3 to 6 minutes
+# on one CPU core, without a download, and writes the pictures to `out/notebook/`. VS Code runs this
+# file cell by cell. Jupyter runs it with jupytext, or as the .ipynb that
+# `python docs/render_notebook.py` writes. The letters are those of
+# [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
 
 # %%
 import os
@@ -15,19 +16,20 @@ import time
 from pathlib import Path
 
 ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "feature_maps.py").exists())
-os.chdir(ROOT)  # Jupyter begins in docs/
+os.chdir(ROOT)  # Jupyter starts in docs/
 sys.path.insert(0, str(ROOT))
 
 import torch
 
 from experiments import figures
+from support import plots
 
 OUT, COMMAND, began = Path("out/notebook"), "python docs/notebook.py", time.perf_counter()
 torch.manual_seed(1)
 
 
 class Picture:
-    """One of OUT: Jupyter shows it below the cell, a terminal says where it is."""
+    """A picture in OUT. Jupyter shows it below the cell; a terminal shows its path."""
 
     def __init__(self, name: str):
         self.path = OUT / name
@@ -40,9 +42,10 @@ class Picture:
 # %% [markdown]
 # ## 1. A teacher
 #
-# If there is a run of `python train.py --attention softmax`, it is the teacher. If not, a GPT of the same size is
-# trained here for a quarter of its steps, on the source of Python's standard library, a byte a token. That is enough
-# for heads that look for something.
+# The teacher is a trained softmax GPT. If there is a run of `python train.py --attention softmax`,
+# that model is the teacher. Otherwise this cell trains a GPT of the same size for a quarter of the
+# steps, on the source of Python's standard library, with one byte as one token. After this short
+# training, some heads already attend to particular tokens.
 
 # %%
 import data
@@ -57,40 +60,42 @@ if (run / "best.safetensors").exists():
     print(f"the teacher is the run in {run}")
 else:
     run = OUT / "softmax"
-    print(f"there is no run in out/stdlib-softmax: the teacher is a shorter one, {run}, trained now or before")
+    print(f"there is no run in out/stdlib-softmax: a shorter run in {run} is the teacher")
     small = TrainConfig(attention="softmax", max_steps=600, out_dir=str(run), resume=True)
     finished(small) or one_run(small)
 teacher, _ = load_teacher(str(run))
-T, H, D = teacher.config.block_size, teacher.config.n_head, teacher.config.n_embd // teacher.config.n_head
+shape = teacher.config
+T, H, D = shape.block_size, shape.n_head, shape.n_embd // shape.n_head
 tokens = data.prepare("stdlib")
 train, validation = tokens.split("train", T), tokens.split("validation", T)
 
 
 def perplexity_of(model) -> float:
-    """By byte, on an evenly spaced part of the validation text."""
-    return perplexity(model, validation, tokens.tokenizer, T, T, 32768, torch.float32)["perplexity"]
+    """Perplexity a byte, on an evenly spaced part of the validation text."""
+    found = perplexity(model, validation, tokens.tokenizer, T, T, 32768, torch.float32)
+    return found["perplexity"]
 
 
-print(f"perplexity {perplexity_of(teacher):.2f} a byte; {teacher.config.n_layer} layers, {H} heads of {D}")
+print(f"perplexity {perplexity_of(teacher):.2f} a byte; {shape.n_layer} layers, {H} heads of {D}")
 
 # %% [markdown]
-# ## 2. What softmax looks at
+# ## 2. The attention weights of softmax
 #
-# Our text is the docstring of the module `sched`, on which the teacher was not trained. Every token has a query q and a
-# key k, and softmax's weights are exp(q·k/√D), normalised (Eq. 1). We take the head whose weights are the **spikiest**:
-# those of the lowest entropy. And they are **monotonic**: of two keys, the one with the larger q·k has the larger
-# weight, always; Kendall's tau, which counts pairs in order, is 1.
+# The text is the docstring of the module `sched`, which is not in the training data. Every token
+# has a query q and a key k. The weights of softmax are exp(q·k/√D), normalised (Eq. 1). We look at
+# the head with the **spikiest** weights, which is the head with the lowest entropy. The weights of
+# softmax are also **monotonic**: of two keys, the key with the larger q·k always has the larger
+# weight. Kendall's tau measures this by counting the pairs that are in order. For softmax it is 1.
 
 # %%
 import sched
 
 from attention import softmax_weights
-from experiments.attention_maps import queries_and_keys
-from experiments.metrics import entropy, kendall_tau
+from experiments.metrics import entropy, kendall_tau, queries_and_keys
 
 text = sched.__doc__
 idx = torch.tensor(list(text.encode()))[None, :T]  # (1, T)
-qk = queries_and_keys(teacher, idx)  # (B, H, T, D) twice, of every layer
+qk = queries_and_keys(teacher, idx)  # for every layer: q and k (B, H, T, D)
 entropies = torch.stack([entropy(softmax_weights(q, k)[0]).mean(-1) for q, k in qk])  # (L, H)
 layer, head = divmod(int(entropies.argmin()), H)
 which = f"layer {layer}, head {head}"
@@ -99,22 +104,25 @@ softmax, scores = softmax_weights(q, k), q @ k.mT / D**0.5
 
 
 def numbers(name: str, A) -> None:
-    """Spikiness and monotonicity of one head's weights (B, H, T, T)."""
+    """Print the spikiness and the monotonicity of the weights A (B, H, T, T) of our head."""
     tau = kendall_tau(A, scores)[0, head]
     print(f"{name}: entropy {entropy(A)[0, head].mean():.2f} nats, Kendall's tau {tau:.2f}")
 
 
-print(text[:84], f"\nentropies by layer and head: {entropies.double().round(decimals=2).tolist()}; {which} it is")
+print(text[:84])
+print("entropies by layer and head:", entropies.double().round(decimals=2).tolist())
+print(f"the lowest: {which}")
 numbers("softmax", softmax)
 figures.one_head(OUT / "softmax.png", COMMAND, {"softmax": softmax[0, head]}, list(text), which)
 Picture("softmax.png")
 
 # %% [markdown]
-# ## 3. What an earlier linear attention makes of it
+# ## 3. The weights of an earlier linear attention
 #
-# Linear attention puts φ(q)·φ(k) where softmax has exp(q·k) (Eq. 2), with a φ that is positive: 1+ELU, here, on the
-# same queries and keys. Its weights are nearly those of an average over everything before (flat), and a larger q·k need
-# not have a larger weight (not monotonic). The paper's claim is that this is why such models lose quality.
+# Linear attention replaces exp(q·k) by φ(q)·φ(k), where φ is a positive function (Eq. 2). Here φ is
+# 1+ELU, applied to the same queries and keys. The resulting weights are flat: they are nearly the
+# weights of an average over all earlier tokens. They are not monotonic either: a larger q·k need
+# not have a larger weight. The paper claims that these two properties cost such models quality.
 
 # %%
 from attention import LinearAttention
@@ -123,20 +131,22 @@ from feature_maps import make_feature_map
 
 @torch.no_grad()
 def weights_of(attend: LinearAttention):
-    return attend.weights(q, k)  # phi(q).phi(k), normalised: (B, H, T, T)
+    """phi(q).phi(k), normalised: (B, H, T, T)."""
+    return attend.weights(q, k)
 
 
 def against_scores(file: str, weights: dict) -> Picture:
-    """Weight against q.k / sqrt(D) of the text's last query, each map in a panel."""
+    """Weight against q.k / sqrt(D) for the last query of the text, one panel for each map."""
 
     def draw(figure, axes) -> None:
         for axis, (name, A) in zip(axes, weights.items()):
             axis.scatter(scores[0, head, -1], A[0, head, -1], s=9, color="#0072b2")
             axis.set(yscale="log", xlabel="q.k / sqrt(D)", ylabel="attention weight", title=name)
             axis.grid(alpha=0.3)
-        figure.suptitle("Monotonic: the points rise from left to right. Spiky: few are at the top")
+        figure.suptitle("Monotonic: points rise from left to right. Spiky: few points at the top")
 
-    figures.plot(OUT / file, COMMAND, draw, 1, len(weights), (4 * len(weights), 3.8), sharey=True)
+    size = (4 * len(weights), 3.8)
+    plots.plot(OUT / file, COMMAND, draw, 1, len(weights), size, sharey=True)
     return Picture(file)
 
 
@@ -148,9 +158,11 @@ against_scores("elu.png", {"softmax": softmax, "1+ELU": elu})
 # %% [markdown]
 # ## 4. Hedgehog's feature map, by hand
 #
-# φ is learned: u = Wᵀx + b, one W and b for each head. The exponential makes it spiky, −u beside u keeps the sign of u
-# (Eq. 5), and softmax over the features keeps it stable (Eq. 4). It begins with W = I, b = 0. That is all of
-# [feature_maps.py](../feature_maps.py)'s `Hedgehog`. Untrained, it is more monotonic than 1+ELU, and as flat.
+# Hedgehog learns φ. Each head has a matrix W and a vector b, and u = Wᵀx + b. The exponential makes
+# the weights spiky. The second half uses −u and keeps the sign of u (Eq. 5). The softmax over the
+# features keeps them below 1 (Eq. 4). Training starts with W = I and b = 0. The class `Hedgehog` in
+# [feature_maps.py](../feature_maps.py) does the same. Without training, the weights are more
+# monotonic than those of 1+ELU, but still flat.
 
 # %%
 W, b = torch.eye(D), torch.zeros(D)
@@ -164,15 +176,21 @@ untrained = weights_of(LinearAttention(phi))
 numbers("Hedgehog, untrained", untrained)
 
 # %% [markdown]
-# ## 5. Why bother: three ways to the same numbers
+# ## 5. Three ways to compute the same output
 #
-# Since φ(q)·φ(k) is a product of features, the sum over keys can be made once: S = Σ φ(k) vᵀ and z = Σ φ(k) (Eq. 6).
-# The quadratic form makes all T × T weights; the recurrent one carries (S, z) from token to token, F × (D + 1) numbers
-# whatever T is; the chunked one, which trains, is quadratic in chunks and recurrent between them. They are one
-# function.
+# φ(q)·φ(k) is a product of features. So the sum over keys needs to be computed only once:
+# S = Σ φ(k) vᵀ and z = Σ φ(k) (Eq. 6). There are three forms of the same function:
+#
+# - The quadratic form computes all T × T weights.
+# - The recurrent form carries (S, z) from token to token: F × (D + 1) numbers for every T.
+# - The chunked form is quadratic inside chunks and recurrent between chunks. Training uses it.
 
 # %%
-from attention import linear_attention_chunked, linear_attention_quadratic, linear_attention_recurrent
+from attention import (
+    linear_attention_chunked,
+    linear_attention_quadratic,
+    linear_attention_recurrent,
+)
 
 with torch.no_grad():
     phi_q, phi_k, v = phi(q), phi(k), torch.randn(q.shape)
@@ -181,109 +199,139 @@ with torch.no_grad():
     by_chunk, _ = linear_attention_chunked(phi_q, phi_k, v, chunk_size=64)
 torch.testing.assert_close(by_token, y)
 torch.testing.assert_close(by_chunk, y)
-print(f"quadratic = recurrent = chunked; after {q.size(2)} tokens S is {tuple(state.S.shape)}")
+print(f"quadratic = recurrent = chunked; S after {q.size(2)} tokens: {tuple(state.S.shape)}")
 
 # %% [markdown]
 # ## 6. Mimicry
 #
-# The maps, and nothing else, are trained so that the weights become softmax's own: Eq. 3 is the cross-entropy between
-# the two, whose least value is softmax's entropy; so what can be learned is the difference, the Kullback-Leibler
-# divergence. The model goes on computing with softmax, so one forward pass teaches the maps of all layers. Here by
-# [distill.py](../distill.py), whose `attention_cross_entropy` is the loss.
+# Now the maps are trained, and nothing else, until their weights are close to those of softmax. The
+# loss is the cross-entropy between the two (Eq. 3). The smallest possible cross-entropy is the
+# entropy of softmax's weights. The difference is the Kullback-Leibler divergence (KL): the part
+# that training can remove. During this training, the model itself still computes with softmax, so
+# one forward pass trains the maps of all layers. The loss is `attention_cross_entropy` in
+# [distill.py](../distill.py).
 
 # %%
 from dataclasses import asdict
 
-from distill import DistillConfig, distill, mimicry, pupil_of, set_mode
+from distill import DistillConfig, distill, mimicry, pupil_of
 from support.devices import World
 from support.log import Log
+from swap import set_mode
 
-pupil = pupil_of(teacher, "hedgehog")  # the teacher's weights, and a map in every layer
+pupil = pupil_of(teacher, "hedgehog")  # the teacher's weights, and a new map in every layer
 held_out = [(x[None],) for x in data.batch_of(validation, 0, 8, T, seed=0)[0]]
-set_mode(pupil, "mimic")
-before = mimicry(pupil, held_out, lambda model, x: model(x))["kl"].mean()
-
 settings = DistillConfig(checkpoint=str(run), out_dir=str(OUT / "maps"), max_steps=300)
-after = distill(
-    pupil, lambda step: data.batch_of(train, step, settings.batch_size, T, settings.seed)[:1], held_out,
-    lambda model, x: model(x), settings, World(0, 1, torch.device("cpu")), {"config": asdict(settings)},
-)["kl"].mean()  # fmt: skip
-print(f"KL(softmax, Hedgehog) of all heads, in the mean: {before:.2f} nats untrained, {after:.2f} distilled")
 
 
+def forward(model, x):
+    return model(x)
+
+
+def batch(step: int) -> tuple:
+    return data.batch_of(train, step, settings.batch_size, T, settings.seed)[:1]
+
+
+set_mode(pupil, "mimic")
+before = mimicry(pupil, held_out, forward)["kl"].mean()
+world, meta = World(0, 1, torch.device("cpu")), {"config": asdict(settings)}
+after = distill(pupil, batch, held_out, forward, settings, world, meta)["kl"].mean()
+print(f"mean KL(softmax, Hedgehog): {before:.2f} nats untrained, {after:.2f} distilled")
+
+
+# %% [markdown]
+# The learning curve on held-out text:
+
+
+# %%
 def draw(figure, axes) -> None:
     log = [e for e in Log(OUT / "maps" / "log.jsonl").read() if "val_kl" in e]
-    axes.plot([0] + [e["step"] for e in log], [before] + [e["val_kl"] for e in log], "s-", color="#0072b2")
-    axes.set(xlabel="optimiser step, of the maps alone", ylabel="KL(softmax, Hedgehog), nats", ylim=(0, None))
+    steps, kl = [0] + [e["step"] for e in log], [before] + [e["val_kl"] for e in log]
+    axes.plot(steps, kl, "s-", color="#0072b2")
+    axes.set(xlabel="optimiser step (only the maps are trained)", ylim=(0, None))
+    axes.set(ylabel="mean KL(softmax, Hedgehog), nats")
     axes.set_title(f"Mimicry: from {before:.2f} to {after:.2f} nats on held-out text")
     axes.grid(alpha=0.3)
 
 
-figures.plot(OUT / "kl.png", COMMAND, draw)
+plots.plot(OUT / "kl.png", COMMAND, draw)
 Picture("kl.png")
 
 # %% [markdown]
-# The head of before: its weights have become spiky, and those of the largest q·k are the largest. They are not
-# softmax's: a product of F features cannot be every function of q·k. And Eq. 3 counts a key as much as softmax weighs
-# it, so it does not order the many keys whose weight is nearly zero: Kendall's tau, which counts all pairs alike, may
-# fall.
+# Back to the head of step 2. The weights are now spiky, and the keys with the largest q·k have the
+# largest weights. The weights are not equal to softmax's, because a product of F features cannot be
+# an arbitrary function of q·k. Kendall's tau may even fall. The reason is that Eq. 3 counts each
+# key by the weight that softmax gives to this key. So Eq. 3 does not order the many keys whose
+# weight is nearly zero, but Kendall's tau counts all pairs equally.
 
 # %%
 distilled = weights_of(pupil.transformer.h[layer].attn.attend)
-panels = {"softmax": softmax, "Hedgehog, untrained": untrained, "Hedgehog, distilled": distilled, "1+ELU": elu}
+panels = {
+    "softmax": softmax,
+    "Hedgehog, untrained": untrained,
+    "Hedgehog, distilled": distilled,
+    "1+ELU": elu,
+}
 for name, A in panels.items():
     numbers(name, A)
 against_scores("distilled.png", panels)
 
 # %% [markdown]
-# The four side by side, on one scale, over the beginning of the text. Where softmax is dark, Hedgehog has become dark,
-# too; but it spreads a weight over some neighbours.
+# The next picture shows the weights of the four side by side, on one scale, over the beginning of
+# the text. Distilled Hedgehog is dark where softmax is dark, but it spreads some of the weight over
+# neighbouring tokens.
 
 # %%
-figures.one_head(OUT / "maps.png", COMMAND, {name: A[0, head] for name, A in panels.items()}, list(text), which)
+one = {name: A[0, head] for name, A in panels.items()}
+figures.one_head(OUT / "maps.png", COMMAND, one, list(text), which)
 Picture("maps.png")
 
 # %% [markdown]
 # ## 7. Swap
 #
-# Now softmax is taken out, and the maps carry the attention. Swapped without distillation, the model is broken; with
-# it, most of the damage is gone, and none of the teacher's weights has changed. To write one more token, it needs a
-# state of constant size, where softmax has to keep the keys and values of everything before. (What it writes is what so
-# short a training gives.)
+# Now Hedgehog replaces softmax in the model. A model that is swapped without distillation is
+# broken. With distillation, most of the damage is gone, although none of the teacher's weights has
+# changed. To generate one more token, the new model needs a state of constant size. Softmax has to
+# keep the keys and values of all earlier tokens. (The generated text is poor, because the teacher
+# was trained for a short time only.)
 
 # %%
-swapped = pupil_of(teacher, "hedgehog").eval()  # maps as they begin
-for name, model in {"softmax": teacher, "swapped, untrained": swapped, "swapped, distilled": pupil}.items():
+swapped = pupil_of(teacher, "hedgehog").eval()  # maps as they are at the start
+models = {"softmax": teacher, "swapped, untrained": swapped, "swapped, distilled": pupil}
+for name, model in models.items():
     print(f"{name}: perplexity {perplexity_of(model):.2f} a byte")
 
 
 @torch.no_grad()
 def memory(model, n: int) -> int:
-    """Bytes that the model keeps after n tokens, in order to go on."""
+    """Bytes that the model keeps after n tokens in order to continue."""
     caches: list[dict] = [{} for _ in model.transformer.h]
     model.hidden(idx[:, :n], caches)
-    kept = [x for cache in caches for x in (cache["state"] if "state" in cache else cache.values())]
+    kept = [x for cache in caches for x in cache.get("state", cache.values())]
     return sum(x.nbytes for x in kept)
 
 
 for n in (32, 64, 128, 256):
-    print(f"after {n} tokens: softmax keeps {memory(teacher, n):,} bytes, Hedgehog {memory(pupil, n):,}")
+    a, b = memory(teacher, n), memory(pupil, n)
+    print(f"after {n} tokens: softmax keeps {a:,} bytes, Hedgehog {b:,}")
 prompt = torch.tensor(list(b"class Queue:\n    def "))[None]
-written = pupil.generate(prompt, 200, temperature=0.8, generator=torch.Generator().manual_seed(1))
+seed = torch.Generator().manual_seed(1)
+written = pupil.generate(prompt, 200, temperature=0.8, generator=seed)
 print(bytes(written[0].tolist()).decode(errors="replace"))
 
 # %% [markdown]
-# ## 8. What does not work
+# ## 8. Limits
 #
-# - **Mimicry alone does not reach the teacher.** The rest needs finetuning, of all parameters or by LoRA, and is not
-#   closed completely even then: [Converting trained models](../README.md#converting-trained-models).
-# - **Spiky is not enough.** exp(2x) has the spikiest weights of all and fails at associative recall; Taylor's are
-#   nearly as flat as 1+ELU's and solve it: [Associative recall](../README.md#associative-recall).
-# - **From scratch, Hedgehog is behind softmax**, by a little, and its learning rate decides by how much:
-#   [From scratch](../README.md#from-scratch).
-# - **Short texts gain little**: from how many tokens on linear attention is faster, and by how much, is measured in
-#   [Speed](../README.md#speed).
-# - What is missing altogether: [What this does not include](../README.md#what-this-does-not-include).
+# - **Mimicry alone does not reach the teacher.** The rest needs finetuning, of all parameters or
+#   with LoRA, and a gap remains even then: [results/converting.md](../results/converting.md).
+# - **Spiky weights are not enough.** exp(2x) has the spikiest weights of all maps and fails at
+#   associative recall. Taylor's weights are nearly as flat as those of 1+ELU, and Taylor solves
+#   the task: [results/why.md](../results/why.md).
+# - **Trained from scratch, Hedgehog is a little behind softmax.** The learning rate decides how
+#   far: [results/from_scratch.md](../results/from_scratch.md).
+# - **Short texts gain little.** [results/speed.md](../results/speed.md) measures from which length
+#   on linear attention is faster, and how much faster.
+# - [README](../README.md) lists everything that this repository does not include.
 
 # %%
 print(f"{(time.perf_counter() - began) / 60:.1f} minutes; pictures in {OUT}")

@@ -1,6 +1,8 @@
-"""docs/notebook.py as a Jupyter notebook.
+"""Write docs/notebook.py as a Jupyter notebook, out/notebook.ipynb.
 
-python docs/render_notebook.py     writes out/notebook.ipynb; executed, if jupyter nbconvert is installed
+    python docs/render_notebook.py
+
+The notebook is also executed, if `jupyter nbconvert` is installed (pip install nbconvert ipykernel).
 """
 
 import json
@@ -13,26 +15,35 @@ ROOT = Path(__file__).parent.parent
 
 
 def cells(text: str) -> list[tuple[str, str]]:
-    """Percent format -> [("markdown" or "code", source)]: a cell begins at a line `# %%`, or `# %% [markdown]`, whose
-    lines then begin with `#`. What comes before the first cell is for linters, and left out."""
-    parts = re.split(r"^# %%(.*)\n", text, flags=re.MULTILINE)[1:]  # mark, source, mark, source ...
+    """Percent format -> [("markdown" or "code", source)].
+
+    A cell begins at a line `# %%`. A cell of text begins at `# %% [markdown]`, and each of its
+    lines begins with `#`. The lines before the first cell are left out.
+    """
+    _, *parts = re.split(r"^# %%(.*)\n", text, flags=re.MULTILINE)  # mark, source, mark, source ...
     found = []
     for mark, source in zip(parts[::2], parts[1::2]):
-        kind = "markdown" if mark.strip() == "[markdown]" else "code"
         source = source.strip("\n")
-        found.append((kind, re.sub("^# ?", "", source, flags=re.MULTILINE) if kind == "markdown" else source))
+        if mark.strip() == "[markdown]":
+            found.append(("markdown", re.sub("^# ?", "", source, flags=re.MULTILINE)))
+        else:
+            found.append(("code", source))
     return found
 
 
 def notebook(text: str) -> dict:
-    """The .ipynb of a text in percent format, not executed."""
-    more = {"markdown": {}, "code": {"execution_count": None, "outputs": []}}
+    """The contents of the .ipynb file, not executed."""
+    written = []
+    for i, (kind, source) in enumerate(cells(text)):
+        cell = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}}
+        cell["source"] = source.splitlines(keepends=True)
+        if kind == "code":
+            cell |= {"execution_count": None, "outputs": []}
+        written.append(cell)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {
-        "cells": [
-            {"cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": source.splitlines(True), **more[kind]}
-            for i, (kind, source) in enumerate(cells(text))
-        ],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        "cells": written,
+        "metadata": {"kernelspec": kernel},
         "nbformat": 4,
         "nbformat_minor": 5,
     }
@@ -41,12 +52,15 @@ def notebook(text: str) -> dict:
 def main() -> None:
     path = ROOT / "out" / "notebook.ipynb"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(notebook((ROOT / "docs" / "notebook.py").read_text(encoding="utf-8")), indent=1))
-    if not shutil.which("jupyter-nbconvert"):
-        print(f"written, not executed (that needs pip install nbconvert ipykernel): {path.relative_to(ROOT)}")
-        return
-    subprocess.run(["jupyter-nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)], check=True)
-    print(f"written and executed: {path.relative_to(ROOT)}")
+    text = (ROOT / "docs" / "notebook.py").read_text(encoding="utf-8")
+    path.write_text(json.dumps(notebook(text), indent=1))
+    if shutil.which("jupyter-nbconvert"):
+        execute = ["jupyter-nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)]
+        subprocess.run(execute, check=True)
+        print(f"written and executed: {path.relative_to(ROOT)}")
+    else:
+        print(f"written, not executed: {path.relative_to(ROOT)}")
+        print("to execute it: pip install nbconvert ipykernel")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""Task 2, 2 hours: the chunked form of linear attention. Statement: README.md."""
+"""Task 2, 2 hours: the chunked form of linear attention. README.md has the task.
+
+The answer is in attention.py: keep it closed. The formulas are in the docstring below.
+"""
 
 from torch import Tensor
 
-from attention import zero_state
+from attention import State, zero_state
 from feature_maps import without_autocast
-from fused.chunked import State
 
 
 def linear_attention_chunked(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State | None = None, *, chunk_size: int = 64
 ) -> tuple[Tensor, State]:
-    """Quadratic inside a chunk of n tokens, recurrent between chunks. For the queries Q (n x F), keys K (n x F) and
-    values V (n x D) of one chunk, and the state (S, z) of all tokens before it:
+    """Quadratic inside a chunk of n tokens, recurrent between chunks. One chunk has the queries Q
+    (n x F), keys K (n x F) and values V (n x D), and (S, z) is the state of all tokens before it:
 
-        N = Q S + tril(Q K^T) V,   d = Q z + tril(Q K^T) 1,   y = N / d,   S <- S + K^T V,   z <- z + K^T 1
+        N = Q S + tril(Q K^T) V,   d = Q z + tril(Q K^T) 1,   y = N / d
+        S <- S + K^T V,   z <- z + K^T 1
 
-    phi_q, phi_k (B, H, T, F), v (B, H, T, D), state S (B, H, F, D) and z (B, H, F), or None.
-    Returns y (B, H, T, D), in the dtype of v, and the State after the last token. The given state stays as it was.
-    Sums are in the state's dtype, float32 at least. T may be 0, 1, or no multiple of chunk_size.
+    phi_q, phi_k (B, H, T, F), v (B, H, T, D). state: S (B, H, F, D) and z (B, H, F), or None.
+    Returns y (B, H, T, D), in the dtype of v, and the State after the last token. The state that
+    was passed in must not change. All sums are in the dtype of the state, which is float32 or
+    float64. T may be 0, 1, or not a multiple of chunk_size.
     """
     S, z = state or zero_state(phi_k, v)
-    with without_autocast(v):  # here products keep their dtype
+    with without_autocast(v):  # autocast must not change the dtype of products
         raise NotImplementedError("task 2: write the loop over chunks")

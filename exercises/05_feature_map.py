@@ -1,7 +1,9 @@
-"""Task 5, 60 minutes and a training run: a feature map of your own on the recall plane. Statement: README.md.
+"""Task 5, 60 minutes and a training run: a feature map of your own. README.md has the task.
 
-python -m exercises.my_feature_map                                 recall.py with softmax, 1+ELU and this map
-python -m exercises.my_feature_map --attentions mine hedgehog      all flags are recall.py's
+    python -m exercises.my_feature_map                              softmax, 1+ELU and this map
+    python -m exercises.my_feature_map --attentions mine hedgehog
+
+This file takes all flags of `python -m experiments.recall`.
 """
 
 import sys
@@ -14,15 +16,18 @@ from support.cli import run
 
 
 class Mine(FeatureMap):
-    """phi(x) = ... (write the formula here, and why its weights should be spiky and monotonic)"""
+    """phi(x) = ... (write the formula, and why the weights should be spiky and monotonic)"""
 
     def features(self, x: Tensor, offset: int) -> Tensor:
-        """x (B, H, T, D), finite, float32 or float64 -> (B, H, T, F), each between FLOOR and CEIL of feature_maps.py.
-        If F is not D, set self.feature_dim = F in __init__(self, n_head, head_dim), after super's."""
+        """x (B, H, T, D), finite, float32 or float64 -> features (B, H, T, F).
+
+        Every feature must be between FLOOR and CEIL of feature_maps.py. If F is not D, set
+        self.feature_dim = F in __init__(self, n_head, head_dim), after the call of super().
+        """
         raise NotImplementedError("task 5: return the features")
 
 
-FEATURE_MAPS["mine"] = Mine  # whoever imports or runs this file can say attention="mine"
+FEATURE_MAPS["mine"] = Mine  # now attention="mine" works wherever this file was imported
 
 if __name__ == "__main__":
     if "--attentions" not in sys.argv:

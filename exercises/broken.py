@@ -1,5 +1,8 @@
-"""Task 7: three causal linear attentions with phi(x) = exp(x). All run, train and give finite numbers of the right
-shape. Each is wrong in one line: see README.md. q, k, v (B, H, T, D) -> y (B, H, T, D)."""
+"""Task 7: three causal linear attentions with phi(x) = exp(x). q, k, v (B, H, T, D) -> y (B, H, T, D)
+
+All three run, train, and give finite numbers of the right shape. In each of them one line is wrong:
+see README.md.
+"""
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ def second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def third(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As softmax is made stable: what is largest becomes exp(0)."""
+    """Subtracts the maximum, as in a stable softmax: the largest entry becomes exp(0)."""
     phi = make_feature_map("exp_t1", q.size(1), q.size(3))
     q = q - q.amax(-1, keepdim=True)
     k = k - k.amax(-1, keepdim=True)

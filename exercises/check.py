@@ -1,8 +1,8 @@
-"""What a file for tasks 4 to 10 has to obey; tests/test_exercises.py runs it.
+"""The theorems for tasks 4 to 10. tests/test_exercises.py runs them.
 
     pytest tests/test_exercises.py --attention exercises/my_overflow.py
 
-`my` is the student's file as a module. Tasks 1 to 3 need nothing here: tests/test_attention.py is their check.
+`my` is the student's file as a module. Tasks 1 to 3 are checked by tests/test_attention.py instead.
 """
 
 import inspect
@@ -13,17 +13,24 @@ from types import ModuleType
 
 import torch
 
-from attention import LinearAttention, SoftmaxAttention, linear_weights, make_attention, softmax_weights
+from attention import (
+    LinearAttention,
+    SoftmaxAttention,
+    linear_weights,
+    make_attention,
+    softmax_weights,
+)
 from distill import attention_cross_entropy
 from exercises import broken
 from experiments.metrics import entropy, kendall_tau
 from feature_maps import make_feature_map
 
-THEOREMS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {}  # name: (what a file defines, check)
+# name of a theorem: (the functions that a file must define, the check)
+THEOREMS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {}
 
 
 def of(*needs: str) -> Callable:
-    """Marks a theorem about the functions with these names."""
+    """Register a theorem about the functions with these names."""
 
     def mark(check: Callable) -> Callable:
         THEOREMS[check.__name__] = (needs, check)
@@ -33,7 +40,7 @@ def of(*needs: str) -> Callable:
 
 
 def exp_form(q, k, v, dtype):
-    """w_ij of task 4 as it is written, with every weight in memory."""
+    """The formula of task 4, with every weight in memory."""
     q, k, v = (x.to(dtype) for x in (q, k, v))
     u = q[..., :, None, :] + k[..., None, :, :]  # (B, H, T, T, D)
     w = (u.exp() + (-u).exp()).sum(-1).tril()
@@ -58,7 +65,7 @@ def naive_exp_overflows_where_predicted(my):
 @of("exp_attention")
 def repaired_exp_has_the_weights_of_the_formula(my):
     torch.manual_seed(0)
-    for scale in (0.3, 3.0, 60.0):  # at 60 the naive form overflows in float32, the formula in float64 does not
+    for scale in (0.3, 3.0, 60.0):  # at 60 the naive form overflows in float32, but not in float64
         q, k = scale * (2 * torch.rand(2, 2, 2, 9, 4) - 1)
         v = torch.randn(2, 2, 9, 4)
         want = exp_form(q, k, v, torch.float64)
@@ -83,7 +90,9 @@ def repaired_exp_never_looks_ahead(my):
     y = my.exp_attention(q, k, v)
     later = k.clone()
     later[:, :, 6:] = 50.0
-    assert torch.equal(my.exp_attention(q, later, v)[:, :, :6], y[:, :, :6]), "a later key changed an earlier output"
+    assert torch.equal(my.exp_attention(q, later, v)[:, :, :6], y[:, :, :6]), (
+        "a later key changed an earlier output"
+    )
 
 
 # ---------------------------------------------------------------- task 5: a feature map
@@ -96,13 +105,19 @@ def the_map_is_a_feature_map(my):
     for scale in (0.0, 1.0, 100.0, 1e30):
         q, k, v = scale * torch.randn(3, 1, 2, 20, 8)
         features = attn.phi(q)
-        assert features.shape == (1, 2, 20, attn.phi.feature_dim), "set self.feature_dim in __init__"
-        assert (features > 0).all() and (features <= 1.001e15).all(), "features leave FLOOR .. CEIL"
+        assert features.shape == (1, 2, 20, attn.phi.feature_dim), (
+            "set self.feature_dim in __init__"
+        )
+        assert (features > 0).all() and (features <= 1.001e15).all(), (
+            "features are not between FLOOR and CEIL"
+        )
         A = attn.weights(q, k)
         torch.testing.assert_close(A.sum(-1), torch.ones(1, 2, 20))
         changed = k.clone()
         changed[:, :, 10:] += 1.0
-        assert torch.equal(attn.weights(q, changed)[:, :, :10], A[:, :, :10]), "the map looks at other tokens"
+        assert torch.equal(attn.weights(q, changed)[:, :, :10], A[:, :, :10]), (
+            "the map depends on other tokens"
+        )
 
 
 @of("Mine")
@@ -122,7 +137,7 @@ def the_map_is_spikier_and_more_monotonic_than_1_plus_elu(my):
 
 
 def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of one head, of 8 sequences of 64 tokens: two projections of the same random x."""
+    """Queries and keys of one head for 8 sequences of 64 tokens: two projections of one random x."""
     random = torch.Generator().manual_seed(0)
     W_q, noise = torch.randn(2, 16, 16, generator=random) / 4
     x = torch.randn(8, 1, 64, 16, generator=torch.Generator().manual_seed(1 + step))
@@ -145,7 +160,7 @@ def cross_entropy_is_equation_3_in_values_and_gradients(my):
 
 @of("distil")
 def distilled_head_is_within_0_4_nats_of_softmax_on_new_sequences(my):
-    """Untrained it is at 0.65, our solution at 0.29."""
+    """Before training it is 0.65 nats; with our solution it is 0.29."""
     phi, (q, k) = make_feature_map("hedgehog", 1, 16), draw(-1)
     my.distil(phi, draw, 200)
     with torch.no_grad():
@@ -176,9 +191,13 @@ def each_theorem_holds_for_ours_and_fails_for_its_own_alone(my):
         assert holds(theorem, ours), f"{name}: the theorem fails for correct attention"
         for other in ("first", "second", "third"):
             if other == name:
-                assert not holds(theorem, getattr(broken, name)), f"{name}: the theorem holds for broken.{name}"
+                assert not holds(theorem, getattr(broken, name)), (
+                    f"{name}: the theorem holds for broken.{name}"
+                )
             else:
-                assert holds(theorem, getattr(broken, other)), f"{name}: the theorem fails for broken.{other}, too"
+                assert holds(theorem, getattr(broken, other)), (
+                    f"{name}: the theorem fails for broken.{other}, too"
+                )
 
 
 @of("repairs")
@@ -194,7 +213,9 @@ def each_repaired_line_makes_the_attention_right(my):
         lines[at[0]] = "    " + right
         scope = dict(vars(broken))
         exec("\n".join(lines), scope)
-        torch.testing.assert_close(scope[name](q, k, v), ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}")
+        torch.testing.assert_close(
+            scope[name](q, k, v), ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}"
+        )
 
 
 # ---------------------------------------------------------------- task 8: grouped queries and RoPE
@@ -207,7 +228,9 @@ def grouped_queries_read_their_own_keys(my):
     q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
     k, v = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
     y = my.grouped(attend, q, k, v)
-    one = LinearAttention(make_feature_map("hedgehog", 1, 4)).double()  # all heads begin with the same map
+    one = LinearAttention(
+        make_feature_map("hedgehog", 1, 4)
+    ).double()  # all heads start with the same map
     want = torch.cat([one(q[:, [h]], k[:, [h // 2]], v[:, [h // 2]]) for h in range(6)], 1)
     torch.testing.assert_close(y, want)
     for a, b in zip(torch.autograd.grad(y.sum(), (k, v)), torch.autograd.grad(want.sum(), (k, v))):
@@ -224,7 +247,7 @@ def rotated_products_depend_on_the_distance_alone(my):
     at = [(my.rotate(q, i) * my.rotate(k, j)).sum().item() for i, j in ((5, 2), (103, 100), (5, 4))]
     assert abs(at[0] - at[1]) < 1e-5 and abs(at[0] - at[2]) > 1e-2
     unit = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
-    unit[..., 1] = 1.0  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1 a position, towards coordinate 1 + D/2
+    unit[..., 1] = 1.0  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1 a position, towards 1 + D/2
     a, b = my.rotate(unit, 1)[0, 0, 0, [1, 5]].tolist()
     assert abs(a - math.cos(0.1)) < 1e-5 and abs(b - math.sin(0.1)) < 1e-5
 
@@ -236,9 +259,13 @@ def predicted_which_weights_are_relative(my):
     measured = {}
     for name in ("softmax", "elu", "relu", "taylor", "hedgehog"):
         attn = make_attention(name, 2, 8).double()
-        A, moved = (attn.weights(my.rotate(x[0], offset), my.rotate(x[1], offset)) for offset in (0, 7))
+        A, moved = (
+            attn.weights(my.rotate(x[0], offset), my.rotate(x[1], offset)) for offset in (0, 7)
+        )
         measured[name] = (A - moved).abs().max().item()
-    assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, f"measured: {measured}"
+    assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, (
+        f"measured: {measured}"
+    )
 
 
 # ---------------------------------------------------------------- task 9: decode cost
@@ -255,7 +282,10 @@ def bytes_are_those_of_the_caches(my):
             LinearAttention(make_feature_map("hedgehog", H, D)).extend(q, k, v, state)
             assert my.cache_bytes(T, H, D, dtype.itemsize) == kv["k"].nbytes + kv["v"].nbytes
             assert my.state_bytes(H, D, F) == sum(x.nbytes for x in state["state"])
-    assert (my.cache_bytes(1024, 12, 64), my.state_bytes(12, 64, 128)) == (6291456, 399360)  # README's table
+    assert (my.cache_bytes(1024, 12, 64), my.state_bytes(12, 64, 128)) == (
+        6291456,
+        399360,
+    )  # as measured by bench.py
 
 
 @of("predicted_crossover")
@@ -267,10 +297,12 @@ def predicted_crossover_is_where_bytes_moved_are_equal(my):
 
 @of("measure", "measured_crossover")
 def softmax_slows_down_with_the_context_and_hedgehog_does_not(my):
-    """With room for a busy machine: the cache grows 64 times."""
+    """The cache grows 64 times; the limits are loose, for busy machines."""
     times = {T: my.measure(T) for T in (128, 8192)}
     softmax, hedgehog = (times[8192][i] / times[128][i] for i in (0, 1))
-    assert softmax > 5 and hedgehog < softmax / 4, f"seconds (softmax, Hedgehog) after T tokens: {times}"
+    assert softmax > 5 and hedgehog < softmax / 4, (
+        f"seconds (softmax, Hedgehog) after T tokens: {times}"
+    )
     assert my.measured_crossover([8192]) == 8192
 
 
@@ -309,8 +341,12 @@ def the_bound_is_the_rank_of_the_weights(my):
         bound = my.least_that_cannot_fit(F, 64)
         for n in (bound - 1, bound):
             features = torch.rand(n, F, dtype=torch.float64)
-            full = torch.linalg.matrix_rank(features @ features.mT).item() == n  # else A is no identity
-            assert full == (n < bound), f"F = {F}: the weights of {n} pairs {'can' if full else 'cannot'} have rank {n}"
+            full = (
+                torch.linalg.matrix_rank(features @ features.mT).item() == n
+            )  # otherwise A cannot be the identity
+            assert full == (n < bound), (
+                f"F = {F}: the weights of {n} pairs {'can' if full else 'cannot'} have rank {n}"
+            )
 
 
 @of("breaks_at", "least_that_cannot_fit")
@@ -319,4 +355,6 @@ def more_features_break_later_and_none_beyond_the_bound(my):
     found = {F: my.breaks_at(F) for F in (64, 1024)}
     assert found[64] < found[1024], f"first n with less than half right: {found}"
     for F, n in found.items():
-        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), f"F = {F}: more than half right at n = {n // 2}"
+        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), (
+            f"F = {F}: more than half right at n = {n // 2}"
+        )

@@ -1,16 +1,21 @@
-"""What documents promise, checked: shared by the tests of README and of docs/."""
+"""Checks of the promises that a page makes: links that exist, and commands that are understood.
 
+Shared by the tests of README, results/, docs/ and exercises/.
+"""
+
+import importlib
 import importlib.util
 import re
 import shlex
 import sys
 
-import common
 from conftest import ROOT
+
+import support.cli
 
 
 class Understood(Exception):
-    """Raised once a command has read its flags: nothing is trained."""
+    """Raised as soon as a command has read its flags, so that nothing is trained."""
 
 
 def blocks_of(text: str) -> list[tuple[str, str]]:
@@ -18,44 +23,82 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+def lines_of(text: str, language: str = "bash") -> list[str]:
+    """Every line of the fenced blocks in this language."""
+    blocks = [code for found, code in blocks_of(text) if found == language]
+    return [line for code in blocks for line in code.splitlines()]
+
+
+def commands_in(text: str) -> list[str]:
+    """The lines of the bash blocks, and the commands in the running text: `python ...`."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+    return lines_of(text) + [span for span in spans if span.startswith(("python ", "torchrun "))]
+
+
 def broken_links(text: str, folder) -> list[str]:
-    """Relative links that lead nowhere from `folder`."""
+    """The relative links that lead nowhere from `folder`."""
     prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", prose.replace("\\_", "_"))
     return [t for t in targets if not t.startswith("http") and not (folder / t).exists()]
 
 
-def check_command(line: str, monkeypatch) -> str:
-    """Let a command read `line` by its own main(), as far as its flags; returns the name of the script, "" if there is
-    none. A word that it does not know raises UserError."""
+def split_command(line: str) -> tuple[str, list[str]]:
+    """(module, flags) of a line of a page: `python -m experiments.recall --all` -> ("experiments.recall", ["--all"]),
+    `python results/render.py` -> ("results.render", []). The module is "" if the line runs no script of ours."""
     words = shlex.split(line, comments=True)
-    words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
-    if not words or words[0] in ("pytest", "pip"):
-        return ""
+    if "&&" in words:  # the last of several commands
+        words = words[len(words) - words[::-1].index("&&") :]
+    if not words or words[0] in ("pytest", "pip", "ruff", "cp", "source"):
+        return "", []
+    if words[:2] == ["python", "-c"]:
+        compile(words[2], line, "exec")
+        return "", []
     if "-m" in words:
-        assert importlib.util.find_spec(words[words.index("-m") + 1]), line
-        return ""
-    script = next((w for w in words if w.endswith(".py")), line)
-    assert (ROOT / script).exists(), f"there is no {script}"
-    argv = words[words.index(script) + 1 :]
-    if "/" in script:  # data/*.py, results/render.py and docs/*.py take no flags
-        assert not argv, line
-    elif "--help" not in argv:
-        module, parse = importlib.import_module(script.removesuffix(".py")), common.parse
+        at = words.index("-m") + 1
+        name = words[at]
+    else:
+        at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        assert at is not None, f"no script in {line!r}"
+        assert (ROOT / words[at]).exists(), f"there is no {words[at]}: {line}"
+        name = words[at].removesuffix(".py").replace("/", ".")
+    return name, words[at + 1 :]
 
-        def read(*args):
-            config = parse(*args)[0]
-            config.check()
-            raise Understood
 
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [script, *argv])
-            for reader in (module, importlib.import_module("configs")):
-                if getattr(reader, "parse", None) is parse:
-                    patch.setattr(reader, "parse", read)
-            try:
-                module.main()
-            except Understood:
-                return script
-        raise AssertionError(f"{script} did not read its flags with common.parse: {line}")
-    return script
+def check_command(line: str, monkeypatch) -> str:
+    """Let a command read the flags of `line` with its own parser, and stop there.
+
+    Returns the module of the command ("train", "experiments.recall"), or "" if the line runs no script of ours. A flag
+    that the command does not know raises UserError.
+    """
+    name, argv = split_command(line)
+    if not name or "--help" in argv:
+        return name
+    if "." in name and not name.startswith(
+        "experiments."
+    ):  # results/render.py, docs/pictures.py ...
+        assert importlib.util.find_spec(name), f"there is no module {name}: {line}"
+        assert not argv, f"{name} takes no flags: {line}"
+        return name
+    module, parse = importlib.import_module(name), support.cli.parse
+
+    def read(*args, **kwargs):
+        config = parse(*args, **kwargs)[0]
+        config.check()
+        raise Understood
+
+    ours = [m for m in list(sys.modules.values()) if under_root(m) and m is not support.cli]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *argv])
+        for reader in ours:
+            if vars(reader).get("parse") is parse:
+                patch.setattr(reader, "parse", read)
+        try:
+            module.main()
+        except Understood:
+            return name
+    raise AssertionError(f"{name} did not read its flags with support.cli.parse: {line}")
+
+
+def under_root(module) -> bool:
+    return (vars(module).get("__file__") or "").startswith(str(ROOT))

@@ -1,21 +1,32 @@
-"""docs/ tells the truth: its Python runs as printed, its tables are what it computes, its links and commands hold."""
+"""docs/ and CONTRIBUTING.md tell the truth: the Python runs as printed, the tables are what it computes, links lead to
+files, and commands are understood."""
 
 import importlib.util
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT
-from documents import blocks_of, broken_links, check_command
+from conftest import ROOT, TINY, start
+from documents import blocks_of, broken_links, check_command, commands_in, lines_of, split_command
 
 import fused
 
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def load(path):
+    """A Python file that is not in a package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("name", DOCS)
 def test_the_python_runs_as_printed_and_makes_the_tables(name, monkeypatch):
-    """In order, in one namespace, from the repository's folder; whatever is called ..._table stands in the text."""
+    """All blocks run in order, in one namespace, from the root. A variable called ..._table is in the text."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(fused, "chosen", "torch")  # no compiler needed
     torch.manual_seed(0)
@@ -35,29 +46,120 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_command_is_understood(name, monkeypatch):
-    """In blocks and in the text, by the commands' own parsers; nothing is trained."""
-    bash = [line for language, code in blocks_of(DOCS[name]) if language == "bash" for line in code.splitlines()]
-    spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", DOCS[name])]
-    for line in bash + [span for span in spans if span.startswith(("python ", "torchrun "))]:
+    """In blocks and in the text, by the commands' own parsers. Nothing is trained. The lab log has the commands that
+    ran; the table at its top translates them."""
+    new_names = renamed(DOCS[name])
+    for line in commands_in(DOCS[name]):
+        for old, new in new_names.items():
+            if set(old.split()) <= set(line.split()):
+                flags = [word for word in line.split() if word not in old.split()]
+                line = " ".join([new, *flags])
+                break
         check_command(line, monkeypatch)
 
 
+def renamed(text: str) -> dict[str, str]:
+    """old command -> new command, from the rows of a table that have both."""
+    return dict(re.findall(r"^\| `(python [^`]+)` \| `(python -m [^`]+)` \|$", text, re.MULTILINE))
+
+
+def test_the_lab_log_translates_old_commands_as_the_pages_of_results_do():
+    render, table = load(ROOT / "results" / "render.py"), renamed(DOCS["experiments.md"])
+    assert len(table) > 7
+    for old, new in table.items():
+        if "kernels" not in old:  # no result has this command
+            assert render.today(f"{old} --seed 1") == f"{new} --seed 1"
+
+
+def test_every_entry_of_the_lab_log_has_a_date_and_dates_go_on():
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d)", DOCS["experiments.md"], re.MULTILINE)
+    assert len(dates) > 3 and dates == sorted(dates)
+    first_entry = DOCS["experiments.md"].index("\n**")
+    assert DOCS["experiments.md"].index(f"## {dates[0]}") < first_entry
+
+
 def test_functions_named_beside_a_link_are_there():
-    """`name` in [file](../file) and [`name`](../file): the file has that name."""
-    for text in DOCS.values():
+    """`name` in [file](../file) and [`name`](../file): the file has that name. Line breaks do not matter."""
+    pages = {f"../docs/{name}": text for name, text in DOCS.items()}
+    pages |= {f"../exercises/{p.name}": p.read_text() for p in (ROOT / "exercises").glob("*.md")}
+    found = 0
+    for page, text in pages.items():
         pairs = re.findall(r"`([\w.]+)`(?:\(\))? in\s+\[[^\]]+\]\(\.\./([^)]+\.(?:py|cpp))\)", text)
         pairs += re.findall(r"\[`([\w.]+)`\]\(\.\./([^)]+\.(?:py|cpp))\)", text)
+        found += len(pairs)
         for name, path in pairs:
             source = (ROOT / path).read_text()
-            assert all(re.search(rf"\b{part}\b", source) for part in name.split(".")), f"{name} is not in {path}"
+            missing = [part for part in name.split(".") if not re.search(rf"\b{part}\b", source)]
+            assert not missing, f"{page}: {name} is not in {path}"
+    assert found > 40
+
+
+def test_table_1_has_an_anchor_with_its_hours_and_memory():
+    """README's row of Table 1 links to this section."""
+    section = DOCS["gpu.md"].split("\n## Table 1: WikiText-103 from scratch\n")[1].split("\n## ")[0]
+    (row,) = re.findall(
+        r"^\| Table 1, from scratch \| +\| ([\d.]+) \| +\| ([\d.]+) \| (\d+) \|$",
+        DOCS["gpu.md"],
+        re.M,
+    )
+    one, four, gigabytes = row
+    text = " ".join(section.split())
+    assert (
+        f"{one} hours and {gigabytes} GB for each of the four attentions, {four} hours for all"
+        in text
+    )
 
 
 def test_the_pictures_are_drawn(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+    pictures = load(ROOT / "docs" / "pictures.py")
     monkeypatch.setattr(pictures, "HERE", tmp_path)
     pictures.main()
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
     assert set(drawn) == set(re.findall(r"figures/(derivation-\w+\.png)", DOCS["derivation.md"]))
     assert max(drawn.values()) < 150_000
+
+
+# ---------------------------------------------------------------- CONTRIBUTING.md
+
+TRAINED = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --dtype float32 --kernel torch"
+SMALLER = {  # of a flag that is given twice, the last value counts
+    "experiments.recall": f"{TRAINED} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 "
+    "--stage_steps 0 --test_sequences 8 --jobs 1 --device cpu",
+    "experiments.attention_maps": "--tokens 48 --device cpu",
+    "train": f"{' '.join(TINY)} --kernel torch",
+}
+
+
+def test_links_of_the_guide_lead_somewhere():
+    assert not broken_links(CONTRIBUTING, ROOT)
+
+
+def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(
+    tmp_path, monkeypatch
+):
+    """With the ten lines in feature_maps.py, in a copy of the repository, in a small form; pytest's and bench.py's
+    lines are only read."""
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(
+        "out", "prepared", ".*", "__pycache__", "*.json", "*.png", "tests"
+    )
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    with open(tree / "feature_maps.py", "a") as f:
+        f.write(f"\n\n{code}")
+    ran = []
+    for line in lines_of(CONTRIBUTING):
+        name, flags = split_command(line)
+        if name in SMALLER:
+            script = ["-m", name] if "." in name else [f"{name}.py"]
+            process = start(*script, *flags, *SMALLER[name].split(), cwd=tree)
+            stdout, stderr = process.communicate()
+            assert process.returncode == 0, f"{line}\n{stdout}\n{stderr}"
+            ran.append(name)
+    assert sorted(set(ran)) == sorted(SMALLER) and len(ran) == 5
+
+
+def test_every_other_command_of_the_guide_is_understood(monkeypatch):
+    for line in commands_in(CONTRIBUTING):
+        if "square" not in line and "-m venv" not in line:
+            check_command(line, monkeypatch)

@@ -1,9 +1,8 @@
 import torch
 from torch import Tensor
 
-from attention import zero_state
+from attention import CHUNK, State, normalise, zero_state
 from feature_maps import without_autocast
-from fused.chunked import CHUNK, State, normalise
 
 
 def linear_attention_chunked(

@@ -1,8 +1,7 @@
 import torch
 
-from attention import visible
+from attention import normalise, visible
 from feature_maps import at_least_float32, without_autocast
-from fused.chunked import normalise
 
 
 class Quadratic(torch.autograd.Function):

@@ -8,8 +8,8 @@ def overflows_at():
 
 
 def exp_attention(q, k, v):
-    """Every feature f keeps m_f, its largest key so far: S_f and z_f are sums of exp(k_f - m_f), and a query's
-    exp(q_f + m_f) may be shifted by its largest."""
+    """Each feature f has m_f, the largest k_f so far. S_f and z_f are sums of exp(k_f - m_f). The
+    features of the query are exp(q_f + m_f); the largest exponent of a query may be subtracted."""
     q, k = torch.cat([q, -q], -1), torch.cat([k, -k], -1)  # (B, H, T, F)
     m, S, z, ys = k[:, :, 0], 0.0, 0.0, []
     for q_i, k_i, v_i in zip(q.unbind(2), k.unbind(2), v.unbind(2)):

@@ -8,7 +8,8 @@ from support.cli import run
 
 
 class Mine(FeatureMap):
-    """phi(x) = [relu(x)^2, relu(-x)^2], F = 2 D: the second half keeps what ReLU forgets; the square is spiky."""
+    """phi(x) = [relu(x)^2, relu(-x)^2], F = 2 D. The second half keeps the negative part of x, which
+    ReLU discards. The square makes the weights spiky."""
 
     def __init__(self, n_head, head_dim):
         super().__init__(n_head, head_dim)

@@ -6,7 +6,7 @@ from attention import linear_weights, softmax_weights
 def cross_entropy(q, k, phi_q, phi_k):
     P, A = softmax_weights(q, k).detach(), linear_weights(phi_q, phi_k)
     hidden = torch.ones_like(A[0, 0], dtype=torch.bool).triu(1)
-    return -(P * A.masked_fill(hidden, 1.0).log()).sum(-1).mean((0, 2))  # distill.py: the same, in memory O(T)
+    return -(P * A.masked_fill(hidden, 1.0).log()).sum(-1).mean((0, 2))  # log 1 = 0 at hidden keys
 
 
 def distil(phi, draw, steps):

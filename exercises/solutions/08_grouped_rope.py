@@ -11,5 +11,5 @@ def rotate(x, offset=0):
 
 
 def relative():
-    """Taylor's weights are a function of q.k, as softmax's are. The others look at single coordinates."""
+    """The weights of softmax and Taylor are functions of q.k. The others depend on single coordinates."""
     return {"softmax": True, "elu": False, "relu": False, "taylor": True, "hedgehog": False}

@@ -18,7 +18,7 @@ def accuracy(phi, keys, values):
 
 
 def least_that_cannot_fit(F, D):
-    return F + 1  # y = A v, and A = phi(K) phi(K)^T / d (n x n) has rank F at most: the identity has n
+    return F + 1  # A = phi(K) phi(K)^T / d (n x n) has at most rank F; exact retrieval needs rank n
 
 
 def breaks_at(F, D=32):
