@@ -274,7 +274,7 @@ def fitted(text: str, width: int) -> list[str]:
         if max(map(len, block)) <= width:
             lines += block
             continue
-        for line in [" ".join(block)] if prose else block:
+        for line in [" ".join(map(str.strip, block))] if prose else block:
             match = re.match(r" *(\S.*? {2,}(?=\S))?", line)
             column = 0 if prose else match.end() if match[1] else match.end() + 4
             if column > width // 3:  # too far right for an explanation of several lines

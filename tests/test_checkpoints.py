@@ -1,26 +1,27 @@
-"""Checkpoints survive everything but are loaded only when whole; flags and errors are clear lines."""
+"""Checkpoints survive everything and are loaded only when whole; seeds, the log and devices."""
 
 import json
 import os
 import pickle
 import random
-from dataclasses import dataclass
 
-import common
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
+from support import checkpoints
 from support.checkpoints import load_checkpoint, restore, save_checkpoint, unique_tensors
-from support.cli import RunError, UserError, parse
-from support.devices import step_seed
+from support.cli import RunError, UserError
+from support.devices import pick_device, pick_dtype, step_seed
 from support.log import Log
 
 
 def small(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), **kwargs}))
+    return GPT(
+        GPTConfig(**{**dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), **kwargs})
+    )
 
 
 def trained(seed=0):
@@ -36,7 +37,9 @@ def trained(seed=0):
 
 def test_a_checkpoint_returns_weights_optimiser_and_meta_bitwise(tmp_path):
     model, optimizer = trained()
-    save_checkpoint(tmp_path / "c.safetensors", model, optimizer, step=7, config={"lr": 0.1}, best=float("inf"))
+    save_checkpoint(
+        tmp_path / "c.safetensors", model, optimizer, step=7, config={"lr": 0.1}, best=float("inf")
+    )
     tensors, meta = load_checkpoint(tmp_path / "c.safetensors")
     assert meta["step"] == 7 and meta["config"] == {"lr": 0.1} and meta["best"] == float("inf")
     other = small(1)
@@ -48,7 +51,9 @@ def test_a_checkpoint_returns_weights_optimiser_and_meta_bitwise(tmp_path):
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, other_optimizer.state[q][key]), key
     assert other.lm_head.weight is other.transformer.wte.weight
-    assert sum(t.numel() for n, t in tensors.items() if n.startswith("model.")) == model.num_params()
+    assert (
+        sum(t.numel() for n, t in tensors.items() if n.startswith("model.")) == model.num_params()
+    )
 
 
 def test_a_compiled_model_has_the_same_names():
@@ -62,7 +67,9 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
     path, bad = tmp_path / "c.safetensors", tmp_path / "bad.safetensors"
     save_checkpoint(path, *trained(), step=100, config={}, best=1.0)
     whole = path.read_bytes()
-    places = random.Random(0).sample(range(len(whole)), 300) + list(range(0, 1200, 7))  # the header's too
+    places = random.Random(0).sample(range(len(whole)), 300) + list(
+        range(0, 1200, 7)
+    )  # the header's too
     for place in places:
         broken = bytearray(whole)
         broken[place] ^= 1 << (place % 8)
@@ -88,7 +95,11 @@ def test_foreign_and_malicious_files_are_refused_and_nothing_is_executed(tmp_pat
     torch.save({"model": Malicious()}, tmp_path / "evil.safetensors")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious()))
     save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    save_file({"x": torch.ones(2)}, tmp_path / "liar.safetensors", {"format": "hedgehog-1", "meta": "{}", "crc32": "0"})
+    save_file(
+        {"x": torch.ones(2)},
+        tmp_path / "liar.safetensors",
+        {"format": "hedgehog-1", "meta": "{}", "crc32": "0"},
+    )
     (tmp_path / "text.safetensors").write_text("hello")
     for name in (
         "evil.safetensors",
@@ -126,79 +137,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeyp
         path.write_bytes(b"half of a checkpoint")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common, "save_file", full_disk)
+    monkeypatch.setattr(checkpoints, "save_file", full_disk)
     with pytest.raises(RunError, match="No space left on device.*intact"):
         save_checkpoint(path, small(1), step=2)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
-
-
-# ---------------------------------------------------------------- command line
-
-
-@dataclass
-class Flags:
-    n_layer: int = 4  # how many
-    resume: bool = False  # go on
-    name: str = "x"  # what
-
-
-def test_flags_in_every_spelling():
-    read = lambda *argv: parse(Flags(), list(argv), "")[0]  # noqa: E731
-    assert read("--n_layer", "3").n_layer == read("--n-layer", "3").n_layer == read("--n_layer=3").n_layer == 3
-    for argv in (["--resume"], ["--resume", "true"], ["--resume=true"], ["--resume", "True"]):
-        assert read(*argv).resume is True
-    for argv in ([], ["--resume", "false"], ["--resume=False"], ["--no_resume"], ["--no-resume"]):
-        assert read(*argv).resume is False
-    assert read("--resume", "--name", "y") == Flags(resume=True, name="y")
-    assert read("--name", "-1").name == "-1"
-    assert parse(Flags(), ["--n-layer", "4"], "")[1] == {"n_layer"}
-    assert parse(Flags(), ["--no-resume"], "")[1] == parse(Flags(), ["--resume", "false"], "")[1] == {"resume"}
-
-
-@pytest.mark.parametrize("columns", ["40", "80", "200"])
-@pytest.mark.parametrize(
-    "argv, line",
-    [
-        (["--n_layr", "3"], "unknown flag --n_layr: did you mean --n_layer?"),
-        (["--resum"], "unknown flag --resum: did you mean --resume?"),
-        (["--n_layer", "x"], "--n_layer: invalid literal"),
-        (["--n_layer"], "Missing value for argument '--n_layer'"),
-        (["--resume", "maybe"], "--resume takes true or false, not 'maybe'"),
-        (["stray"], "stray"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_that_says_what_to_do(argv, line, columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)  # of the terminal: the line is the same
-    with pytest.raises(UserError) as e:
-        parse(Flags(), argv, "")
-    assert line in str(e.value) and "\n" not in str(e.value) and "--" in str(e.value)
-
-
-@pytest.mark.parametrize(
-    "error, code, line",
-    [
-        (UserError("do\nthis"), 2, "error: do this"), (RunError("broke"), 1, "error: broke"),
-        (torch.OutOfMemoryError("x"), 1, "error: out of memory"), (KeyboardInterrupt("saved"), 130, "saved"),
-        (OSError(28, "No space left on device", "log"), 1, "error: No space left on device: log"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
-    ],
-)  # fmt: skip
-def test_errors_leave_with_one_line_and_their_exit_code(error, code, line, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as e:
-        common.run(main)
-    err = capsys.readouterr().err
-    assert e.value.code == code and line in err and err.count("\n") == 1
-
-
-def test_a_bug_keeps_its_traceback():
-    def main():
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError):
-        common.run(main)
 
 
 # ---------------------------------------------------------------- seeds and the log
@@ -218,15 +160,21 @@ def test_a_log_goes_on_after_the_step_that_was_saved_and_skips_half_a_line(tmp_p
         f.write('{"step": 4, "lo')  # killed here
     log.start({"step": 2, "config": {}}, 2)
     log.write(step=3, loss=2.0)
-    assert [(e["step"], e.get("loss")) for e in log.read()] == [(0, None), (1, 1.0), (2, 1.0), (2, None), (3, 2.0)]
+    assert [(e["step"], e.get("loss")) for e in log.read()] == [
+        (0, None),
+        (1, 1.0),
+        (2, 1.0),
+        (2, None),
+        (3, 2.0),
+    ]
     assert all(json.loads(line) for line in log.path.read_text().splitlines())
 
 
 def test_dtype_auto_is_never_float16_and_follows_the_hardware():
     cpu = torch.device("cpu")
-    assert common.pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
-    assert common.pick_dtype("float32", cpu) is torch.float32
+    assert pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert pick_dtype("float32", cpu) is torch.float32
     with pytest.raises(UserError, match="not 'float16'"):
-        common.pick_dtype("float16", cpu)
+        pick_dtype("float16", cpu)
     with pytest.raises(UserError, match="'cuda:99' is not available"):
-        common.pick_device("cuda:99")
+        pick_device("cuda:99")
