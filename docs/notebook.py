@@ -130,7 +130,7 @@ from feature_maps import make_feature_map
 
 
 @torch.no_grad()
-def weights_of(attend: LinearAttention):
+def linear_weights_of(attend: LinearAttention):
     """phi(q).phi(k), normalised: (B, H, T, T)."""
     return attend.weights(q, k)
 
@@ -150,7 +150,7 @@ def against_scores(file: str, weights: dict) -> Picture:
     return Picture(file)
 
 
-elu = weights_of(LinearAttention(make_feature_map("elu", H, D)))
+elu = linear_weights_of(LinearAttention(make_feature_map("elu", H, D)))
 numbers("softmax", softmax)
 numbers("1+ELU", elu)
 against_scores("elu.png", {"softmax": softmax, "1+ELU": elu})
@@ -172,7 +172,7 @@ by_hand = torch.cat([positive, negative], dim=-1)  # (B, H, T, F), F = 2 D
 
 phi = make_feature_map("hedgehog", H, D)
 torch.testing.assert_close(by_hand, phi(q))
-untrained = weights_of(LinearAttention(phi))
+untrained = linear_weights_of(LinearAttention(phi))
 numbers("Hedgehog, untrained", untrained)
 
 # %% [markdown]
@@ -265,7 +265,7 @@ Picture("kl.png")
 # weight is nearly zero, but Kendall's tau counts all pairs equally.
 
 # %%
-distilled = weights_of(pupil.transformer.h[layer].attn.attend)
+distilled = linear_weights_of(pupil.transformer.h[layer].attn.attend)
 panels = {
     "softmax": softmax,
     "Hedgehog, untrained": untrained,

@@ -353,14 +353,19 @@ def test_strided_inputs_and_autocast_change_nothing(form):
             torch.testing.assert_close(attend(q, k, v), want)
 
 
-def test_gradients_of_the_feature_map_pass_through_the_denominator():
-    """W and b against central differences, in float64."""
+@pytest.mark.parametrize("form", ["module", *CAUSAL])
+def test_gradients_of_the_feature_map_pass_through_the_denominator(form):
+    """W and b against central differences, in float64, through LinearAttention and through every causal form."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 5, 3, dtype=torch.float64)
     attn = LinearAttention(make_feature_map("hedgehog", 2, 3), chunk_size=2).double()
 
     def y(weight, bias):
-        return torch.func.functional_call(attn, {"phi.weight": weight, "phi.bias": bias}, (q, k, v))
+        if form == "module":
+            return torch.func.functional_call(attn, {"phi.weight": weight, "phi.bias": bias}, (q, k, v))
+        maps = {"weight": weight, "bias": bias}
+        phi_q, phi_k = (torch.func.functional_call(attn.phi, maps, (x,)) for x in (q, k))
+        return CAUSAL[form](phi_q, phi_k, v)
 
     leaves = [p.detach().clone().requires_grad_() for p in attn.parameters()]
     assert torch.autograd.gradcheck(y, leaves)

@@ -46,8 +46,8 @@ BY_OUR_TESTS = {  # tasks 1 to 3: a function, and the theorems of tests/test_att
         lambda form: test_attention.test_every_causal_form_is_equation_2_in_outputs_and_gradients(
             "quadratic", 7
         ),
-        lambda form: (
-            test_attention.test_gradients_of_the_feature_map_pass_through_the_denominator()
+        lambda form: test_attention.test_gradients_of_the_feature_map_pass_through_the_denominator(
+            "quadratic"
         ),
     ),
 }
