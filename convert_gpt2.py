@@ -1,97 +1,101 @@
-"""GPT-2's weights into our GPT, and back, without transformers.
+"""Convert GPT-2 to linear attention, from top to bottom: load, distil, swap, finetune, evaluate (Table 3).
 
-    model = gpt2.from_pretrained("gpt2", dropout=0.1)    a name on the Hugging Face hub: gpt2-medium, distilgpt2 ...
-    model = gpt2.from_pretrained("out/folder")           or a folder: config.json and model.safetensors, or its shards
-    gpt2.to_hf(model, "out/mine")                        which GPT2LMHeadModel.from_pretrained loads
+    python convert_gpt2.py gpt2                  the paper's recipe: 124M parameters, WikiText-103; one GPU
+    python convert_gpt2.py gpt2 --small          to try it: WikiText-2, 200 steps a stage; a CPU will do
+    python convert_gpt2.py out/stdlib-softmax    a softmax run of train.py, on its own data; minutes on a CPU
+    python convert_gpt2.py FOLDER                GPT-2 weights in a folder (config.json, safetensors)
 
-Our names are GPT-2's, but for the prefix "transformer." that some files leave out. Its matrices are Conv1D's, which
-keeps (in, out) where nn.Linear keeps (out, in): four in every block are transposed.
-
-An option of config.json that makes GPT-2 another function than our GPT is refused by name, and so is one that is not
-known here: no weights are loaded into a function that they were not trained for.
+Prints the perplexity after every stage, and leaves a checkpoint that sample.py takes. The same command goes on where it
+was interrupted. A score alone says little: `python -m experiments.gpt2` has the controls (the teacher finetuned as long,
+no attention at all, other maps).
 """
 
-import json
-import logging
-import os
-import shutil
-from fnmatch import fnmatch
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch import nn
 
-from attention import SoftmaxAttention
+import data
+import fused
+from attention import learns_map
+from config import FitConfig
+from distill import distill, load_teacher, pupil_of
 from model import GPT, GPTConfig
-from support.checkpoints import read_tensors, restore, unique_tensors, write_atomically, write_tensors
-from support.cli import UserError, as_user_error
+from perplexity import perplexity
+from support import gpt2_folder
+from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.cli import UserError, as_user_error, parse, run
+from support.devices import World, pick_device, pick_dtype
+from swap import set_mode
+from train import fit
 
-OURS = dict(attention="softmax", position="learned", bias=True, conv=0)  # what makes our GPT a GPT-2
-SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"n_positions": "block_size"}
-# Options that change the function, and the values that our GPT can do; the first is GPT-2's own default.
-NEEDED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-# Options that change training, generation, rounding or other heads, but not the logits of a language model.
-HARMLESS = """*_pdrop initializer_range summary_* *_token_id use_cache n_ctx reorder_and_upcast_attn architectures dtype
-    torch_dtype torchscript transformers_version task_specific_params _name_or_path _attn_implementation* output_*
-    return_dict chunk_size_feed_forward is_decoder is_encoder_decoder id2label label2id _num_labels problem_type
-    gradient_checkpointing n_special predict_special_tokens""".split()
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in older files: the causal mask, and its -10000
-WTE = "transformer.wte.weight"
+OURS = dict(attention="softmax", position="learned", bias=True)  # what makes our GPT a GPT-2
+
+
+@dataclass
+class ConvertConfig(FitConfig):
+    model: str = "gpt2"  # hub name, folder with GPT-2 weights, or a softmax run of this repository
+    small: bool = False  # a recipe for trying GPT-2: WikiText-2, 256 tokens of context, 200 steps a stage
+    feature_map: str = "hedgehog"  # a learned map: hedgehog, hedgehog_exp or t2r
+    tie: bool = True  # one map for queries and keys, as in Sec. 3; false: one map for each
+    # -- training
+    distil_steps: int = 28800  # optimiser steps of distillation: two epochs of WikiText-103
+    distil_lr: float = 1e-2  # peak learning rate of the maps in distillation (App. C.2)
+    max_steps: int = 14400  # optimiser steps of finetuning: one epoch of WikiText-103
+    lr: float = 6e-4  # peak learning rate of finetuning (App. C.2)
+    map_lr_scale: float = 1.0  # in finetuning the learning rate of the feature maps is this times lr
+    weight_decay: float = 0.01  # weight decay of finetuning (App. C.2); distillation has none
+    batch_size: int = 8  # sequences that an optimiser step sees
+    warmup_steps: int = 100  # steps of linear warm-up, before the cosine decay to zero
+    # -- data
+    dataset: str = "wikitext103"  # what is finetuned and evaluated on; for a run of this repository, by default its own
+    data_dir: str = ""  # local file or folder with the original text, instead of the hub
+    block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
+    held_out: int = 8  # sequences that the distillation loss is measured on
+    dev_tokens: int = 65536  # about so many tokens of the end of the training text choose the best checkpoint
+    eval_tokens: int = 0  # about so many scored tokens of the evaluation, evenly spaced; 0: all
+    # -- output
+    eval_interval: int = 500  # steps between validations; the best checkpoint is kept
+    save_interval: int = 500  # steps between checkpoints
+    resume: bool = True  # always: a stage goes on from its last checkpoint; to begin again, name a new out_dir
+
+    def check(self) -> None:
+        super().check()
+        if not learns_map(self.feature_map) or self.feature_map.endswith("_window"):
+            raise ValueError(f"--feature_map takes hedgehog, hedgehog_exp or t2r, not {self.feature_map!r}")
+        if min(self.distil_steps, self.held_out, self.block_size, self.distil_lr, self.dev_tokens) <= 0:
+            raise ValueError("distil_steps, distil_lr, held_out, block_size and dev_tokens must be positive")
+        if self.eval_tokens < 0 or not self.resume:
+            raise ValueError("eval_tokens must be zero or more; to begin again, name a new --out_dir")
+
+
+# For a softmax run of this repository, and for trying GPT-2: minutes on a CPU.
+OWN = dict(
+    distil_steps=300, max_steps=300, lr=1e-3, eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=16384,
+    eval_tokens=65536, map_lr_scale=10.0,
+)  # fmt: skip
+SMALL = dict(
+    dataset="wikitext2", block_size=256, batch_size=2, distil_steps=200, max_steps=200, lr=2e-4, map_lr_scale=10.0,
+    eval_interval=50, save_interval=100, warmup_steps=20, dev_tokens=4096, eval_tokens=20480,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- load
 
 
 def from_pretrained(name_or_path: str | Path, **overrides) -> GPT:
-    """GPT-2 as our GPT, float32, on the CPU. Overrides are fields of GPTConfig that neither its configuration nor
-    OURS decides, such as dropout, which is 0 without. Raises UserError for anything missing, damaged or refused."""
-    folder = Path(name_or_path) if Path(name_or_path).is_dir() else download(str(name_or_path))
-    sizes = read_sizes(folder / "config.json")
-    tensors = to_ours(read_weights(folder), folder)
+    """GPT-2 as our GPT, float32, on the CPU: a name on the Hugging Face hub (gpt2, gpt2-medium, distilgpt2 ...), or a
+    folder. overrides: fields of GPTConfig that neither the folder nor OURS decides, such as dropout, which is 0 without.
+    Raises UserError for anything missing, damaged, or that our GPT cannot compute."""
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else gpt2_folder.download(str(name_or_path))
+    sizes = gpt2_folder.read_sizes(folder / "config.json")
+    tensors = gpt2_folder.to_ours(gpt2_folder.read_weights(folder), folder)
     with as_user_error():
         model = GPT(GPTConfig(**sizes, **OURS, **overrides))
     restore({f"model.{name}": t for name, t in tensors.items()}, model, path=folder)
     return model
-
-
-def to_hf(model: GPT, path: str | Path) -> None:
-    """Write a GPT that is a GPT-2 as a new folder for transformers; it appears when all of it is written.
-    Raises UserError for a model that GPT-2 cannot represent, and for a folder that is there already."""
-    path, c, wte = Path(path), model.config, model.transformer.wte.weight
-    wrong = [f"{name} {getattr(c, name)!r}, not {value!r}" for name, value in OURS.items() if getattr(c, name) != value]
-    if not wrong and any(type(block.attn.attend) is not SoftmaxAttention for block in model.transformer.h):
-        wrong.append("another attention than its configuration says")  # exchanged after the model was made
-    if wte.shape != (c.vocab_size, c.n_embd) or model.lm_head.weight is not wte:
-        wrong.append(f"an embedding {tuple(wte.shape)} that is not the head's, or not of vocab_size {c.vocab_size}")
-    if wrong:
-        raise UserError(f"GPT-2 cannot represent this model: it has {'; '.join(wrong)}")
-    end = 50256 if c.vocab_size == 50257 else None  # <|endoftext|>; without a word, transformers takes 50256 always
-    options = {name: values[0] for name, values in NEEDED.items()}
-    options |= {name: getattr(c, ours) for name, ours in SIZES.items()}
-    options |= dict(n_inner=None, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)  # ours drops no weights
-    options |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
-    tensors = {n: t.t() if n.endswith(TRANSPOSED) else t for n, t in unique_tensors(model).items()}
-
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already: name a new folder, or delete it")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        write_atomically(beside / "config.json", lambda p: p.write_text(json.dumps(options, indent=2) + "\n"))
-        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 wants it
-        if path.exists():
-            path.rmdir()
-        beside.rename(path)
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}): name another folder") from e
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_tokenizer(model: GPT, tokenizer) -> None:
@@ -99,90 +103,115 @@ def check_tokenizer(model: GPT, tokenizer) -> None:
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"the model's vocabulary has {model.config.vocab_size} tokens, the tokenizer's {tokenizer.vocab_size}: "
-            "take the model's own tokenizer (GPT-2's has 50257; a vocabulary that was padded to 50304 must be cut "
+            "use the tokenizer of the model (GPT-2's has 50257; a vocabulary that was padded to 50304 must be cut "
             "first: its padding must never be sampled)"
         )
 
 
-# ---------------------------------------------------------------- reading a folder
+def load(config, given: set[str]) -> tuple[GPT, str]:
+    """(the softmax teacher, the name of its tokenizer). Settings that were not given take the values of the recipe for
+    this kind of model. Raises UserError for a model that is not softmax or too short."""
+    path, changes = Path(config.model), SMALL if config.small else {}
+    if path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last")):
+        teacher, saved = load_teacher(config.model)
+        tokenizer, of = saved["tokenizer"], saved["config"]
+        changes = OWN | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
+    else:
+        teacher, tokenizer = from_pretrained(config.model), "gpt2"
+        check_tokenizer(teacher, data.get_tokenizer(tokenizer))
+    longest = min(changes.get("block_size", config.block_size), teacher.config.block_size)
+    for name, value in {**changes, "block_size": longest}.items():
+        if name not in given:
+            setattr(config, name, value)
+    with as_user_error():
+        config.check()
+        if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
+            raise ValueError(f"block_size {config.block_size}: this model has {teacher.config.block_size} positions")
+        pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
+    return teacher, tokenizer
 
 
-def download(name: str) -> Path:
-    """The folder of a model of the Hugging Face hub, from the cache if it is there."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:  # its network errors are of a dozen types of four packages
-        reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+def texts(config, tokens: data.Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids (training, development, test). The end of the training text is kept for development: it chooses the
+    best checkpoint. Test text that a data set does not have is its validation text."""
+    T = config.block_size
+    ids, test = tokens.split("train", T), tokens.split("test" if "test" in tokens.splits else "validation", T)
+    kept = max(config.dev_tokens, len(ids) // 50, 2 * T)
+    if len(ids) < 2 * kept + T:
         raise UserError(
-            f"{name} is no folder here, and does not come from the Hugging Face hub ({reason}): check the name, "
-            "or give a local folder with config.json and model.safetensors"
-        ) from e
+            f"the training text has {len(ids)} tokens, too few to keep {kept} for development: lower "
+            "--dev_tokens or --block_size, or give more text"
+        )
+    return ids[:-kept], ids[-kept:], test
 
 
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not a mapping")
-        return values
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give a folder as save_pretrained writes it") from e
-    except ValueError as e:  # JSON's and UTF-8's are too
-        raise UserError(f"{path} is damaged ({e}): copy or download it again") from e
+# ---------------------------------------------------------------- the conversion
 
 
-def read_sizes(path: Path) -> dict[str, int]:
-    """Sizes in GPT-2's config.json, by their names in GPTConfig. Raises UserError unless all else in it says that our
-    GPT computes the same function."""
-    config = {"model_type": None, **read_json(path)}
-    sizes = {ours: config.get(name, getattr(GPTConfig, ours)) for name, ours in SIZES.items()}  # defaults: GPT-2's
-    for name, ours in SIZES.items():
-        if type(sizes[ours]) is not int:
-            raise UserError(f"{path}: {name} must be a whole number, not {sizes[ours]!r}")
-    needed = {**NEEDED, "n_inner": (None, 4 * sizes["n_embd"])}
-    for name, values in needed.items():
-        if config.get(name, values[0]) not in values:
-            raise UserError(f"{path}: {name} is {config[name]!r}; our GPT can only {' or '.join(map(repr, values))}")
-    for name, value in config.items():
-        if name not in {*SIZES, *needed} and not any(fnmatch(name, known) for known in HARMLESS):
-            raise UserError(f"{path}: unknown option {name} ({value!r}), which may make it another function")
-    return sizes
+def main() -> None:
+    with as_user_error():
+        config, given = parse(ConvertConfig(), sys.argv[1:], __doc__, "model")
+        config.check()
+    world = World(0, 1, pick_device(config.device))
+    with as_user_error():
+        fused.use(config.kernel, world.device)
+
+    # 1. Load the teacher, with softmax, and its text.
+    teacher, tokenizer = load(config, given)
+    teacher.to(world.device).eval()
+    tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
+    train, dev, test = texts(config, tokens)
+    T, dtype = config.block_size, pick_dtype(config.dtype, world.device)
+    out = Path(config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-{config.feature_map}")
+
+    def batch(step: int):
+        return data.batch_of(train, step, config.batch_size, T, config.seed)
+
+    def score(model: nn.Module, ids: np.ndarray, limit: int) -> dict:
+        return perplexity(model, ids, tokens.tokenizer, T, T, limit, dtype)
+
+    def say(what: str, model: nn.Module) -> None:
+        print(f"{what:32} perplexity {score(model.eval(), test, config.eval_tokens)['perplexity']:.2f}", flush=True)
+
+    def stage(name: str, **settings) -> FitConfig:
+        plain = FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)})
+        resume = (out / name / "last.safetensors").exists()
+        return replace(plain, out_dir=str(out / name), resume=resume, **settings)
+
+    meta = {"config": {**asdict(config), "out_dir": ""}, "tokenizer": tokenizer}
+    say("teacher, softmax", teacher)
+
+    # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on the activations of the teacher.
+    model = pupil_of(teacher, config.feature_map, tie=config.tie)
+    sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
+    maps = stage("distil", max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0, patience=5)
+    distill(model, lambda step: batch(step)[:1], sequences, lambda model, x: model(x), maps, world, meta)
+
+    # 3. Swap: from here on the maps carry the attention, in O(T) time and with a state of constant size.
+    set_mode(model, "linear")
+    say(f"{config.feature_map}, distilled", model)
+
+    # 4. Finetune all parameters on the text.
+    groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
+    finetune = stage("finetune")
+    fit(
+        model,
+        groups,
+        batch,
+        loss=lambda model, x, y: model(x, y)[1],
+        evaluate=lambda model: score(model, dev, config.dev_tokens),
+        config=finetune,
+        world=world,
+        meta=meta,
+    )
+    restore(load_checkpoint(out / "finetune" / "best.safetensors")[0], model)
+
+    # 5. Evaluate on text that no stage has trained on.
+    say(f"{config.feature_map}, distilled, finetuned", model)
+    about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
+    save_checkpoint(out / "best.safetensors", model, config=about, tokenizer=tokenizer)
+    print(f"written to {out}: best.safetensors; python sample.py {out} writes text with it")
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors; or of the shards in its index, each from the shard that the index says."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return read_tensors(whole)[0]
-    if not index.exists():
-        raise UserError(f"{folder} has no model.safetensors, whole or in shards: write one with save_pretrained")
-    shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise UserError(f"{index} is damaged (it has no weight_map): copy or download it again")
-    if missing := [shard for shard in sorted(set(shard_of.values())) if not (folder / shard).is_file()]:
-        raise UserError(f"there is no {folder / missing[0]}: copy or download it again")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        tensors |= {name: t for name, t in read_tensors(folder / shard)[0].items() if shard_of.get(name) == shard}
-    return tensors
-
-
-def to_ours(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """GPT-2's tensors by our names, its matrices as nn.Linear has them, without masks and the tied head."""
-    found: dict[str, Tensor] = {}
-    for name, t in tensors.items():
-        if name.endswith(MASKS):
-            continue
-        if name != "lm_head.weight":
-            name = "transformer." + name.removeprefix("transformer.")
-        if name in found:
-            raise UserError(f"{folder} has {name} twice, with its prefix and without: delete one")
-        found[name] = t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
-    head = found.pop("lm_head.weight", None)  # a file may hold either of the tied two, or both
-    if head is not None and not torch.equal(head.float(), found.setdefault(WTE, head).float()):
-        raise UserError(f"{folder} has a lm_head.weight that differs from {WTE}: our GPT ties them")
-    return found
+if __name__ == "__main__":
+    run(main)

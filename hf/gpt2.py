@@ -12,11 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from attention import SoftmaxAttention
-from convert_gpt2 import NEEDED, OURS, SIZES, TRANSPOSED
+from convert_gpt2 import OURS
 from model import GPT
 from support.checkpoints import unique_tensors, write_atomically, write_tensors
 from support.cli import UserError
+from support.gpt2_folder import NEEDED, SIZES, TRANSPOSED
 
 
 def to_hf(model: GPT, path: str | Path) -> None:
@@ -28,8 +31,8 @@ def to_hf(model: GPT, path: str | Path) -> None:
     path, config = Path(path), model.config
     check_is_gpt2(model)
 
-    # <|endoftext|> begins and ends a text, but only GPT-2's vocabulary has it. A config.json without
-    # these two tokens would mean 50256, whatever the vocabulary.
+    # <|endoftext|> begins and ends a text, but only GPT-2's vocabulary has it. Without these two
+    # tokens in config.json, transformers takes 50256, whatever the vocabulary.
     end = 50256 if config.vocab_size == 50257 else None
     options = {name: values[0] for name, values in NEEDED.items()}
     options |= {name: getattr(config, ours) for name, ours in SIZES.items()}
@@ -76,5 +79,10 @@ def check_is_gpt2(model: GPT) -> None:
             f"an embedding {tuple(wte.shape)} that is not the head's, "
             f"or not of vocab_size {config.vocab_size}"
         )
+    if not wrong:
+        with torch.device("meta"):
+            expected = GPT(config).state_dict()
+        if other := sorted(expected.keys() ^ model.state_dict().keys()):
+            wrong.append(f"other weights than its configuration says ({', '.join(other[:3])})")
     if wrong:
         raise UserError(f"GPT-2 cannot represent this model: it has {'; '.join(wrong)}")
