@@ -154,7 +154,6 @@ KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
 def flags_of(config: Any) -> dict[str, Any]:
     """name -> type of every field that is a flag."""
     fields = [f for f in dataclasses.fields(config) if not tagged(config, f.name, "hidden")]
-    fields = [f for f in fields if typing.get_origin(f.type) is not typing.Annotated]
     return {f.name: f.type if f.type in KINDS else typing.get_origin(f.type) for f in fields}
 
 
