@@ -1,11 +1,12 @@
-"""Text out of a checkpoint, printed as it is made.
+"""Text from a checkpoint, printed as it is made.
 
     python sample.py                                       the newest run in out/
     python sample.py out/stdlib-hedgehog --prompt "class Queue"
     python sample.py out/stdlib-hedgehog --prompt_file queue.py --max_new_tokens 5000
     echo "import os" | python sample.py out/stdlib-hedgehog --prompt -
 
-With linear attention and RoPE the text may be of any length, at constant memory and speed.
+By default the text is as long as the sequences that the model was trained on. With linear attention and RoPE it may be of
+any length, at constant memory and speed; but beyond the training length it gets worse.
 """
 
 import codecs
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data
 import fused
-from data import get_tokenizer, read_text
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from support.checkpoints import load_checkpoint, restore
@@ -30,17 +31,17 @@ class SampleConfig:
     checkpoint: str = ""  # a run's folder or a .safetensors file; by default the newest run in out/
     prompt: str = "\n"  # the text to continue; - reads it from standard input
     prompt_file: str = ""  # a file with the text to continue
-    max_new_tokens: int = 500  # how many tokens to add
-    temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own distribution
+    max_new_tokens: int = -1  # how many tokens to add; -1: up to the length that the model was trained on
+    temperature: float = 0.8  # 0: always the likeliest token; 1: the distribution of the model
     top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
     top_p: float = 1.0  # draw from the fewest tokens that together have this probability
     seed: int = 1  # the same seed gives the same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    kernel: str = "auto"  # of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
+    device: str = "auto"  # where to run: auto, cpu, cuda, cuda:N or mps
+    kernel: str = "auto"  # form of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
 
     def check(self) -> None:
         """Raise UserError for numbers that make no sense."""
-        if self.max_new_tokens < 0 or self.top_k < 0 or not 0 <= self.temperature < float("inf"):
+        if self.max_new_tokens < -1 or self.top_k < 0 or not 0 <= self.temperature < float("inf"):
             raise UserError("max_new_tokens, top_k and temperature must be zero or more")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be at least 0 and below 2^63, not {self.seed}")
@@ -59,12 +60,27 @@ def newest_run() -> Path:
 
 def read_prompt(config: SampleConfig) -> str:
     if config.prompt_file:
-        return read_text(Path(config.prompt_file))
+        return data.read_text(Path(config.prompt_file))
     if config.prompt != "-":
         return config.prompt.encode(errors="ignore").decode()
     if sys.stdin is None:
         raise UserError("there is no standard input to read the prompt from: use --prompt or --prompt_file")
     return sys.stdin.read()
+
+
+def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:
+    """How many tokens to add. Says so if they go beyond the training length. Raises UserError if they cannot fit."""
+    n, trained = config.max_new_tokens, of_model.block_size
+    if n < 0:
+        n = trained - n_prompt if n_prompt < trained else trained
+    if n_prompt + n > of_model.max_length:
+        raise UserError(
+            f"{n_prompt} tokens of prompt and {n} new ones do not fit into the {of_model.max_length} positions "
+            "of this model: shorten the prompt or lower --max_new_tokens"
+        )
+    if n_prompt + n > trained:
+        print(f"the model was trained on {trained} tokens at a time: text beyond them gets worse", file=sys.stderr)
+    return n
 
 
 def main() -> None:
@@ -78,23 +94,18 @@ def main() -> None:
     restore(tensors, model, path=path)
     model.to(device).eval()
 
-    tokenizer, prompt = get_tokenizer(meta.get("tokenizer", "")), read_prompt(config)
-    ids = torch.from_numpy(np.asarray(tokenizer.encode_many([prompt])[0], np.int64))[None]  # (1, T)
+    tokenizer, prompt = data.get_tokenizer(meta.get("tokenizer", "")), read_prompt(config)
     if not prompt:
         raise UserError("the prompt is empty: give at least one character")
-    if ids.size(1) + config.max_new_tokens > model.config.max_length:
-        raise UserError(
-            f"{ids.size(1)} tokens of prompt and {config.max_new_tokens} new ones do not fit into the "
-            f"{model.config.max_length} positions of this model: shorten the prompt or lower --max_new_tokens"
-        )
+    ids = torch.from_numpy(np.asarray(tokenizer.encode_many([prompt])[0], np.int64))[None]  # (1, T)
+    n = length_of(config, ids.size(1), model.config)
     if model.config.attention in FEATURE_MAPS:
         print(fused.describe(device), file=sys.stderr)
+
     out = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be several tokens
     print(prompt, end="", flush=True)
     generator = torch.Generator(device).manual_seed(config.seed)
-    for token in model.stream(
-        ids.to(device), config.max_new_tokens, config.temperature, config.top_k or None, config.top_p, generator
-    ):
+    for token in model.stream(ids.to(device), n, config.temperature, config.top_k or None, config.top_p, generator):
         print(out.decode(tokenizer.decode_bytes(token[0].tolist())), end="", flush=True)
     print(out.decode(b"", final=True))
 

@@ -14,18 +14,18 @@ from distill import (
     MimicAttention,
     attention_cross_entropy,
     distill,
-    map_parameters,
     mimicry,
     pupil_of,
-    set_mode,
-    sockets,
 )
 from feature_maps import FEATURE_MAPS, make_feature_map
-from model import GPT, GPTConfig
+from fused.mimicry import attention_cross_entropy as mimicry_in_blocks
+from model import GPT, GPTConfig, map_parameters
 from support import timing
 from support.checkpoints import load_checkpoint
 from support.devices import World
+from swap import set_mode, sockets
 
+FORMS = {"plain": attention_cross_entropy, "in blocks": mimicry_in_blocks}
 B, H, T, D = 2, 3, 13, 4
 
 
@@ -57,7 +57,7 @@ def plain_loops(q, k, phi_q, phi_k, causal, real):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("block_size", [1, 5, 64])
+@pytest.mark.parametrize("block_size", [None, 1, 5, 64])  # None: the plain form
 def test_loss_and_gradient_are_eq_3_in_plain_loops(causal, padded, block_size):
     q, k = random_qk()
     phi = make_feature_map("hedgehog", H, D).double()
@@ -66,9 +66,11 @@ def test_loss_and_gradient_are_eq_3_in_plain_loops(causal, padded, block_size):
         real[0, :4], real[1, 9:] = False, False  # left and right
     phi_q, phi_k = phi(q).detach().requires_grad_(), phi(k).detach().requires_grad_()
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    found = attention_cross_entropy(
-        q, k, phi_q, phi_k, causal=causal, key_mask=real if padded else None, block_size=block_size
-    )
+    mask = dict(causal=causal, key_mask=real if padded else None)
+    if block_size:
+        found = mimicry_in_blocks(q, k, phi_q, phi_k, **mask, block_size=block_size)
+    else:
+        found = attention_cross_entropy(q, k, phi_q, phi_k, **mask)
     grads = torch.autograd.grad((found[0] * upstream).sum(), (phi_q, phi_k))
     wanted = plain_loops(q, k, phi_q, phi_k, causal, real)
     wanted_grads = torch.autograd.grad((wanted[0] * upstream).sum(), (phi_q, phi_k), allow_unused=True)
@@ -77,47 +79,52 @@ def test_loss_and_gradient_are_eq_3_in_plain_loops(causal, padded, block_size):
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
-def test_the_loss_is_finite_for_every_map_and_never_below_the_entropy(name):
+@pytest.mark.parametrize("cross_entropy", FORMS.values(), ids=FORMS)
+def test_the_loss_is_finite_for_every_map_and_never_below_the_entropy(name, cross_entropy):
     q, k = random_qk(torch.float32, scale=20.0)
     phi = make_feature_map(name, H, D)
-    loss, entropy = attention_cross_entropy(q, k, phi.query(q), phi.key(k))
+    loss, entropy = cross_entropy(q, k, phi.query(q), phi.key(k))
     assert loss.isfinite().all() and (loss >= entropy - 1e-4).all()
 
 
-def test_a_perfect_mimic_has_the_entropy_as_its_loss_and_no_gradient():
+@pytest.mark.parametrize("cross_entropy", FORMS.values(), ids=FORMS)
+def test_a_perfect_mimic_has_the_entropy_as_its_loss_and_no_gradient(cross_entropy):
     q, k = random_qk()
     scores = (q @ k.mT / math.sqrt(D)).exp()  # phi(q_i).phi(k_j) with phi(k_j) the j-th unit vector
     phi_q, phi_k = (
         scores.requires_grad_(),
         torch.eye(T, dtype=torch.float64).expand(B, H, T, T).clone().requires_grad_(),
     )
-    loss, entropy = attention_cross_entropy(q, k, phi_q, phi_k)
+    loss, entropy = cross_entropy(q, k, phi_q, phi_k)
     torch.testing.assert_close(loss.detach(), entropy, atol=1e-12, rtol=0)
     for grad in torch.autograd.grad(loss.sum(), (phi_q, phi_k)):
         torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-10, rtol=0)
 
 
-def test_entropy_is_that_of_softmax_and_loss_that_of_linear_weights():
+@pytest.mark.parametrize("cross_entropy", FORMS.values(), ids=FORMS)
+def test_entropy_is_that_of_softmax_and_loss_that_of_linear_weights(cross_entropy):
     q, k = random_qk()
     phi = make_feature_map("t2r", H, D).double()
     P, A = softmax_weights(q, k), linear_weights(phi(q), phi(k))
-    loss, entropy = attention_cross_entropy(q, k, phi(q), phi(k))
+    loss, entropy = cross_entropy(q, k, phi(q), phi(k))
     torch.testing.assert_close(entropy, -torch.special.xlogy(P, P).sum(-1).mean((0, 2)))
     torch.testing.assert_close(loss, -torch.special.xlogy(P, A).sum(-1).mean((0, 2)))
 
 
-def test_without_a_real_token_there_is_an_error():
+@pytest.mark.parametrize("cross_entropy", FORMS.values(), ids=FORMS)
+def test_without_a_real_token_there_is_an_error(cross_entropy):
     q, k = random_qk()
     with pytest.raises(ValueError, match="no real token"):
-        attention_cross_entropy(q, k, q.exp(), k.exp(), key_mask=torch.zeros(B, T, dtype=torch.bool))
+        cross_entropy(q, k, q.exp(), k.exp(), key_mask=torch.zeros(B, T, dtype=torch.bool))
 
 
-def test_bfloat16_inputs_are_measured_in_float32():
+@pytest.mark.parametrize("cross_entropy", FORMS.values(), ids=FORMS)
+def test_bfloat16_inputs_are_measured_in_float32(cross_entropy):
     q, k = random_qk(torch.float32)
     phi = make_feature_map("hedgehog", H, D)
-    wanted = attention_cross_entropy(q.bfloat16().float(), k.bfloat16().float(), phi(q.bfloat16()), phi(k.bfloat16()))
+    wanted = cross_entropy(q.bfloat16().float(), k.bfloat16().float(), phi(q.bfloat16()), phi(k.bfloat16()))
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention_cross_entropy(q.bfloat16(), k.bfloat16(), phi(q.bfloat16()), phi(k.bfloat16()))
+        found = cross_entropy(q.bfloat16(), k.bfloat16(), phi(q.bfloat16()), phi(k.bfloat16()))
     for f, w in zip(found, wanted):
         assert f.dtype == torch.float32
         torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-5)
@@ -154,32 +161,18 @@ def test_a_mimic_returns_the_softmax_output_and_its_loss_reaches_nothing_but_the
     assert all(p.grad.abs().max() > 0 for p in attend.phi.parameters())
 
 
-def test_the_output_loss_is_the_mean_squared_error_of_outputs():
-    q, k = random_qk()
-    v, mask = torch.randn_like(q), torch.ones(B, T, dtype=torch.bool)
-    mask[0, 5:] = False
-    model = torch.nn.Module()
-    model.attend = LinearAttention(make_feature_map("hedgehog", H, D).double())
-    set_mode(model, "mimic_output")
-    y = model.attend(q, k, v, mask)
-    assert torch.equal(y, softmax_attention(q, k, v, key_mask=mask))
-    linear = LinearAttention(model.attend.phi)(q, k, v, mask)
-    wanted = ((linear - y).square().sum(-1) * mask[:, None]).sum((0, 2)) / mask.sum()
-    torch.testing.assert_close(model.attend.loss, wanted.float(), atol=1e-6, rtol=1e-5)
-
-
 def tiny_gpt(attention="softmax", **changes) -> GPT:
     torch.manual_seed(1)
     return GPT(GPTConfig(block_size=32, vocab_size=40, n_layer=2, n_head=2, n_embd=32, attention=attention, qk_gain=20,
                          **changes)).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "learned"}, {"conv": 3}])
+@pytest.mark.parametrize("changes", [{}, {"position": "learned"}])
 def test_a_distilled_layer_sees_the_teachers_activations(changes):
     teacher, idx = tiny_gpt(**changes), torch.randint(40, (2, 32))
     pupil = pupil_of(teacher, "hedgehog").eval()
     wanted = teacher(idx)[0]
-    for mode in ("softmax", "mimic", "mimic_output"):
+    for mode in ("softmax", "mimic"):
         set_mode(pupil, mode)
         torch.testing.assert_close(pupil(idx)[0], wanted, atol=1e-6, rtol=1e-5)
     set_mode(pupil, "linear")
@@ -199,8 +192,7 @@ def test_modes_and_models_that_do_not_exist_are_errors():
         pupil_of(tiny_gpt("elu"), "hedgehog")
 
 
-@pytest.mark.parametrize("target", ["weights", "output"])
-def test_distillation_trains_the_maps_of_all_layers_and_nothing_else(tmp_path, target):
+def test_distillation_trains_the_maps_of_all_layers_and_nothing_else(tmp_path):
     pupil = pupil_of(tiny_gpt(), "hedgehog", tie=False)
     pupil.transformer.wte.weight.requires_grad_(False)
     before = {n: p.clone() for n, p in pupil.named_parameters()}
@@ -211,7 +203,7 @@ def test_distillation_trains_the_maps_of_all_layers_and_nothing_else(tmp_path, t
     config = FitConfig(max_steps=40, lr=1e-2, warmup_steps=0, eval_interval=20, out_dir=str(tmp_path), device="cpu",
                        batch_size=2, dtype="float32")  # fmt: skip
     found = distill(pupil, lambda step: (data[step % 8],), held_out, lambda model, x: model(x), config,
-                    World(0, 1, torch.device("cpu")), {"config": {}}, target)  # fmt: skip
+                    World(0, 1, torch.device("cpu")), {"config": {}})  # fmt: skip
     assert {n for n, p in pupil.named_parameters() if not torch.equal(p, before[n])} == {
         n for n in before if ".phi." in n
     }
@@ -269,7 +261,6 @@ def test_distillation_stops_when_patience_is_over(train, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--feature_map", "elu"], "--feature_map takes hedgehog, hedgehog_exp or t2r, not 'elu'"),
-    (["--target", "logits"], "--target takes weights or output"),
     (["--held_out", "0"], "held_out must be at least 1"),
     (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     ([], "python train.py --attention softmax trains one"),

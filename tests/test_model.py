@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from attention import linear_weights, softmax_weights
 from feature_maps import FEATURE_MAPS
-from model import GPT, GPTConfig, apply_rope, rope_table, sample_token
+from model import GPT, GPTConfig, apply_rope, renewed, rope_table, sample_token
 
 ATTENTIONS = ["softmax", *FEATURE_MAPS]
 
@@ -135,8 +135,10 @@ def test_initialisation_is_gpt2s_with_the_gain_on_queries_and_keys():
     qk, v = block.attn.c_attn.weight[:256], block.attn.c_attn.weight[256:]
     for weight, std in ((qk, 0.01), (v, 0.02), (block.attn.c_proj.weight, 0.01), (model.lm_head.weight, 0.02)):
         assert abs(weight.std().item() / std - 1) < 0.03
-    wide = GPT(GPTConfig(block_size=8, vocab_size=500, n_layer=1, n_head=2, n_embd=128, embd_std=0.1))
+    wide = GPT(GPTConfig(block_size=8, vocab_size=500, n_layer=1, n_head=2, n_embd=128))
+    wide.init_weights(embd_std=0.1, init_std=0.05)
     assert abs(wide.transformer.wte.weight.std().item() / 0.1 - 1) < 0.03
+    assert abs(wide.transformer.h[0].mlp.c_fc.weight.std().item() / 0.05 - 1) < 0.03
     idx, targets = torch.randint(500, (2, 64, 8))
     assert abs(model(idx, targets)[1].item() - math.log(500)) < 0.1  # knows nothing yet
 
@@ -217,25 +219,13 @@ def test_gelu_is_gpt2s_tanh_approximation():
     assert not torch.equal(mlp(x), mlp.c_proj(F.gelu(mlp.c_fc(x))))
 
 
-# ---------------------------------------------------------------- beyond the paper
-
-
-def test_the_convolution_is_its_sum_and_begins_as_none():
-    """y_i = sum_t conv_t x_{i - taps + 1 + t}, coordinate by coordinate."""
-    attn = tiny(conv=3).transformer.h[0].attn
-    x, conv = torch.randn(2, 7, 48), attn.conv
-    y = attn.convolve(x, None)
-    for i in range(7):
-        want = sum(conv[t] * x[:, i - 2 + t] for t in range(3) if i - 2 + t >= 0)
-        torch.testing.assert_close(y[:, i], want)
-    with torch.no_grad():
-        conv.copy_(GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, conv=3)).transformer.h[0].attn.conv)
-    torch.testing.assert_close(attn.convolve(x, None), x)
+# ---------------------------------------------------------------- configurations
 
 
 @pytest.mark.parametrize("attention", ["softmax", "hedgehog", "hedgehog_window"])
-def test_text_with_a_convolution_continues_in_pieces_as_at_once(attention):
-    model, idx = tiny(attention, conv=4, window=5), torch.randint(50, (2, 23))
+def test_text_continues_in_pieces_as_at_once(attention):
+    options = {"window": 5} if "window" in attention else {}
+    model, idx = tiny(attention, options=options), torch.randint(50, (2, 23))
     with torch.no_grad():
         want, caches, got, done = model.hidden(idx), [{} for _ in model.transformer.h], [], 0
         for n in (1, 2, 1, 12, 7):
@@ -244,37 +234,57 @@ def test_text_with_a_convolution_continues_in_pieces_as_at_once(attention):
     torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-4, rtol=1e-4)
 
 
-def test_configurations_of_the_first_checkpoints_are_read_with_defaults_for_later_fields():
-    from model import LATER
+OLD = dict(  # the fields of GPTConfig that checkpoints of earlier versions have
+    block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16, dropout=0.0, bias=True, attention="hedgehog",
+    position="rope", rope_base=10000.0, tie=True, qk_gain=1.0, qk_bias=0.0, embd_std=0.02, init_std=0.02,
+    map_init="identity", map_scale=1.0, map_features=0, window=32, conv=0,
+)  # fmt: skip
 
-    old = {k: v for k, v in vars(GPTConfig(n_layer=3)).items() if k not in LATER}
-    assert GPTConfig.of(old) == GPTConfig(n_layer=3)
+
+def test_configurations_of_earlier_versions_are_read():
+    """Their fields become options where they mean something, and nothing where they do not."""
+    size = dict(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)
+    assert GPTConfig.of(OLD) == GPTConfig(**size)
+    first = {name: value for name, value in OLD.items() if not name.startswith(("map_", "init_", "conv", "window"))}
+    assert GPTConfig.of(first) == GPTConfig(**size)
+    wide = GPTConfig.of({**OLD, "map_init": "random", "map_features": 12, "map_scale": 2.0})
+    assert wide.options == {"init": "random", "n_features": 12, "scale": 2.0}
+    assert GPTConfig.of({**OLD, "attention": "softmax", "map_init": "random", "window": 7}).options == {}
+    assert GPTConfig.of({**OLD, "attention": "softmax_window", "window": 7}).options == {"window": 7}
+    assert renewed({"map_features": 7, "lr": 1.0}) == {"map_features": 7, "lr": 1.0}  # no GPT: a conversion's
+    with pytest.raises(ValueError, match="convolutions over time"):
+        GPTConfig.of({**OLD, "conv": 3})
     with pytest.raises(ValueError, match="not the configuration of a GPT"):
-        GPTConfig.of({k: v for k, v in old.items() if k != "n_embd"})
+        GPTConfig.of({k: v for k, v in OLD.items() if k != "n_embd"})
 
 
 @pytest.mark.parametrize(
-    "field, value, line",
+    "options, line",
     [
-        ("map_init", "zeros", "unknown map_init 'zeros'"),
-        ("map_features", 128, "cannot begin as the identity"),
-        ("conv", 1, "conv zero or at least 2 taps"),
-        ("window", 0, "window must be positive"),
-        ("init_std", 0.0, "init_std must be positive"),
+        ({"init": "zeros"}, "init identity or random, not 'zeros'"),
+        ({"n_features": 128}, "only begin as the identity if it is square"),
+        ({"scale": 0.0}, "scale positive"),
+        ({"n_feature": 3}, "hedgehog takes no option n_feature"),
+        ({"attention": "softmax", "n_features": 3}, "softmax takes no option n_features"),
+        ({"attention": "hedgehog_window", "window": 0}, "window must be at least 1"),
+        ({"attention": "elu", "t": 2.0}, "elu takes no option t"),
     ],
 )
-def test_what_makes_no_model_is_said(field, value, line):
+def test_options_that_make_no_attention_are_named(options, line):
+    options = dict(options)
     with pytest.raises(ValueError, match=line):
-        GPTConfig(**{field: value})
+        GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, attention=options.pop("attention", "hedgehog"),
+                      options=options))  # fmt: skip
 
 
 def test_the_options_of_learned_maps_reach_them():
-    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, map_init="random", map_features=12))
+    size = dict(vocab_size=50, n_layer=1, n_head=2, n_embd=16)
+    wide = {"init": "random", "n_features": 12}
+    model = GPT(GPTConfig(**size, options=wide))
     assert model.transformer.h[0].attn.attend.phi.weight.shape == (2, 8, 12)
-    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, attention="t2r", map_scale=3.0))
+    model = GPT(GPTConfig(**size, attention="t2r", options={"scale": 3.0}))
     assert torch.equal(model.transformer.h[0].attn.attend.phi.weight[0], 3 * torch.eye(8))
-    idx = torch.randint(50, (1, 40))
-    wide = tiny(map_init="random", map_features=12, n_layer=1)
-    attn, (q, k) = wide.transformer.h[0].attn.attend, torch.randn(2, 1, 2, 40, 8)
-    torch.testing.assert_close(attn(q, k, k), attn.weights(q, k) @ k)  # kernels take square W, and are given features
-    assert wide(idx)[0].isfinite().all()
+    model = tiny(options=wide, n_layer=1)
+    attn, (q, k) = model.transformer.h[0].attn.attend, torch.randn(2, 1, 2, 40, 8)
+    torch.testing.assert_close(attn(q, k, k), attn.weights(q, k) @ k)  # kernels take a square W, and get features here
+    assert model(torch.randint(50, (1, 40)))[0].isfinite().all()

@@ -243,9 +243,9 @@ def test_a_kill_while_a_checkpoint_is_being_written_leaves_the_one_before(train,
     out = tmp_path / "run"
     assert train("--out_dir", out, "--max_steps", 3, "--resume")[0] == 0
     die = (
-        "import common, os, sys; sys.path.insert(0, '.')\n"
+        "import os, support.checkpoints, sys; sys.path.insert(0, '.')\n"
         "def half(tensors, path, header): path.write_bytes(b'half'); os.kill(os.getpid(), 9)\n"
-        "common.save_file = half\nimport train\nsys.argv[0] = 'train.py'\ncommon.run(train.main)"
+        "support.checkpoints.save_file = half\nimport train\nsys.argv[0] = 'train.py'\nsupport.cli.run(train.main)"
     )
     argv = ["--dataset", "text", "--data_dir", text, *TINY, "--out_dir", out, "--max_steps", "9", "--resume"]
     process = start("-c", die, *argv)
@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_line_and_the_old_checkpoint(tex
         "def tight(path, w):\n"
         "    if 'last' in path.name: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "    write(path, w)\n"
-        "common.write_atomically = tight\ncommon.run(train.main)"
+        "common.write_atomically = tight\nsupport.cli.run(train.main)"
     )
     (tmp_path / "last.safetensors").write_bytes(b"an earlier run")  # will be set aside
     argv = ["--dataset", "text", "--data_dir", text, *TINY, "--out_dir", tmp_path]
