@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back.
 
-Each has `encode_many(texts)`, one list of ids for each text, `decode_bytes(ids)`, `vocab_size`, and a
-`name`, by which prepared data and checkpoints remember it.
+Each has `encode_many(texts)`, which gives one list of ids for each text, `decode_bytes(ids)`, and
+`vocab_size`. Prepared data and checkpoints remember a tokenizer by its `name`.
 """
 
 import os

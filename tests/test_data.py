@@ -1,9 +1,11 @@
 """Data sets: deterministic, split without overlap, the same tokens however the text is cut."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
+from conftest import start as start_process
 
 import data
 from data import batch_of, batched, prepare, read_text, split_files
@@ -18,7 +20,9 @@ def quiet(*_):
 def write_files(folder, **texts):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
-        (folder / f"{name}.txt").write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / f"{name}.txt").write_bytes(
+            content.encode() if isinstance(content, str) else content
+        )
     return folder
 
 
@@ -38,12 +42,21 @@ def test_the_standard_library_is_split_by_file_without_overlap():
 
 
 def test_a_folder_is_split_by_name_and_a_text_that_occurs_twice_is_used_once(tmp_path):
-    folder = write_files(tmp_path / "many", **{f"f{i}": f"text {i} " * 5 for i in range(100)}, empty=" \n")
+    folder = write_files(
+        tmp_path / "many", **{f"f{i}": f"text {i} " * 5 for i in range(100)}, empty=" \n"
+    )
     write_files(folder / "copy", **{f"g{i}": f"text {i} " * 5 for i in range(100)})
     first = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt")), folder).items()}
-    again = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt"), reverse=True), folder).items()}
+    again = {
+        k: list(v)
+        for k, v in split_files(sorted(folder.rglob("*.txt"), reverse=True), folder).items()
+    }
     assert first == again
-    assert len(first["train"]) + len(first["validation"]) == 100 == len(set(first["train"] + first["validation"]))
+    assert (
+        len(first["train"]) + len(first["validation"])
+        == 100
+        == len(set(first["train"] + first["validation"]))
+    )
     assert 0 < len(first["validation"]) < 20
 
 
@@ -69,7 +82,9 @@ def test_preparing_happens_once_and_again_when_the_text_changes(tmp_path):
         prepare("text", str(folder), say=said.append)
     assert len(said) == 1
     write_files(folder, a="three " * 60)
-    assert b"three" in bytes(np.concatenate(list(prepare("text", str(folder), say=said.append).splits.values())))
+    assert b"three" in bytes(
+        np.concatenate(list(prepare("text", str(folder), say=said.append).splits.values()))
+    )
     assert len(said) == 2
 
 
@@ -92,7 +107,12 @@ def test_a_damaged_prepared_file_is_noticed(tmp_path):
     folder = write_files(tmp_path / "d", a="one " * 50, b="two " * 50)
     prepare("text", str(folder), say=quiet)
     newest = max(data.PREPARED.iterdir(), key=lambda p: p.stat().st_mtime)
-    for name, content in (("train.bin", b"one"), ("train.bin", b""), ("meta.json", b"{}"), ("meta.json", b"{")):
+    for name, content in (
+        ("train.bin", b"one"),
+        ("train.bin", b""),
+        ("meta.json", b"{}"),
+        ("meta.json", b"{"),
+    ):
         before = (newest / name).read_bytes()
         (newest / name).write_bytes(content)
         with pytest.raises(UserError, match="is damaged .*: delete it"):
@@ -121,11 +141,13 @@ def test_files_that_are_not_text_are_refused_by_name(tmp_path, content, complain
 @pytest.mark.parametrize(
     "name, folder, complaint",
     [
-        ("texts", "", "unknown data set 'texts'"), ("text", "", "needs --data_dir"),
-        ("text", "nowhere", "nowhere does not exist"), ("wikitext2", ".", "put wiki.train.raw"),
+        ("texts", "", "unknown data set 'texts'"),
+        ("text", "", "needs --data_dir"),
+        ("text", "nowhere", "nowhere does not exist"),
+        ("wikitext2", ".", "put wiki.train.raw"),
         ("shakespeare", ".", "put tiny Shakespeare's input.txt"),
     ],
-)  # fmt: skip
+)
 def test_missing_data_is_one_clear_line(name, folder, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=complaint):
@@ -134,7 +156,9 @@ def test_missing_data_is_one_clear_line(name, folder, complaint, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["wikitext2", "wikitext103", "shakespeare"])
 def test_without_a_network_the_hub_error_says_which_files_go_where(name):
-    with pytest.raises(UserError, match=r"cannot get .* from the Hugging Face hub .*--data_dir FOLDER"):
+    with pytest.raises(
+        UserError, match=r"cannot get .* from the Hugging Face hub .*--data_dir FOLDER"
+    ):
         prepare(name, tokenizer="bytes", say=quiet)
 
 
@@ -179,15 +203,71 @@ def test_blocks_of_text_have_the_tokens_of_the_whole_text(monkeypatch):
     """With the pattern of GPT-2's tokenizer itself, here as a plain regular expression."""
     regex = pytest.importorskip("regex", reason="comes with tiktoken")
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    text = "".join(f" = Title {i} = \n \n It's  {i}.5 \t km ;\n\n  they'll  go \n" for i in range(200))
+    text = "".join(
+        f" = Title {i} = \n \n It's  {i}.5 \t km ;\n\n  they'll  go \n" for i in range(200)
+    )
     whole = regex.findall(pattern, text)
     for size in (5, 64, 1000):
-        assert [t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)] == whole
+        assert [
+            t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)
+        ] == whole
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
     assert read_text(tmp_path / "bom.txt") == "abc"
+
+
+# ---------------------------------------------------------------- tokenizers and commands
+
+
+def test_tokenizers_are_found_by_name_and_others_are_one_line(tmp_path, monkeypatch):
+    assert data.get_tokenizer("bytes").name == "bytes"
+    for name in ("", "byte", "bytes:3", "gpt2:", "hf", "hedgehog:x"):
+        with pytest.raises(UserError, match=f"unknown tokenizer {name!r}: choose bytes or gpt2"):
+            data.get_tokenizer(name)
+    monkeypatch.setitem(data.TOKENIZERS, "reversed", lambda: "a tokenizer of one's own")
+    assert data.get_tokenizer("reversed") == "a tokenizer of one's own"
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    with pytest.raises(UserError, match="needs transformers: pip install -r requirements-hf.txt"):
+        data.get_tokenizer(f"hf:{tmp_path}")
+
+
+def test_a_tokenizer_of_transformers_has_the_interface_of_ours(tmp_path):
+    pytest.importorskip("transformers")
+    from tiny import save_byte_tokenizer
+
+    save_byte_tokenizer(tmp_path)
+    tokenizer, text = data.get_tokenizer(f"hf:{tmp_path}"), "Grüße, hedgehog  !\n"
+    (ids,) = tokenizer.encode_many([text])
+    assert tokenizer.decode_bytes(ids) == text.encode() and max(ids) < tokenizer.vocab_size
+    assert tokenizer.name == f"hf:{tmp_path}" and tokenizer.vocab_size == 257
+    with pytest.raises(UserError, match="cannot load a tokenizer from .*nothing"):
+        data.get_tokenizer(f"hf:{tmp_path / 'nothing'}")
+
+
+def run_file(name, *flags):
+    process = start_process(f"data/{name}.py", *flags)
+    stdout, stderr = process.communicate()
+    return process.returncode, stdout, stderr
+
+
+def test_the_file_of_a_data_set_is_a_command_that_prepares_it(tmp_path):
+    write_files(tmp_path, a="one " * 50, b="two " * 50)
+    code, stdout, stderr = run_file("text", tmp_path)
+    assert code == 0 and stdout == "prepared text: 200 train tokens, 200 validation tokens\n", (
+        stderr
+    )
+    assert len(prepare("text", str(tmp_path), say=pytest.fail).splits["train"]) == 200
+    code, _, stderr = run_file("stdlib", "--tokenzier", "bytes")
+    assert code == 2 and stderr.count("\n") == 1 and "did you mean --tokenizer" in stderr
+
+
+@pytest.mark.parametrize("name", ["glue", "dialogue"])
+def test_a_file_that_is_no_command_says_so_in_one_line(name):
+    code, stdout, stderr = run_file(name)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(f"error: data/{name}.py is not a command: see python -m experiments.")
 
 
 # ---------------------------------------------------------------- batches and windows
@@ -198,7 +278,9 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     x, y = batch_of(ids, 5, 8, 20, seed=3)
     assert x.shape == y.shape == (8, 20) and (y == x + 1).all()
     assert (batch_of(ids, 5, 8, 20, seed=3)[0] == x).all()
-    assert (batch_of(ids, 6, 8, 20, seed=3)[0] != x).any() and (batch_of(ids, 5, 8, 20, seed=4)[0] != x).any()
+    assert (batch_of(ids, 6, 8, 20, seed=3)[0] != x).any() and (
+        batch_of(ids, 5, 8, 20, seed=4)[0] != x
+    ).any()
     x, y = batch_of(np.arange(21), 0, 3, 20, seed=0)  # just one window fits
     assert (x[:, 0] == 0).all() and (y[:, -1] == 20).all()
     ends = {batch_of(np.arange(22), s, 1, 20, seed=0)[1][0, -1].item() for s in range(40)}
@@ -206,7 +288,8 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 
 
 @pytest.mark.parametrize(
-    "n, block, stride", [(100, 10, 10), (103, 10, 10), (103, 10, 3), (8, 10, 10), (11, 10, 1), (2, 1, 1)]
+    "n, block, stride",
+    [(100, 10, 10), (103, 10, 10), (103, 10, 3), (8, 10, 10), (11, 10, 1), (2, 1, 1)],
 )
 def test_windows_score_every_token_but_the_first_exactly_once_with_context(n, block, stride):
     scored = []

@@ -40,7 +40,7 @@ SIZES = {
 
 
 def hugging_face(**options):
-    """A random GPT-2 of transformers, in which no weight, bias or gain is near what it begins as."""
+    """A random GPT-2 of transformers, without a weight, bias or gain near the usual start."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         bos_token_id=None, eos_token_id=None, initializer_range=0.2, **options
@@ -58,7 +58,7 @@ def logits(model, idx):
 
 
 def assert_one_function(one, other, atol=1e-4):
-    """Equal logits on random ids of every position. They are spread, so that atol means something."""
+    """Equal logits at all positions, for random ids. The logits differ by more than atol."""
     config = next(m.config for m in (one, other) if isinstance(m, GPT))
     idx = torch.randint(
         config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(1)
@@ -278,6 +278,7 @@ WITHOUT_TRANSFORMERS = """
 import sys
 sys.modules["transformers"] = None  # as if it were not installed
 from convert_gpt2 import from_pretrained
+from hf import set_mode
 from hf.gpt2 import to_hf
 to_hf(from_pretrained(sys.argv[1]), sys.argv[2])
 """

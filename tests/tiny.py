@@ -1,4 +1,4 @@
-"""Random models and made-up data sets of a few kilobytes, in folders as their real counterparts are saved."""
+"""Random models and made-up data sets of a few kilobytes, saved in folders as the real ones are."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,24 @@ import numpy as np
 import torch
 
 WORDS = "the a cat dog tree sees eats red big small and near".split()
+WIDTHS = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+)
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """A transformers tokenizer whose tokens are bytes, 256 is the end, as `save_pretrained` leaves it."""
+    """A transformers tokenizer of bytes, in which 256 ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
 
 
@@ -25,9 +33,9 @@ def save_llama(folder: Path) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-                                      eos_token_id=256, bos_token_id=256)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=257, num_key_value_heads=2, eos_token_id=256, bos_token_id=256, **WIDTHS
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     save_byte_tokenizer(folder)
     return folder
@@ -48,22 +56,26 @@ def save_encoder(folder: Path, kind: str = "BertModel", **changes) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.BertConfig(**{**dict(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.2, max_position_embeddings=64, pad_token_id=0), **changes})  # fmt: skip
+    options = dict(vocab_size=258, max_position_embeddings=64, pad_token_id=0, **WIDTHS)
+    config = transformers.BertConfig(**{**options, **changes})
     getattr(transformers, kind)(config).save_pretrained(folder)
     save_byte_tokenizer(folder)
     return folder
 
 
 def save_vit(folder: Path, classes: int = 2) -> Path:
-    """A random ViT for images of 12 x 12 pixels, and what turns images into them."""
+    """A random ViT for images of 12 x 12 pixels, with the processor that makes them."""
     import transformers
 
     config = transformers.ViTConfig(
-        image_size=12, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         num_labels=classes,
-    )  # fmt: skip
+    )
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     transformers.ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)
     return folder
@@ -84,29 +96,40 @@ def save_images(folder: Path) -> Path:
 
 
 def save_glue(folder: Path) -> Path:
-    """GLUE's layout: acceptable is what has a cat in it; paraphrases and similar sentences have as many words."""
+    """Three tasks in GLUE's layout.
+
+    A sentence is acceptable if it has a cat. Two sentences are similar if they are of like length.
+    """
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(160)]
     for name in ("CoLA", "MRPC", "STS-B"):
         (folder / name).mkdir(parents=True)
         for file, rows in (("train", texts[:120]), ("dev", texts[120:])):
-            apart = [(a, b, abs(len(a.split()) - len(b.split()))) for a, b in zip(rows, reversed(rows))]
+            apart = [
+                (a, b, abs(len(a.split()) - len(b.split()))) for a, b in zip(rows, reversed(rows))
+            ]
             if name == "CoLA":
                 lines = [f"x\t{int('cat' in text)}\t\t{text}" for text in rows]
             elif name == "MRPC":
                 lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
                 lines += [f"{int(n < 2)}\t1\t2\t{a}\t{b}" for a, b, n in apart]
             else:
-                lines = ["sentence1\tsentence2\tscore", *(f"{a}\t{b}\t{5 - n}" for a, b, n in apart)]
+                lines = [
+                    "sentence1\tsentence2\tscore",
+                    *(f"{a}\t{b}\t{5 - n}" for a, b, n in apart),
+                ]
             (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def save_dialogues(folder: Path) -> Path:
-    """Is a number even? One .jsonl and one .json file."""
+    """Dialogues on whether a number is even, in one .jsonl and one .json file."""
     folder.mkdir()
-    rows = [{"dialogue": f"A: is {i} even?\nB: {'yes' if i % 2 == 0 else 'no'}", "summary": f"{i} is discussed."}
-            for i in range(300)]  # fmt: skip
+    rows = []
+    for i in range(300):
+        answer = "yes" if i % 2 == 0 else "no"
+        text = f"A: is {i} even?\nB: {answer}"
+        rows.append({"dialogue": text, "summary": f"{i} is discussed."})
     (folder / "some.train.jsonl").write_text("\n".join(json.dumps(r) for r in rows[:280]))
     (folder / "validation.json").write_text(json.dumps(rows[280:]))
     return folder
