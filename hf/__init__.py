@@ -1,13 +1,14 @@
 """Linear attention inside the models of Hugging Face's transformers.
 
-from hf import linearize, save_linearized, load_linearized, set_mode
+    from hf import linearize, save_linearized, load_linearized, set_mode
 
-convert.py   linearize: a feature map beside each attention; the function that transformers calls
-cache.py     the state of linear attention as a layer of transformers' cache
-saving.py    save_linearized and load_linearized
-models.py    load a model; language models, classifiers and tokenizers with our own interfaces
-lora.py      LoRA beside the attention of a model
-gpt2.py      our GPT-2 as a folder for transformers; this file works without transformers
+The files of this folder:
+    convert.py   linearize: a feature map beside each attention; the function transformers calls
+    cache.py     the state of linear attention as a layer of transformers' cache
+    saving.py    save_linearized and load_linearized
+    models.py    load a model; language models, classifiers, tokenizers with our own interfaces
+    lora.py      LoRA beside the attention of a model
+    gpt2.py      our GPT-2 as a folder for transformers; this file works without transformers
 """
 
 import importlib

@@ -99,9 +99,8 @@ def linearize(
         n_head = config.num_attention_heads
         head_dim = getattr(modules[i], "head_dim", None) or config.hidden_size // n_head
         phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
-        attend = LinearAttention(
-            phi.to(device), causal=is_causal(modules[i])
-        )  # the map stays float32
+        phi = phi.to(device)  # the map stays float32, whatever the dtype of the model
+        attend = LinearAttention(phi, causal=is_causal(modules[i]))
         modules[i].add_module(NAME, Socket(attend))
         modules[i].register_forward_pre_hook(prepare_cache, with_kwargs=True)
     model.set_attn_implementation(NAME)
@@ -217,7 +216,7 @@ def padding_mask(
 ) -> Tensor | None:
     """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
 
-    Whether attention is causal, the attention function knows. Raises ValueError for other patterns.
+    The attention function itself is causal or not. Raises ValueError for other patterns of masks.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
         raise ValueError(
