@@ -7,13 +7,8 @@ import sysconfig
 from pathlib import Path
 
 TOKENIZER = "bytes"
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-}  # not installed everywhere
+# Other packages, and tests, which are not installed everywhere.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def root(data_dir: str) -> Path:
