@@ -1,72 +1,81 @@
-"""What linear attention gains in an encoder: time and memory of a whole BERT against length, and from where it pays.
+"""What linear attention gains in an encoder: time and memory of a whole BERT against length.
 
-    python bench_encoder.py                                        MiniLM's shape: 6 layers, 12 heads, 384 wide
-    python bench_encoder.py --n_layer 12 --n_embd 768              BERT-base's
-    python bench_encoder.py --lengths 512 2048 --batch_size 4
+    python -m experiments.encoder_speed                             MiniLM: 6 layers, 384 wide
+    python -m experiments.encoder_speed --n_layer 12 --n_embd 768   BERT-base
+    python -m experiments.encoder_speed --lengths 512 2048 --batch_size 4
 
-The softmax model and the same one converted (hf.py) take turns on the same tokens, as in bench.py. Weights are random,
-which changes no time, and there are as many positions as the longest text has. Needs requirements-hf.txt.
+A BERT with softmax attention and the same BERT converted by hf.linearize take turns on the same
+tokens, as the contenders of bench.py do. The weights are random: time does not depend on them. Each
+model has as many positions as the longest text has tokens. Needs requirements-hf.txt.
 """
 
 import copy
-import multiprocessing
 import sys
-import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from feature_maps import FEATURE_MAPS
-from support.checkpoints import write_json
-from support.cli import UserError, as_user_error, parse, run
+from support import timing
+from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
 from support.log import provenance
-from support.timing import Report, crossover, machine_speed, peak_mib, reset_peak_mib, take_turns
+from support.timing import Report, crossover, machine_speed, progress
+
+LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 @dataclass
 class EncoderConfig:
-    lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048, 4096, 8192])  # tokens
-    feature_map: str = "hedgehog"  # of the converted model
-    n_layer: int = 6  # layers
-    n_head: int = 12  # heads of each attention
-    n_embd: int = 384  # width
-    batch_size: int = 1  # sequences
-    rounds: int = 5  # turns of each model
-    threads: int = 1  # of PyTorch, on a CPU
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    out: str = "out/bench-encoder.json"  # where the numbers go
+    # -- what is measured
+    lengths: list[int] = setting(LENGTHS)  # Numbers of tokens in a text.
+    feature_map: str = "hedgehog"  # Name of the feature map of the converted model.
+    n_layer: int = 6  # Number of layers.
+    n_head: int = 12  # Number of heads in each layer.
+    n_embd: int = 384  # Width of the model.
+    batch_size: int = 1  # Number of texts in a batch.
+    rounds: int = 5  # Number of turns that each model takes.
+    # -- machine
+    device: str = "auto"  # Device: auto, cpu, cuda, or cuda:N for the GPU number N.
+    threads: int = 1  # Number of threads that PyTorch uses on a CPU.
+    # -- output
+    out: str = "out/bench-encoder.json"  # File that receives all numbers.
 
     def check(self) -> None:
         if self.feature_map not in FEATURE_MAPS:
-            raise UserError(f"--feature_map takes {', '.join(FEATURE_MAPS)}, not {self.feature_map}")
+            names = ", ".join(FEATURE_MAPS)
+            raise UserError(f"--feature_map takes {names}, not {self.feature_map}")
         for name in ("n_layer", "n_head", "n_embd", "batch_size", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd ({self.n_embd}) must be a multiple of --n_head ({self.n_head})")
+            widths = f"--n_embd ({self.n_embd}) must be a multiple of --n_head ({self.n_head})"
+            raise UserError(widths)
         if not self.lengths or min(self.lengths) < 2:
             raise UserError("--lengths takes numbers of tokens, at least 2 each")
 
 
 def encoders(config: EncoderConfig, device: torch.device) -> dict[str, nn.Module]:
-    """The softmax BERT and the converted one, by name, with the same weights."""
+    """The BERT with softmax attention and the converted one, by name, with the same weights."""
     try:
         import transformers
 
-        from hf.linearize import linearize
+        from hf import linearize
     except ModuleNotFoundError as e:
         raise UserError(f"there is no {e.name} here: pip install -r requirements-hf.txt") from e
     torch.manual_seed(0)
-    softmax = transformers.BertModel(transformers.BertConfig(
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, hidden_size=config.n_embd,
-        intermediate_size=4 * config.n_embd, max_position_embeddings=max(config.lengths),
-    )).to(device).eval()  # fmt: skip
+    shape = transformers.BertConfig(
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        hidden_size=config.n_embd,
+        intermediate_size=4 * config.n_embd,
+        max_position_embeddings=max(config.lengths),
+    )
+    softmax = transformers.BertModel(shape).to(device).eval()
     with as_user_error():
-        return {"softmax": softmax, config.feature_map: linearize(copy.deepcopy(softmax), config.feature_map)}
+        converted = linearize(copy.deepcopy(softmax), config.feature_map)
+    return {"softmax": softmax, config.feature_map: converted}
 
 
 def tokens(config: EncoderConfig, T: int, device: torch.device) -> torch.Tensor:
@@ -75,62 +84,61 @@ def tokens(config: EncoderConfig, T: int, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def extra_mib(config: EncoderConfig, name: str, T: int, device: torch.device) -> float:
-    """MiB that a forward pass adds to the peak memory. To be run in a process of its own."""
+    """MiB that a forward pass adds to the memory in use. Runs in a process of its own."""
     torch.set_num_threads(config.threads)
     model = encoders(config, device)[name]
-    for length in (min(64, T), T):  # the first loads what is loaded once
+    for length in (min(64, T), T):  # the first call also loads; the second one counts
         idx = tokens(config, length, device)
-        before = reset_peak_mib(device)
-        model(idx)
-        extra = peak_mib(device) - before
-    return extra
+        mib = timing.extra_mib(lambda: model(idx), device)  # noqa: B023
+    return mib
 
 
 def main() -> None:
     config, _ = parse(EncoderConfig(), sys.argv[1:], __doc__)
     config.check()
-    device, report = pick_device(config.device), Report()
+    device = pick_device(config.device)
+    report, lengths = Report(device), sorted(config.lengths)
     torch.set_num_threads(config.threads)
     models = encoders(config, device)
-    facts = {
-        "bench_encoder": 1,
-        **provenance(),
-        "config": asdict(config),
-        "speed": machine_speed(device, torch.float32),
-    }
-    memory = device.type == "cuda" or Path("/proc/self/clear_refs").exists()
-    for T in tqdm(sorted(config.lengths), desc="lengths", leave=False, disable=not sys.stderr.isatty()):
+    speed = machine_speed(device, torch.float32)
+    facts = {"bench_encoder": 1, **provenance(), "config": asdict(config), "speed": speed}
+
+    report.begin("forward", f"Forward pass of a BERT, {config.n_layer} layers")
+    for T in progress(lengths, "forward"):
         idx = tokens(config, T, device)
+        calls = {name: lambda model=model: model(idx) for name, model in models.items()}  # noqa: B023
         with torch.no_grad():
-            calls = {name: lambda model=model: model(idx) for name, model in models.items()}  # noqa: B023
-            report.add("forward", T, config.n_head, take_turns(calls, config.rounds, device))
-        for name in models if memory and T >= 512 else ():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                mib = pool.apply(extra_mib, (config, name, T, device))
-            report.add("memory", T, config.n_head, {name: {"median": mib}}, 1, "MiB")
-    pays = crossover(report, "forward", config.feature_map)
-    facts |= {"rows": report.rows, "crossover": pays, "minutes": round((time.perf_counter() - report.began) / 60, 1)}
-    write_json(Path(config.out), facts)
-    print(table(facts))
-    print(f"{facts['minutes']} minutes; written to {config.out}")
+            report.time(T, config.n_head, calls, config.rounds)
+    report.begin("memory", "Memory that the forward pass adds")
+    for T in progress([T for T in lengths if T >= 512], "memory"):
+        for name in models:
+            report.memory(T, config.n_head, name, extra_mib, config, name, T, device)
+
+    facts["crossover"] = crossover(report, "forward", config.feature_map)
+    print(f"\n{table(facts | {'rows': report.rows})}")
+    report.save(config.out, facts)
 
 
 def table(facts: dict) -> str:
-    """Time and memory against length in Markdown, and the length from which the conversion pays."""
-    found = {(r["part"], r["T"], r["contender"]): r for r in facts["rows"]}
+    """Time and memory against length in Markdown, and the length from which conversion pays."""
+    rows = {(r["part"], r["T"], r["contender"]): r for r in facts["rows"]}
     name = facts["config"]["feature_map"]
-    lines = [f"| tokens | softmax, ms | {name}, ms | times softmax | softmax, extra MiB | {name}, extra MiB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"| tokens | softmax, ms | {name}, ms | times softmax | softmax, MiB | {name}, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for T in sorted(facts["config"]["lengths"]):
-        a, b = (found["forward", T, c] for c in ("softmax", name))
-        mib = [
-            f"{found['memory', T, c]['median']:,.0f}" if ("memory", T, c) in found else "" for c in ("softmax", name)
-        ]
-        cells = [f"{1e3 * a['median']:,.0f}", f"{1e3 * b['median']:,.0f}", f"{b['ratio']:.2f}", *mib]
-        lines.append(f"| {T:,} | {' | '.join(cells)} |")
+        softmax, converted = rows["forward", T, "softmax"], rows["forward", T, name]
+        times = [f"{1e3 * r['median']:,.0f}" for r in (softmax, converted)]
+        memory = [rows.get(("memory", T, model)) for model in ("softmax", name)]
+        mib = ["" if r is None else f"{r['median']:,.0f}" for r in memory]
+        cells = [f"{T:,}", *times, f"{converted['ratio']:.2f}", *mib]
+        lines.append(f"| {' | '.join(cells)} |")
     pays = facts["crossover"]
-    said = f"from {pays:,} tokens on, of the lengths measured" if pays else "at none of the lengths measured"
-    return "\n".join([*lines, "", f"The converted encoder is faster {said}."])
+    where = f"from {pays:,} tokens on, of" if pays else "at none of"
+    lines += ["", "MiB: what a forward pass adds to the memory in use."]
+    lines += [f"The converted encoder is faster {where} the lengths measured."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
