@@ -125,6 +125,7 @@ def test_a_first_word_without_dashes_is_the_flag_called_first():
         {"name", "lr"},
     )
     assert parse(Flags(), ["--lr", "2"], "", "name")[1] == {"lr"}
+    assert parse(Flags(), [], "", "name") == (Flags(), set())
     assert read("a", "b", first="arms").arms == ["a", "b"]
     with pytest.raises(UserError, match="stray word 'y'"):
         parse(Flags(), ["--lr", "2", "y"], "", "name")
@@ -253,6 +254,8 @@ def test_a_field_says_what_a_resumed_run_may_change_and_what_depends_on_it():
         for config in (Tagged, Tagged()):
             assert {name for name in names if tagged(config, name, tag)} == expected
     assert not tagged(Tagged, "no_such_field", "hidden")
+    with pytest.raises(AssertionError, match="tuple"):
+        setting(1, shapes="maps")
 
 
 def test_a_default_in_a_subclass_keeps_the_tags_and_may_add_some():
@@ -312,8 +315,8 @@ class Middle(Base):
 @dataclass
 class Derived(Middle):
     steps: int = 20  # optimiser steps of this experiment
-    arms: list[str] = field(
-        default_factory=lambda: ["zero", "teacher"]  # not this one
+    arms: list[str] = field(  # not this one
+        default_factory=lambda: ["zero", "teacher"]  # nor this one
     )  # rows of the table, on the last line
     rows: list[str] = setting(  # columns of the table, on the first line
         ["one"],
