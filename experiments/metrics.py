@@ -1,32 +1,46 @@
-"""How spiky, how monotonic and how faithful attention weights are."""
+"""How spiky, how monotonic and how faithful attention weights are, and the queries and keys of a
+model that they are measured on."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from attention import softmax_weights
+
+# ---------------------------------------------------------------- measures of weights
 
 
 def entropy(A: Tensor) -> Tensor:
-    """- sum_j A_ij log A_ij in nats: weights (..., T, T) -> (..., T). A uniform row over n keys has log n."""
+    """Spikiness: - sum_j A_ij log A_ij in nats. Weights (..., T, T) -> (..., T).
+
+    A uniform row over n keys has log n; a row with all its weight on one key has 0."""
     return -torch.special.xlogy(A, A).sum(-1)
 
 
 def cross_entropy(teacher: Tensor, A: Tensor) -> Tensor:
-    """Eq. 3 in nats: - sum_j teacher_ij log A_ij, (..., T, T) twice -> (..., T). Weights that underflowed to zero
-    count as the smallest number of their dtype."""
+    """Eq. 3 in nats: - sum_j teacher_ij log A_ij. (..., T, T) twice -> (..., T).
+
+    Weights that underflowed to zero count as the smallest number of their dtype."""
     return -torch.special.xlogy(teacher, A.clamp(min=torch.finfo(A.dtype).tiny)).sum(-1)
 
 
 def kl(teacher: Tensor, A: Tensor) -> Tensor:
-    """KL(teacher || A) in nats: (..., T, T) twice -> (..., T). The part of Eq. 3 that training can remove."""
+    """KL(teacher || A) in nats: (..., T, T) twice -> (..., T). The part of Eq. 3 that training can
+    remove."""
     return cross_entropy(teacher, A) - entropy(teacher)
 
 
-def kendall_tau(A: Tensor, scores: Tensor, causal: bool = True, n_queries: int = 16, least: int = 8) -> Tensor:
-    """Monotonicity: Kendall's tau-b between a query's weights and its q.k, over the keys that it sees, averaged over
-    n_queries evenly spaced queries with at least `least` keys: (B, H, T, T) twice -> (B, H).
-    1: every larger q.k has the larger weight; 0: no order; equal weights everywhere count as 0."""
+def kendall_tau(
+    A: Tensor, scores: Tensor, causal: bool = True, n_queries: int = 16, least: int = 8
+) -> Tensor:
+    """Monotonicity: Kendall's tau-b between a query's weights and its q.k over the keys it sees.
+
+    (B, H, T, T) twice -> (B, H), the mean over n_queries evenly spaced queries that see at least
+    `least` keys. 1: every larger q.k has the larger weight; 0: no order, as of equal weights.
+    """
     from scipy.stats import kendalltau
 
     B, H, T, _ = A.shape
@@ -40,12 +54,102 @@ def kendall_tau(A: Tensor, scores: Tensor, causal: bool = True, n_queries: int =
     return torch.from_numpy(np.nan_to_num(tau).mean(-1))
 
 
-def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
+def rank_correlation(
+    x: list[float], y: list[float], draws: int = 2000
+) -> tuple[float, float, float]:
     """Spearman's rho of two lists, and its 95% interval over bootstrap samples of the pairs."""
     from scipy.stats import spearmanr
 
     x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(0)
     picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
-    found = [spearmanr(x[i], y[i]).statistic for i in picks if len(set(x[i])) > 1 and len(set(y[i])) > 1]
+    # A sample with one value only has no ranks.
+    ranked = [i for i in picks if len(set(x[i])) > 1 and len(set(y[i])) > 1]
+    found = [spearmanr(x[i], y[i]).statistic for i in ranked]
     low, high = np.quantile(found, [0.025, 0.975]) if found else (math.nan, math.nan)
     return float(spearmanr(x, y).statistic), float(low), float(high)
+
+
+# ---------------------------------------------------------------- the weights of a model
+
+
+def attends_in(model: nn.Module) -> list[nn.Module]:
+    """The attention module of each layer."""
+    return [m.attend for m in model.modules() if isinstance(getattr(m, "attend", None), nn.Module)]
+
+
+@torch.no_grad()
+def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """q, k (B, H, T, D) of every layer, after RoPE: what attention is given.
+
+    The model is our GPT or a transformers model with sockets; inputs: what it takes, such as token
+    ids (B, T)."""
+    found: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        attend.register_forward_pre_hook(lambda _, args: found.append(args[:2]))
+        for attend in attends_in(model)
+    ]
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def all_weights(
+    q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Weights (B, H, T, T) in float64 of softmax and of every attention, for the same queries and
+    keys."""
+    q, k = q.double(), k.double()
+    softmax = softmax_weights(q, k, causal=causal)
+    return {"softmax": softmax} | {name: attend.weights(q, k) for name, attend in attends.items()}
+
+
+@torch.no_grad()
+def measure(
+    qk: list[tuple[Tensor, Tensor]],
+    causal: bool,
+    attends_of: Callable[[int], dict[str, nn.Module]],
+) -> dict:
+    """Every measure of softmax and of the attentions in attends_of(layer), by layer and head.
+
+    "maps" is {name: {measure: L x H numbers}}. "below_minus_one" is, for each layer, the share of
+    scores x = q.k / sqrt(D) at which Taylor's weight 1 + x + x^2 / 2 falls.
+    """
+    maps: dict[str, dict] = {}
+    below = []
+    for layer, (q, k) in enumerate(qk):
+        weights = all_weights(q, k, causal, attends_of(layer))
+        teacher, scores = weights["softmax"], q.double() @ k.double().mT / math.sqrt(q.size(-1))
+        for name, A in weights.items():
+            found = {
+                "entropy": entropy(A).mean(-1),
+                "tau": kendall_tau(A, scores, causal),
+                "cross_entropy": cross_entropy(teacher, A).mean(-1),
+                "kl": kl(teacher, A).mean(-1),
+            }
+            for key, value in found.items():  # (B, H)
+                by_layer = maps.setdefault(name, {}).setdefault(key, [])
+                by_layer.append([round(x, 5) for x in value.mean(0).tolist()])
+        below.append(round((scores < -1)[teacher > 0].double().mean().item(), 5))
+    return {"maps": maps, "below_minus_one": below}
+
+
+@torch.no_grad()
+def spikiness_and_monotonicity(model: nn.Module, x: Tensor) -> dict:
+    """Entropy and Kendall's tau of the model's own weights for the token ids x (B, T).
+
+    The mean over layers, heads and queries; and the entropy of each head (L x H)."""
+    device = next(model.parameters()).device
+    spread, tau = [], []
+    for attend, (q, k) in zip(attends_in(model), queries_and_keys(model, x.to(device))):
+        q, k = q.double(), k.double()
+        A = attend.weights(q, k).cpu()
+        spread.append(entropy(A).mean((0, 2)).tolist())
+        tau.append(kendall_tau(A, (q @ k.mT).cpu()).mean(0).tolist())
+    return {
+        "entropy": float(np.mean(spread)),
+        "tau": float(np.mean(tau)),
+        "entropy_by_head": np.round(spread, 4).tolist(),
+    }
