@@ -13,10 +13,10 @@ Linear attention replaces exp(q.k) by phi(q).phi(k) (Eq. 2). The same function i
     chunked        quadratic inside a chunk of tokens, recurrent from chunk to chunk
     bidirectional  y_i = phi(q_i) S_T / phi(q_i).z_T, for encoders
 
-The quadratic form takes time and memory T^2, the others T. Features, state and denominator are float32 at least,
-whatever the dtype of the inputs and of autocast; y has the dtype of v. A state (S, z) is the whole past: passing it
-on continues the sequence exactly. key_mask (B, T) is True for real tokens. Padding is never attended to, and a row
-without a real key returns zeros.
+The quadratic form takes time and memory T^2, the others T. Features, state and denominator are float32 at
+least, whatever the dtype of the inputs and of autocast; y has the dtype of v. A state (S, z) is the whole
+past: passing it on continues the sequence exactly. key_mask (B, T) is True for real tokens. Padding is never
+attended to, and a row without a real key returns zeros.
 
 This file and feature_maps.py, copied into another project, work alone. With the folder fused/ beside them,
 LinearAttention runs faster forms of the same functions; tests hold the two equal, in outputs and gradients.
@@ -40,8 +40,8 @@ class State(NamedTuple):
 
 
 def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """Which key each query may see: bool, broadcastable to (B, H, Tq, Tk). Causal: the last query belongs to the
-    token of the last key, so queries may continue a longer sequence of keys."""
+    """Which key each query may see: bool, broadcastable to (B, H, Tq, Tk). Causal: the last query belongs to
+    the token of the last key, so queries may continue a longer sequence of keys."""
     Tq, Tk = q.size(-2), k.size(-2)
     mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
     if causal:
@@ -52,8 +52,8 @@ def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tens
 def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 where the denominator is 0: in a row that has no key.
 
-    No epsilon is needed. Features are at least 1e-15 (feature_maps.py), so a row with a key has a denominator of at
-    least 1e-30. (Taylor's features have signs, but its weights are at least 1/2, up to rounding.)
+    No epsilon is needed. Features are at least 1e-15 (feature_maps.py), so a row with a key has a denominator
+    of at least 1e-30. (Taylor's features have signs, but its weights are at least 1/2, up to rounding.)
     """
     return numerator / torch.where(denominator > 0, denominator, 1.0)
 
@@ -80,14 +80,16 @@ def softmax_attention(
     if key_mask is None and Tq == 1:  # one new token sees every key
         return F.scaled_dot_product_attention(q, k, v)
     mask = visible(q, k, causal, key_mask)
-    empty = ~mask.any(-1, keepdim=True)  # these rows see every key, and are set to 0 after: no NaN in gradients
+    empty = ~mask.any(-1, keepdim=True)  # such rows see every key and are set to 0: no NaN in gradients
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty).masked_fill(empty, 0.0)
 
 
 # ---------------------------------------------------------------- linear attention, four times
 
 
-def linear_weights(phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None) -> Tensor:
+def linear_weights(
+    phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
+) -> Tensor:
     """A_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m): (B, H, T, F) twice -> (B, H, T, T)."""
     with without_autocast(phi_q):
         products = at_least_float32(phi_q) @ at_least_float32(phi_k).mT
@@ -125,10 +127,10 @@ def linear_attention_recurrent(
 def linear_attention_chunked(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State | None = None, *, chunk_size: int = CHUNK
 ) -> tuple[Tensor, State]:
-    """Quadratic inside a chunk, recurrent from chunk to chunk, in O(T) and made of matrix products: (y, state).
+    """Quadratic inside a chunk, recurrent from chunk to chunk: O(T), and matrix products. Returns (y, state).
 
-    For the queries Q, keys K (features, n x F) and values V (n x D) of one chunk of n tokens, and the state (S, z) of
-    all tokens before it, Eq. 2's sum over j <= i splits into the past and the present:
+    For the queries Q, keys K (features, n x F) and values V (n x D) of one chunk of n tokens, and the state
+    (S, z) of all tokens before it, Eq. 2's sum over j <= i splits into the past and the present:
 
         numerator    N = Q S + tril(Q K^T) V          denominator  d = Q z + tril(Q K^T) 1
         next state   S <- S + K^T V                   z <- z + K^T 1
@@ -162,7 +164,8 @@ def linear_attention_bidirectional(
 
 
 def zero_state(phi_k: Tensor, v: Tensor) -> State:
-    """The state before the first token. It is float32 at least: a sum in bfloat16 stops growing at 256 ones."""
+    """The state before the first token. It is float32 at least: a sum in bfloat16 stops growing at 256 ones.
+    """
     (B, H, _, n_features), D = phi_k.shape, v.size(-1)
     S = at_least_float32(phi_k.new_zeros(B, H, n_features, D))
     return State(S, S[..., 0].clone())
@@ -172,22 +175,12 @@ def zero_state(phi_k: Tensor, v: Tensor) -> State:
 
 
 def attend(
-    phi: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: State | None = None,
-    *,
-    causal: bool = True,
-    key_mask: Tensor | None = None,
-    offset: int = 0,
-    carry: bool = True,
-    chunk_size: int = CHUNK,
+    phi, q, k, v, state=None, *, causal=True, key_mask=None, offset=0, carry=True, chunk_size=CHUNK
 ) -> tuple[Tensor, State | None]:
     """Linear attention with the feature map phi, by the plain forms above: (y, state).
 
-    offset is the position of the first token. carry=False: the caller does not want the state. fused.attend is the
-    same function, faster; LinearAttention calls that one where the folder fused/ is there.
+    offset is the position of the first token. carry=False: the caller does not want the state. fused.attend
+    is the same function, faster; LinearAttention calls that one where the folder fused/ is there.
     """
     phi_q, phi_k = getattr(phi, "query", phi)(q, offset), getattr(phi, "key", phi)(k, offset)
     if not causal:
@@ -240,9 +233,12 @@ class LinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return self.attend(q, k, v, key_mask=key_mask, carry=False)[0]
 
-    def attend(self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True) -> tuple[Tensor, State | None]:
-        """(y, state): attention that continues `state`, whose tokens ended at position `offset`. Causal, with more
-        keys than queries: the last query belongs to the token of the last key; the keys before are a state."""
+    def attend(
+        self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True
+    ) -> tuple[Tensor, State | None]:
+        """(y, state): attention that continues `state`, whose tokens ended at position `offset`. Causal, with
+        more keys than queries: the last query belongs to the token of the last key; the keys before are a
+        state."""
         options = dict(causal=self.causal, chunk_size=self.chunk_size)
         if self.causal and (early := k.size(2) - q.size(2)) > 0:
             past, mask = (k[:, :, :early], k[:, :, :early], v[:, :, :early]), key_mask
@@ -261,8 +257,8 @@ class LinearAttention(nn.Module):
         return linear_weights(phi_q, phi_k, causal=self.causal, key_mask=key_mask)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:
-        """Attend from new tokens to the cache and to each other. The cache is a State of constant size. key_mask is
-        that of the new tokens."""
+        """Attend from new tokens to the cache and to each other. The cache is a State of constant size.
+        key_mask is that of the new tokens."""
         offset = cache.get("length", 0)
         y, state = self.attend(q, k, v, cache.get("state"), key_mask=key_mask, offset=offset)
         cache.update(state=state, length=offset + q.size(2))
@@ -285,11 +281,11 @@ def learns_map(name: str) -> bool:
 def make_attention(
     name: str, n_head: int, head_dim: int, *, causal: bool = True, max_len: int | None = None, **options
 ) -> nn.Module:
-    """The attention called `name`: "softmax"; linear attention with the feature map of that name; "hedgehog_window",
-    Hedgehog with exact softmax over the last tokens; "softmax_window", those tokens alone.
+    """The attention called `name`: "softmax"; linear attention with the feature map of that name;
+    "hedgehog_window", Hedgehog with exact softmax over the last tokens; "softmax_window", those tokens alone.
 
-    max_len: the most positions that cosformer can tell apart. Other options go to make_feature_map, and `window` to
-    the windows. Raises ValueError for an unknown name, and for a window that is not causal.
+    max_len: the most positions that cosformer can tell apart. Other options go to make_feature_map, and
+    `window` to the windows. Raises ValueError for an unknown name, and for a window that is not causal.
     """
     if name == "softmax":
         if unexpected := set(options) - {"tie"}:  # it has no map that could be tied

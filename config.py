@@ -2,16 +2,20 @@
 
     python train.py RECIPE [--any_field VALUE]
 
-A comment behind a field is its sentence in --help; a line `# -- NAME` begins a group there. `setting(..., may_change=True)`
-marks what a resumed run may set otherwise than the run that was interrupted.
+The comment behind a field is its sentence in --help; a line `# -- NAME` begins a group there. What is
+`may_change` may be set otherwise when a run is resumed.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from model import GPTConfig, renewed
+from model import GPTConfig
 from support.checkpoints import load_checkpoint
 from support.cli import UserError, as_user_error, parse, setting
+from support.earlier import renewed
+
+may_change = partial(setting, may_change=True)
 
 
 @dataclass
@@ -19,7 +23,7 @@ class FitConfig:
     """How to train anything."""
 
     # -- training
-    max_steps: int = setting(2400, may_change=True)  # optimiser steps
+    max_steps: int = may_change(2400)  # optimiser steps
     batch_size: int = 8  # sequences that an optimiser step sees, over all devices
     lr: float = 2e-3  # peak learning rate
     map_lr_scale: float = 10.0  # the learning rate of the feature maps is this times lr
@@ -28,31 +32,35 @@ class FitConfig:
     beta1: float = 0.9  # how long AdamW remembers the gradient
     beta2: float = 0.95  # how long AdamW remembers the square of the gradient
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
-    grad_accum: int = setting(1, may_change=True)  # pieces of the batch: less memory, the same result
-    stop_loss: float = setting(0.0, may_change=True)  # stop at a validation loss of at most this; 0: never
-    patience: int = setting(0, may_change=True)  # stop after so many validations without a better one; 0: never
+    grad_accum: int = may_change(1)  # pieces of the batch: less memory, the same result
+    stop_loss: float = may_change(0.0)  # stop at a validation loss of at most this; 0: never
+    patience: int = may_change(0)  # stop after so many validations without a better one; 0: never
     seed: int = 1  # seed of initialisation, batches and dropout
-    device: str = setting("auto", may_change=True)  # where to run: auto, cpu, cuda, cuda:N or mps
+    device: str = may_change("auto")  # where to run: auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # number format of matrix products: auto, float32 or bfloat16 (autocast)
-    kernel: str = setting("auto", may_change=True)  # form of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
-    compile: bool = setting(False, may_change=True)  # torch.compile the model: minutes to start, no gain on a CPU
+    kernel: str = may_change("auto")  # form of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
+    compile: bool = may_change(False)  # torch.compile the model: minutes to start, no gain on a CPU
     # -- output
-    out_dir: str = setting("", may_change=True)  # folder of checkpoints, log and curve; by default out/DATASET-ATTENTION
-    resume: bool = setting(False, may_change=True)  # go on from the last checkpoint in out_dir, if there is one
-    eval_interval: int = setting(200, may_change=True)  # steps between validations; the best checkpoint is kept
-    save_interval: int = setting(200, may_change=True)  # steps between checkpoints
-    log_interval: int = setting(10, may_change=True)  # steps between lines of the log
+    out_dir: str = may_change("")  # folder of checkpoints, log and curve; by default out/DATASET-ATTENTION
+    resume: bool = may_change(False)  # go on from the last checkpoint in out_dir, if there is one
+    eval_interval: int = may_change(200)  # steps between validations; the best checkpoint is kept
+    save_interval: int = may_change(200)  # steps between checkpoints
+    log_interval: int = may_change(10)  # steps between lines of the log
 
     def check(self) -> None:
         """Raise ValueError for numbers that make no sense."""
-        positive = "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+        positive = (
+            "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+        )
         at_least_zero = "stop_loss patience warmup_steps weight_decay grad_clip seed".split()
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, not {self.seed}")
         for name in positive + at_least_zero + ["beta1", "beta2"]:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-                raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}")
+                raise ValueError(
+                    f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}"
+                )
             if name.startswith("beta") and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
 
@@ -69,21 +77,23 @@ class TrainConfig(GPTConfig, FitConfig):
     block_size: int = 256  # tokens of context in training and evaluation
     rope_base: float = 100.0  # the slowest rotation of rope: small, since 256 bytes are near each other
     qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
-    qk_bias: float = 1.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
+    qk_bias: float = (
+        1.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
+    )
     vocab_size: int = setting(256, hidden=True)  # that of the tokenizer
     # -- data
     dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
-    data_dir: str = setting("", may_change=True)  # local file or folder with the original text, instead of the hub
+    data_dir: str = may_change("")  # local file or folder with the original text, instead of the hub
     tokenizer: str = "auto"  # bytes, gpt2, or auto: that of the data set
-    init_from: str = setting("", may_change=True)  # start from the weights of this checkpoint or run folder
+    init_from: str = may_change("")  # start from the weights of this checkpoint or run folder
     # -- evaluation
-    eval_only: bool = setting(False, may_change=True)  # evaluate --init_from, or the best checkpoint in out_dir, and stop
-    eval_split: str = setting("validation", may_change=True)  # with --eval_only: validation, test or train
-    eval_stride: int = setting(0, may_change=True)  # tokens from window to window; 0: block_size, no overlap
-    eval_tokens: int = setting(65536, may_change=True)  # about so many scored tokens; 0: all (--eval_only: always all)
+    eval_only: bool = may_change(False)  # evaluate --init_from, or the best one in out_dir, and stop
+    eval_split: str = may_change("validation")  # with --eval_only: validation, test or train
+    eval_stride: int = may_change(0)  # tokens from window to window; 0: block_size, no overlap
+    eval_tokens: int = may_change(65536)  # about so many scored tokens; 0, or --eval_only: all
     # -- output
-    sample_tokens: int = setting(240, may_change=True)  # length of the sample at the end; 0: no sample
-    prompt: str = setting("def ", may_change=True)  # how the sample begins
+    sample_tokens: int = may_change(240)  # length of the sample at the end; 0: no sample
+    prompt: str = may_change("def ")  # how the sample begins
 
     def check(self) -> None:
         super().check()
@@ -115,8 +125,9 @@ RECIPES: dict[str, dict] = {
         PAPER, dataset="wikitext2", dropout=0.3, batch_size=32, grad_accum=4,
         warmup_steps=100, max_steps=1000, eval_interval=100, save_interval=100,
     ),
-    # Table 1 of the paper: lr 6e-4, weight decay 0.01, AdamW (App. C.2). Batch, epochs and dropout are not in the
-    # paper. These are what others use for this data: 131,072 tokens a step, 25 epochs of 118M tokens, dropout 0.2.
+    # Table 1 of the paper: lr 6e-4, weight decay 0.01, AdamW (App. C.2). Batch, epochs and dropout are not in
+    # the paper. These are what others use for this data: 131,072 tokens a step, 25 epochs of 118M tokens,
+    # dropout 0.2.
     "wikitext103": dict(
         PAPER, dataset="wikitext103", dropout=0.2, batch_size=128, grad_accum=16,
         warmup_steps=1000, max_steps=22500, eval_interval=500, save_interval=500,
@@ -135,7 +146,9 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
         config.check()
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
-    if config.init_from:  # the tokens and the data that the checkpoint was trained on, unless flags say otherwise
+    if (
+        config.init_from
+    ):  # the tokens and the data that the checkpoint was trained on, unless flags say otherwise
         saved = load_checkpoint(config.init_from)[1]
         with as_user_error():
             GPTConfig.of(saved.get("config", {}))
@@ -149,7 +162,7 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
 
 
 def changes(old: dict, new: dict) -> dict[str, tuple]:
-    """Which settings differ, {name: (old, new)}: a configuration as a run has written it, perhaps a run of an earlier
-    version, against one of today. A setting that came later counts as it is by default."""
+    """Which settings differ, {name: (old, new)}: a configuration as a run has written it, perhaps a run of an
+    earlier version, against one of today. A setting that came later counts as it is by default."""
     old = {**renewed(old)}
     return {name: (old.get(name), value) for name, value in new.items() if old.get(name, value) != value}

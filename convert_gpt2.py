@@ -5,9 +5,9 @@
     python convert_gpt2.py out/stdlib-softmax    a softmax run of train.py, on its own data; minutes on a CPU
     python convert_gpt2.py FOLDER                GPT-2 weights in a folder (config.json, safetensors)
 
-Prints the perplexity after every stage, and leaves a checkpoint that sample.py takes. The same command goes on where it
-was interrupted. A score alone says little: `python -m experiments.gpt2` has the controls (the teacher finetuned as long,
-no attention at all, other maps).
+Prints the perplexity after every stage, and leaves a checkpoint that sample.py takes. The same command goes
+on where it was interrupted. A score alone says little: `python -m experiments.gpt2` has the controls (the
+teacher finetuned as long, no attention at all, other maps).
 """
 
 import sys
@@ -50,7 +50,9 @@ class ConvertConfig(FitConfig):
     batch_size: int = 8  # sequences that an optimiser step sees
     warmup_steps: int = 100  # steps of linear warm-up, before the cosine decay to zero
     # -- data
-    dataset: str = "wikitext103"  # what is finetuned and evaluated on; for a run of this repository, by default its own
+    dataset: str = (
+        "wikitext103"  # what is finetuned and evaluated on; for a run of this repository, by default its own
+    )
     data_dir: str = ""  # local file or folder with the original text, instead of the hub
     block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
     held_out: int = 8  # sequences that the distillation loss is measured on
@@ -59,7 +61,9 @@ class ConvertConfig(FitConfig):
     # -- output
     eval_interval: int = 500  # steps between validations; the best checkpoint is kept
     save_interval: int = 500  # steps between checkpoints
-    resume: bool = True  # always: a stage goes on from its last checkpoint; to begin again, name a new out_dir
+    resume: bool = (
+        True  # always: a stage goes on from its last checkpoint; to begin again, name a new out_dir
+    )
 
     def check(self) -> None:
         super().check()
@@ -86,9 +90,10 @@ SMALL = dict(
 
 
 def from_pretrained(name_or_path: str | Path, **overrides) -> GPT:
-    """GPT-2 as our GPT, float32, on the CPU: a name on the Hugging Face hub (gpt2, gpt2-medium, distilgpt2 ...), or a
-    folder. overrides: fields of GPTConfig that neither the folder nor OURS decides, such as dropout, which is 0 without.
-    Raises UserError for anything missing, damaged, or that our GPT cannot compute."""
+    """GPT-2 as our GPT, float32, on the CPU: a name on the Hugging Face hub (gpt2, gpt2-medium, distilgpt2
+    ...), or a folder. overrides: fields of GPTConfig that neither the folder nor OURS decides, such as
+    dropout, which is 0 without. Raises UserError for anything missing, damaged, or that our GPT cannot
+    compute."""
     folder = Path(name_or_path) if Path(name_or_path).is_dir() else gpt2_folder.download(str(name_or_path))
     sizes = gpt2_folder.read_sizes(folder / "config.json")
     tensors = gpt2_folder.to_ours(gpt2_folder.read_weights(folder), folder)
@@ -98,27 +103,19 @@ def from_pretrained(name_or_path: str | Path, **overrides) -> GPT:
     return model
 
 
-def check_tokenizer(model: GPT, tokenizer) -> None:
-    """Raise UserError unless the model has a token for every id of the tokenizer, and no other."""
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"the model's vocabulary has {model.config.vocab_size} tokens, the tokenizer's {tokenizer.vocab_size}: "
-            "use the tokenizer of the model (GPT-2's has 50257; a vocabulary that was padded to 50304 must be cut "
-            "first: its padding must never be sampled)"
-        )
-
-
 def load(config, given: set[str]) -> tuple[GPT, str]:
-    """(the softmax teacher, the name of its tokenizer). Settings that were not given take the values of the recipe for
-    this kind of model. Raises UserError for a model that is not softmax or too short."""
+    """(the softmax teacher, the name of its tokenizer). Settings that were not given take the values of the
+    recipe for this kind of model. Raises UserError for a model that is not softmax or too short."""
     path, changes = Path(config.model), SMALL if config.small else {}
-    if path.suffix == ".safetensors" or any((path / f"{name}.safetensors").exists() for name in ("best", "last")):
+    if path.suffix == ".safetensors" or any(
+        (path / f"{name}.safetensors").exists() for name in ("best", "last")
+    ):
         teacher, saved = load_teacher(config.model)
         tokenizer, of = saved["tokenizer"], saved["config"]
         changes = OWN | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
     else:
         teacher, tokenizer = from_pretrained(config.model), "gpt2"
-        check_tokenizer(teacher, data.get_tokenizer(tokenizer))
+        gpt2_folder.check_tokenizer(teacher, data.get_tokenizer(tokenizer))
     longest = min(changes.get("block_size", config.block_size), teacher.config.block_size)
     for name, value in {**changes, "block_size": longest}.items():
         if name not in given:
@@ -126,14 +123,16 @@ def load(config, given: set[str]) -> tuple[GPT, str]:
     with as_user_error():
         config.check()
         if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
-            raise ValueError(f"block_size {config.block_size}: this model has {teacher.config.block_size} positions")
+            raise ValueError(
+                f"block_size {config.block_size}: this model has {teacher.config.block_size} positions"
+            )
         pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
     return teacher, tokenizer
 
 
 def texts(config, tokens: data.Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids (training, development, test). The end of the training text is kept for development: it chooses the
-    best checkpoint. Test text that a data set does not have is its validation text."""
+    """Token ids (training, development, test). The end of the training text is kept for development: it
+    chooses the best checkpoint. Test text that a data set does not have is its validation text."""
     T = config.block_size
     ids, test = tokens.split("train", T), tokens.split("test" if "test" in tokens.splits else "validation", T)
     kept = max(config.dev_tokens, len(ids) // 50, 2 * T)
@@ -171,7 +170,10 @@ def main() -> None:
         return perplexity(model, ids, tokens.tokenizer, T, T, limit, dtype)
 
     def say(what: str, model: nn.Module) -> None:
-        print(f"{what:32} perplexity {score(model.eval(), test, config.eval_tokens)['perplexity']:.2f}", flush=True)
+        print(
+            f"{what:32} perplexity {score(model.eval(), test, config.eval_tokens)['perplexity']:.2f}",
+            flush=True,
+        )
 
     def stage(name: str, **settings) -> FitConfig:
         plain = FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)})
@@ -181,7 +183,8 @@ def main() -> None:
     meta = {"config": {**asdict(config), "out_dir": ""}, "tokenizer": tokenizer}
     say("teacher, softmax", teacher)
 
-    # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on the activations of the teacher.
+    # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on the activations of the
+    # teacher.
     model = pupil_of(teacher, config.feature_map, tie=config.tie)
     sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
     maps = stage("distil", max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0, patience=5)

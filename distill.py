@@ -1,16 +1,17 @@
-"""Mimicry: train the feature maps, and nothing else, until the weights of linear attention are those of softmax (Eq. 3).
+"""Mimicry: train the feature maps, and nothing else, until the weights of linear attention are those of
+softmax (Eq. 3).
 
-    python distill.py                               the maps of the checkpoint in out/stdlib-softmax; minutes on a CPU
+    python distill.py                               the maps of out/stdlib-softmax; minutes on a CPU
     python distill.py out/RUN --feature_map t2r     any softmax checkpoint of this repository, any learned map
 
-Writes a checkpoint of the same GPT with linear attention, which sample.py and train.py --init_from take, and kl.json
-and kl.png: how far the weights of each head still are from softmax's.
+Writes a checkpoint of the same GPT with linear attention, which sample.py and train.py --init_from take, and
+kl.json and kl.png: how far the weights of each head still are from softmax's.
 
-    loss = - sum_{j<=i} softmax_ij log A_ij,    softmax_ij ~ exp(q_i.k_j / sqrt(D)),    A_ij ~ phi(q_i).phi(k_j)  (Eq. 3)
+    loss = - sum_{j<=i} softmax_ij log A_ij,  softmax_ij ~ exp(q_i.k_j / sqrt(D)),  A_ij ~ phi(q_i).phi(k_j)  (Eq. 3)
 
-The loss is averaged over queries, heads and layers. Its least value is the entropy of softmax. The rest can be learned:
-it is KL(softmax || A). While its map is trained, a layer returns the output of softmax. So every layer sees the
-activations of the teacher, and one forward pass trains the maps of all layers.
+The loss is averaged over queries, heads and layers. Its least value is the entropy of softmax. The rest can
+be learned: it is KL(softmax || A). While its map is trained, a layer returns the output of softmax. So every
+layer sees the activations of the teacher, and one forward pass trains the maps of all layers.
 """
 
 import sys
@@ -28,11 +29,10 @@ from attention import LinearAttention, learns_map, linear_weights, softmax_atten
 from config import FitConfig
 from fused import mimicry as fast
 from model import GPT, GPTConfig, map_parameters
-from support import plots
-from support.checkpoints import load_checkpoint, restore, save_checkpoint, write_json
+from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import World, pick_device
-from support.log import provenance
+from support.heads import heads_table, write_heads
 from swap import MODES, set_mode, sockets
 from train import fit
 
@@ -45,11 +45,12 @@ TINY = 1e-30  # the smallest weight whose logarithm is taken
 def attention_cross_entropy(
     q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 3 in nats: q, k (B, H, T, D), features (B, H, T, F) -> (cross-entropy (H,), entropy of softmax (H,)).
+    """Eq. 3 in nats: q, k (B, H, T, D), features (B, H, T, F) -> (cross-entropy (H,), entropy of softmax
+    (H,)).
 
-    Both are averaged over the queries that are real tokens (key_mask (B, T), True = real). Raises ValueError if there
-    is none. This is the definition, with T x T weights. Training calls fused/mimicry.py, the same function and gradient
-    in blocks of queries; tests hold the two equal.
+    Both are averaged over the queries that are real tokens (key_mask (B, T), True = real). Raises ValueError
+    if there is none. This is the definition, with T x T weights. Training calls fused/mimicry.py, the same
+    function and gradient in blocks of queries; tests hold the two equal.
     """
     P = softmax_weights(q.detach(), k.detach(), causal=causal, key_mask=key_mask)  # the teacher: (B, H, T, T)
     A = linear_weights(phi_q, phi_k, causal=causal, key_mask=key_mask)  # the pupil: (B, H, T, T)
@@ -62,8 +63,8 @@ def attention_cross_entropy(
 
 
 class MimicAttention(LinearAttention):
-    """Softmax for the model, and beside it Eq. 3 for the map. After a forward pass `loss` (H,) is the cross-entropy
-    and `entropy` (H,) the entropy of softmax."""
+    """Softmax for the model, and beside it Eq. 3 for the map. After a forward pass `loss` (H,) is the
+    cross-entropy and `entropy` (H,) the entropy of softmax."""
 
     loss: Tensor
     entropy: Tensor
@@ -86,13 +87,15 @@ MODES["mimic"] = MimicAttention
 
 @torch.no_grad()
 def mimicry(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], forward: Callable) -> dict[str, Tensor]:
-    """Cross-entropy (Eq. 3), entropy of softmax, and their difference KL(softmax || linear), in nats, each (L, H): by
-    layer and head, averaged over batches. forward(model, *batch) runs the model, which must be in mode "mimic"."""
+    """Cross-entropy (Eq. 3), entropy of softmax, and their difference KL(softmax || linear), in nats, each
+    (L, H): by layer and head, averaged over batches. forward(model, *batch) runs the model, which must be in
+    mode "mimic"."""
     found = []
     for batch in batches:
         forward(model, *batch)
         attends = [socket.attend for socket in sockets(model)]
-        found.append(torch.stack([torch.stack([a.loss, a.entropy]).double().cpu() for a in attends], 1))  # (2, L, H)
+        of_layers = [torch.stack([a.loss, a.entropy]).double().cpu() for a in attends]
+        found.append(torch.stack(of_layers, 1))  # (2, L, H)
     cross_entropy, entropy = torch.stack(found).mean(0)
     return {"cross_entropy": cross_entropy, "entropy": entropy, "kl": cross_entropy - entropy}
 
@@ -108,9 +111,9 @@ def distill(
 ) -> dict[str, Tensor]:
     """Train the feature maps of a model to mimic its softmax attention. Returns mimicry() on held_out.
 
-    The maps with the least validation loss are left in the model, in mode "linear". batch(step), config, world and meta
-    are those of train.fit; its checkpoints hold the maps alone. forward(model, *batch) runs the model. Raises ValueError
-    for a feature map without parameters.
+    The maps with the least validation loss are left in the model, in mode "linear". batch(step), config,
+    world and meta are those of train.fit; its checkpoints hold the maps alone. forward(model, *batch) runs
+    the model. Raises ValueError for a feature map without parameters.
     """
     maps = map_parameters(model)
     if not maps:
@@ -147,7 +150,8 @@ def distill(
 def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
     """A GPT with the weights of a softmax GPT and linear attention whose maps are as they begin.
 
-    changes: other fields of GPTConfig, such as tie and options. Raises ValueError if the teacher is not softmax.
+    changes: other fields of GPTConfig, such as tie and options. Raises ValueError if the teacher is not
+    softmax.
     """
     if teacher.config.attention != "softmax":
         raise ValueError(f"the teacher must have softmax attention, not {teacher.config.attention}")
@@ -161,7 +165,9 @@ def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
 
 @dataclass
 class DistillConfig(FitConfig):
-    checkpoint: str = "out/stdlib-softmax"  # a run's folder or a .safetensors file: a GPT with softmax attention
+    checkpoint: str = (
+        "out/stdlib-softmax"  # a run's folder or a .safetensors file: a GPT with softmax attention
+    )
     feature_map: str = "hedgehog"  # a learned map: hedgehog, hedgehog_exp or t2r
     tie: bool = True  # one map for queries and keys, as in Sec. 3; false: one map for each
     data_dir: str = ""  # the local text, if it has moved since the checkpoint was made
@@ -188,27 +194,14 @@ class DistillConfig(FitConfig):
 def load_teacher(path: str) -> tuple[GPT, dict]:
     """(the softmax GPT in a checkpoint of this repository, the checkpoint's meta)."""
     if path == DistillConfig.checkpoint and not Path(path).exists():
-        raise UserError(f"there is no teacher in {path}: python train.py --attention softmax trains one, in minutes")
+        raise UserError(
+            f"there is no teacher in {path}: python train.py --attention softmax trains one, in minutes"
+        )
     tensors, saved = load_checkpoint(path)
     with as_user_error():
         teacher = GPT(GPTConfig.of(saved.get("config", {})))
     restore(tensors, teacher, path=path)
     return teacher.eval(), saved
-
-
-def heads_table(kl: Tensor) -> str:
-    """KL (L, H) by layer in Markdown."""
-    lines = ["| layer | KL(softmax, linear), nats, mean over heads | least | largest |", "|---|---|---|---|"]
-    lines += [f"| {i} | {row.mean():.4f} | {row.min():.4f} | {row.max():.4f} |" for i, row in enumerate(kl)]
-    return "\n".join([*lines, f"| all | {kl.mean():.4f} | {kl.min():.4f} | {kl.max():.4f} |"])
-
-
-def write_heads(out: Path, found: dict[str, Tensor], **facts) -> None:
-    """kl.json and kl.png: cross-entropy, entropy and KL by layer and head."""
-    rounded = {name: [[round(x, 5) for x in row] for row in value.tolist()] for name, value in found.items()}
-    write_json(out / "kl.json", {"distillation": 1, **provenance(), **facts, **rounded})
-    title = f"KL(softmax, linear) after distillation: mean {found['kl'].mean():.3f} nats"
-    plots.heads(out / "kl.png", found["kl"].numpy(), title, provenance()["command"])
 
 
 def main() -> None:
@@ -223,7 +216,9 @@ def main() -> None:
     with as_user_error():
         model = pupil_of(teacher.to(world.device), config.feature_map, tie=config.tie)
     n_trained = sum(p.numel() for p in map_parameters(model))
-    print(f"{config.feature_map} maps for {config.checkpoint}: {n_trained:,} of {model.num_params():,} parameters train")
+    print(
+        f"{config.feature_map} maps for {config.checkpoint}: {n_trained:,} of {model.num_params():,} parameters train"
+    )
 
     # the data of the teacher, in sequences of the length that it was trained on
     of, T = saved["config"], teacher.config.block_size
@@ -242,7 +237,11 @@ def main() -> None:
     )
 
     out, minutes = Path(config.out_dir), (time.perf_counter() - began) / 60
-    meta = {"config": {**of, **asdict(model.config)}, "tokenizer": saved["tokenizer"], "distilled": asdict(config)}
+    meta = {
+        "config": {**of, **asdict(model.config)},
+        "tokenizer": saved["tokenizer"],
+        "distilled": asdict(config),
+    }
     save_checkpoint(out / "best.safetensors", model, **meta)
     write_heads(out, found, config=asdict(config), minutes=round(minutes, 2))
     print(heads_table(found["kl"]))

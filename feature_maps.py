@@ -57,7 +57,8 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         with without_autocast(x):
-            return self.features(F.hardtanh(at_least_float32(x), -CEIL, CEIL), offset)  # clamp, cheaper backward
+            x = F.hardtanh(at_least_float32(x), -CEIL, CEIL)  # clamp, with a cheaper backward pass
+            return self.features(x, offset)
 
     @property
     def query(self) -> nn.Module:
@@ -189,15 +190,16 @@ class Taylor(FeatureMap):
         return (x / self.head_dim**0.25).clamp(-1e6, 1e6)
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk), without features: D multiplications each instead of F, and
-        nothing cancels."""
+        """phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk), without features: D multiplications each instead of
+        F, and nothing cancels."""
         with without_autocast(q):
             s = self.scaled(at_least_float32(q)) @ self.scaled(at_least_float32(k)).mT
             return 1 + s + s.square() / 2
 
     def features(self, x: Tensor, offset: int) -> Tensor:
         x = self.scaled(x)
-        pairs = (x[..., a : a + 1] * x[..., a + 1 :] for a in range(self.head_dim - 1))  # 7x faster than an index
+        # slices are 7x faster than an index
+        pairs = (x[..., a : a + 1] * x[..., a + 1 :] for a in range(self.head_dim - 1))
         return torch.cat([torch.ones_like(x[..., :1]), x, x.square() * 0.5**0.5, *pairs], dim=-1)
 
 
@@ -224,7 +226,9 @@ class Learned(FeatureMap):
         if init not in ("identity", "random"):
             raise ValueError(f"a learned map begins with init identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
-            raise ValueError(f"W ({head_dim} x {d}) can only begin as the identity if it is square: use init random")
+            raise ValueError(
+                f"W ({head_dim} x {d}) can only begin as the identity if it is square: use init random"
+            )
         if d < 1 or not 0 < scale < math.inf:
             raise ValueError(f"n_features must be at least 1 and scale positive, not {d} and {scale}")
         I, random = torch.eye(head_dim).repeat(n_maps, 1, 1), init == "random"
@@ -293,11 +297,11 @@ def unknown(what: str, name: str, known) -> str:
 def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:
     """Build the map called `name` for n_head heads of head_dim dimensions.
 
-    tie=False gives queries and keys a map each (learned maps only), which begin the same. Other options go to the
-    class: n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len (cosformer), t
-    (exp_t1, exp_t2).
-    Raises ValueError for an unknown name, for tie=False on a map without parameters, and for a class that is no
-    feature map: features of another shape than it says, not finite, or whose products are negative.
+    tie=False gives queries and keys a map each (learned maps only), which begin the same. Other options go to
+    the class: n_features (performer, learned maps), init, scale and share_heads (learned maps), max_len
+    (cosformer), t (exp_t1, exp_t2). Raises ValueError for an unknown name, for tie=False on a map without
+    parameters, and for a class that is no feature map: features of another shape than it says, not finite, or
+    whose products are negative.
     """
     if name not in FEATURE_MAPS:
         raise ValueError(unknown("feature map", name, FEATURE_MAPS))
@@ -309,13 +313,17 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     if tie:
         return phi
     if not issubclass(cls, Learned):
-        raise ValueError(f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters")
-    return Untied(phi, copy.deepcopy(phi))  # both begin as one: with a random W each, phi(q).phi(k) would be noise
+        raise ValueError(
+            f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters"
+        )
+    # both begin as one: with a random W each, phi(q).phi(k) would be noise
+    return Untied(phi, copy.deepcopy(phi))
 
 
 @torch.no_grad()
 def check_features(name: str, phi: FeatureMap) -> None:
-    """Try a new map on a few tokens: a mistake in it would else show much later, as a loss that is not finite."""
+    """Try a new map on a few tokens: a mistake in it would else show much later, as a loss that is not
+    finite."""
     D, tokens = phi.head_dim, 5
     x = 2 * torch.ones(tokens * D).cumsum(0).sin().view(1, 1, tokens, D).expand(1, phi.n_head, -1, -1)
     if x.is_meta:  # a model without numbers (of linspace transformers takes care that it is never meta)
@@ -325,4 +333,6 @@ def check_features(name: str, phi: FeatureMap) -> None:
         raise ValueError(f"feature map {name!r}: phi(x) of x {tuple(x.shape)} has shape {tuple(found.shape)}, and must "
                          f"have {shape}: (B, H, T, F), F = feature_dim")  # fmt: skip
     if not (found @ found.mT >= 0).all():
-        raise ValueError(f"feature map {name!r}: phi(q).phi(k) must not be negative or NaN, it is an attention weight")
+        raise ValueError(
+            f"feature map {name!r}: phi(q).phi(k) must not be negative or NaN, it is an attention weight"
+        )

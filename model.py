@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import WINDOWS, attentions, learns_map, make_attention
+from attention import attentions, make_attention
 from feature_maps import FeatureMap, unknown
+from support.earlier import renewed
 
 
 @dataclass
@@ -28,11 +29,13 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
     tie: bool = True  # one feature map for queries and keys; false: one map for each
-    options: dict = field(default_factory=dict)  # of the attention, as name=value: n_features=128 init=random window=16
+    options: dict = field(default_factory=dict)  # of the attention: n_features=128 init=random window=16
     position: str = "rope"  # how the model knows positions: rope or learned
     rope_base: float = 10000.0  # the slowest rotation of rope takes 2 pi times so many tokens
     qk_gain: float = 1.0  # scales the initial query and key projections
-    qk_bias: float = 0.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
+    qk_bias: float = (
+        0.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
+    )
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -50,41 +53,29 @@ class GPTConfig:
         if self.position not in ("rope", "learned"):
             raise ValueError(f"unknown position {self.position!r}: choose rope or learned")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"rope needs an even head dim, not n_embd / n_head = {self.n_embd // self.n_head}")
+            raise ValueError(
+                f"rope needs an even head dim, not n_embd / n_head = {self.n_embd // self.n_head}"
+            )
 
     @property
     def max_length(self) -> float:
-        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention."""
+        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention.
+        """
         bounded = self.position == "learned" or self.attention == "cosformer"
         return self.block_size if bounded else math.inf
 
     @classmethod
     def of(cls, values: dict) -> "GPTConfig":
-        """From a larger mapping, such as the configuration in a checkpoint, also of an earlier version. Raises
-        ValueError if the sizes of a GPT are not in it, or if this version cannot build it."""
+        """From a larger mapping, such as the configuration in a checkpoint, also of an earlier version.
+        Raises ValueError if the sizes of a GPT are not in it, or if this version cannot build it."""
         try:
-            sizes = {name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+            sizes = {
+                name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+            }
             values = renewed(values)
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | sizes)
         except (KeyError, TypeError) as e:
             raise ValueError(f"this is not the configuration of a GPT ({type(e).__name__}: {e})") from e
-
-
-def renewed(values: dict) -> dict:
-    """A configuration that an earlier version wrote, in the fields of this one. Raises ValueError if this version
-    cannot build the model."""
-    if "attention" not in values:
-        return values
-    values, options = dict(values), dict(values.get("options", {}))
-    if values.pop("conv", 0):
-        raise ValueError("this model has convolutions over time, which only an earlier version can build")
-    of_maps = {"map_init": ("init", "identity"), "map_scale": ("scale", 1.0), "map_features": ("n_features", 0)}
-    for old, (new, default) in of_maps.items():
-        if (value := values.pop(old, default)) != default and learns_map(values["attention"]):
-            options[new] = value
-    if (window := values.pop("window", 32)) != 32 and values["attention"] in WINDOWS:
-        options["window"] = window
-    return {**values, "options": options}
 
 
 def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -110,7 +101,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, head_dim = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         options = config.options if config.tie else {"tie": False, **config.options}
-        self.attend = make_attention(config.attention, config.n_head, head_dim, max_len=config.block_size, **options)
+        self.attend = make_attention(
+            config.attention, config.n_head, head_dim, max_len=config.block_size, **options
+        )
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -155,9 +148,14 @@ def map_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float, map_lr_scale: float, rest: list[nn.Parameter] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    map_lr_scale: float,
+    rest: list[nn.Parameter] | None = None,
 ) -> list[dict]:
-    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters."""
+    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters.
+    """
     maps = map_parameters(model)
     if rest is None:
         rest = [p for p in model.parameters() if not any(p is m for m in maps)]
@@ -192,8 +190,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, embd_std: float = 0.02, init_std: float = 0.02) -> None:
-        """The initialisation of GPT-2: standard deviations of embeddings and of all other matrices. Feature maps keep
-        their own. c_attn begins with smaller queries and keys, and equal biases, where the configuration says so."""
+        """The initialisation of GPT-2: standard deviations of embeddings and of all other matrices. Feature
+        maps keep their own. c_attn begins with smaller queries and keys, and equal biases, where the
+        configuration says so."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=init_std)
@@ -275,11 +274,17 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
         """idx (B, T) with max_new_tokens sampled tokens after it: (B, T + max_new_tokens)."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+        return torch.cat(
+            [idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1
+        )
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """logits (B, V) -> one token id each (B, 1): the likeliest at temperature 0, else drawn from the
     top_k likeliest, or from the fewest that together reach probability top_p."""

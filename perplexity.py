@@ -13,7 +13,9 @@ from tqdm import tqdm
 from model import GPT
 
 
-def windows_of(ids: np.ndarray, block_size: int, stride: int, max_tokens: int = 0) -> list[tuple[int, int, int]]:
+def windows_of(
+    ids: np.ndarray, block_size: int, stride: int, max_tokens: int = 0
+) -> list[tuple[int, int, int]]:
     """Fixed evaluation windows [(start, end, first scored)]: x = ids[start:end] predicts ids[start+1:end+1],
     of which those from `first scored` on count. Every token but the very first counts once.
     max_tokens > 0: an evenly spaced part of the windows, with about that many scored tokens."""

@@ -1,7 +1,8 @@
 """Exchange the attention of a model: sockets and modes.
 
-A socket is a module whose `attend` is linear attention: each layer of our GPT, and of every model that hf.linearize
-has converted. Plugging another class into a socket keeps the feature map (`attend.phi`) where it is:
+A socket is a module whose `attend` is linear attention: each layer of our GPT, and of every model that
+hf.linearize has converted. Plugging another class into a socket keeps the feature map (`attend.phi`) where it
+is:
 
     set_mode(model, "softmax")    the teacher: softmax, with the map kept for later
     set_mode(model, "mimic")      softmax for the model, and beside it Eq. 3 for the map (distill.py)
@@ -34,7 +35,11 @@ class ZeroAttention(LinearAttention):
 
 
 # Names for set_mode. distill.py adds "mimic" when it is imported.
-MODES: dict[str, type[LinearAttention]] = {"softmax": SoftmaxTeacher, "linear": LinearAttention, "zero": ZeroAttention}
+MODES: dict[str, type[LinearAttention]] = {
+    "softmax": SoftmaxTeacher,
+    "linear": LinearAttention,
+    "zero": ZeroAttention,
+}
 
 
 def sockets(model: nn.Module) -> list[nn.Module]:
@@ -45,7 +50,8 @@ def sockets(model: nn.Module) -> list[nn.Module]:
 def set_mode(model: nn.Module, mode: str | type[LinearAttention]) -> None:
     """Plug another attention into every socket. Feature maps stay where they are.
 
-    mode: a class, or the name of one in MODES. Raises ValueError for another name, and for a model without sockets.
+    mode: a class, or the name of one in MODES. Raises ValueError for another name, and for a model without
+    sockets.
     """
     if isinstance(mode, str):
         if mode not in MODES:

@@ -45,21 +45,27 @@ def fit(
     world: World,
     meta: dict,
 ) -> dict:
-    """The training loop. Every script of this repository that trains, trains here. Returns the last evaluation.
+    """The training loop. Every script of this repository that trains, trains here. Returns the last
+    evaluation.
 
     model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
-    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, a function of the step alone.
-        Processes and pieces take their rows of it, so their number changes nothing (but which units drop out).
+    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, a function of the step
+    alone.
+        Processes and pieces take their rows of it, so their number changes nothing (but which units drop
+        out).
     loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss"; the lowest is the best.
-    meta: what checkpoints and log say beside the progress; meta["config"] is a dict of everything that was set.
+    meta: what checkpoints and log say beside the progress; meta["config"] is a dict of everything that was
+    set.
 
-    Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better one. Writes
-    last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Raises RunError when the
-    loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
+    Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better
+    one. Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir.
+    Raises RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
     """
     out, device = Path(config.out_dir), world.device
     n_pieces = pieces_of_a_batch(config, world)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(config.dtype, device) == torch.bfloat16)
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=pick_dtype(config.dtype, device) == torch.bfloat16
+    )
     model.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -84,7 +90,9 @@ def fit(
             for i, piece in enumerate(zip(*(x.chunk(n_pieces) for x in rows)), 1):
                 with world.gradients_stay(parallel) if i < n_pieces else contextlib.nullcontext():
                     with autocast:
-                        mean_loss = loss(parallel, *(x.to(device, non_blocking=True) for x in piece)) / n_pieces
+                        mean_loss = (
+                            loss(parallel, *(x.to(device, non_blocking=True) for x in piece)) / n_pieces
+                        )
                     mean_loss.backward()
                 total += mean_loss.detach()
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -102,7 +110,9 @@ def fit(
             if world.is_main and (done % config.log_interval == 0 or at_end):
                 now = time.perf_counter()
                 speed, clock, tokens, lr = tokens / (now - clock), now, 0, optimizer.param_groups[0]["lr"]
-                log.write(step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
+                log.write(
+                    step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed)
+                )
                 bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             if done % config.eval_interval == 0 or at_end:
                 if world.is_main:
@@ -123,7 +133,9 @@ def fit(
             if stopping and not at_end:
                 bar.close()
                 why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
-                raise KeyboardInterrupt(f"{why}: go on with the same command and --resume" if world.is_main else "")
+                raise KeyboardInterrupt(
+                    f"{why}: go on with the same command and --resume" if world.is_main else ""
+                )
     bar.close()
     return result
 
@@ -211,7 +223,9 @@ def main() -> None:
 
     if config.eval_only:
         result = evaluate(model.to(world.device).eval())
-        by_word = f"word perplexity {result['word_perplexity']:.8g}, " if tokens.tokenizer.name != "bytes" else ""
+        by_word = (
+            f"word perplexity {result['word_perplexity']:.8g}, " if tokens.tokenizer.name != "bytes" else ""
+        )
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
             f"{by_word}bits per byte {result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats "

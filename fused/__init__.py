@@ -1,12 +1,14 @@
-"""Fast forms of what attention.py and distill.py write plainly, and the one place that decides which of them runs.
+"""Fast forms of what attention.py and distill.py write plainly, and the one place that decides which of them
+runs.
 
     torch     chunked.py: every device, dtype and feature map
     cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where there is a C++ compiler, then kept
     triton    chunked_triton.py: NVIDIA GPUs, float32 and bfloat16
 
-`attend` is linear attention by the fastest of these forms. `use(name)` chooses for this process: one of the three, or
-"auto" (the default), the compiled form for the tensors' device where there is one. `describe(device)` says the choice
-in words, for commands to print. mimicry.py is Eq. 3 in blocks. Tests hold every form equal to the plain one.
+`attend` is linear attention by the fastest of these forms. `use(name)` chooses for this process: one of the
+three, or "auto" (the default), the compiled form for the tensors' device where there is one.
+`describe(device)` says the choice in words, for commands to print. mimicry.py is Eq. 3 in blocks. Tests hold
+every form equal to the plain one.
 """
 
 import functools
@@ -51,7 +53,8 @@ def attend(
     carry: bool = True,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """attention.attend by the fastest form: (y, state). carry=False: no state is wanted, and none is returned."""
+    """attention.attend by the fastest form: (y, state). carry=False: no state is wanted, and none is
+    returned."""
     T, alone = q.size(2), state is None and not carry
     if alone and type(phi) is Taylor and T <= phi.feature_dim // 2 and not watched(phi):
         return quadratic_without_features(phi, q, k, v, causal, key_mask), None
@@ -97,7 +100,8 @@ def one_more(phi: nn.Module, q, k, v, state, kernel, offset: int):
 
 
 def in_pieces(phi: nn.Module, q, k, v, state, kernel, key_mask: Tensor | None, offset: int, carry: bool):
-    """Causal attention by a compiled kernel: (y, state). Where the kernel is given features, PIECE tokens at a time."""
+    """Causal attention by a compiled kernel: (y, state). Where the kernel is given features, PIECE tokens at
+    a time."""
     (S, z), T, maps, ys = state or (None, None), q.size(2), map_weights(phi, kernel), []
     size = PIECE if maps is None else max(T, 1)
     for start in range(0, max(T, 1), size):
@@ -112,7 +116,8 @@ def in_pieces(phi: nn.Module, q, k, v, state, kernel, key_mask: Tensor | None, o
 
 
 def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
-    """W, b of queries and W, b of keys, if the kernel computes this map's features itself; None: it is given them."""
+    """W, b of queries and W, b of keys, if the kernel computes this map's features itself; None: it is given
+    them."""
     maps = role(phi, "query"), role(phi, "key")
     for m in maps:
         square = type(m) is Hedgehog and m.feature_dim == 2 * m.head_dim and len(m.weight) == m.n_head
@@ -130,8 +135,8 @@ def watched(phi: nn.Module) -> bool:
 
 
 def use(name: str, device: str | torch.device = "cpu") -> None:
-    """Choose the kernel for this process. Raises ValueError for an unknown name, and for a kernel that cannot run
-    on `device` here; "auto" always can."""
+    """Choose the kernel for this process. Raises ValueError for an unknown name, and for a kernel that cannot
+    run on `device` here; "auto" always can."""
     global chosen
     if name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}")
@@ -161,7 +166,8 @@ def describe(device: str | torch.device) -> str:
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor):
-    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES."""
+    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES.
+    """
     if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
         return pick(chosen, q.device.type)
     if chosen in ("auto", "torch"):
@@ -200,7 +206,8 @@ def load_once(name: str, device: str):
 
 
 def verified(kernel, device: str):
-    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
+    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust.
+    """
     kind, generator = dict(dtype=torch.float64, device="cpu"), torch.Generator("cpu").manual_seed(0)
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
@@ -219,5 +226,7 @@ def verified(kernel, device: str):
     except Exception as e:  # whatever a driver may raise
         raise Unavailable(f"it failed on a small example: {type(e).__name__}: {e}".splitlines()[0]) from e
     if not all(error < 5e-3 for error in errors):  # tf32 may be on, and cost 1e-3; NaN is not below anything
-        raise Unavailable(f"its y, dq, dk, dv are off by {', '.join(f'{e:.1g}' for e in errors)} on a small example")
+        raise Unavailable(
+            f"its y, dq, dk, dv are off by {', '.join(f'{e:.1g}' for e in errors)} on a small example"
+        )
     return kernel

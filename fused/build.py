@@ -1,4 +1,5 @@
-"""Find, build and load the compiled kernels: chunked.cpp by the machine's C++ compiler, chunked_triton.py by Triton."""
+"""Find, build and load the compiled kernels: chunked.cpp by the machine's C++ compiler, chunked_triton.py by
+Triton."""
 
 import hashlib
 import math
@@ -25,13 +26,15 @@ def load_triton():
 
 
 def load_cpp(source: Path) -> SimpleNamespace:
-    """torch.ops.hedgehog. The source is built if it, torch, the processor or the compiler is new here, and is then
-    kept in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions."""
+    """torch.ops.hedgehog. The source is built if it, torch, the processor or the compiler is new here, and is
+    then kept in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions."""
     if sys.platform == "win32":
         raise Unavailable("chunked.cpp is written for GCC and Clang")
     capability = torch.backends.cpu.get_cpu_capability()
     flags, compiler = flags_for(capability), os.environ.get("CXX", "c++")
-    key = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {flags} {compiler}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        source.read_bytes() + f"{torch.__version__} {flags} {compiler}".encode()
+    ).hexdigest()[:16]
     try:
         home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
         library = Path(home) / f"hedgehog_{key}.so"
@@ -67,13 +70,16 @@ def flags_for(capability: str) -> list[str]:
 
 
 def build(source: Path, flags: list[str], compiler: str, library: Path) -> None:
-    """Build in a folder of its own, load, then move the library: two builds at once cannot disturb each other."""
+    """Build in a folder of its own, load, then move the library: two builds at once cannot disturb each
+    other."""
     from torch.utils import cpp_extension
 
     if not shutil.which(compiler.split()[0]):
         raise Unavailable(f"there is no C++ compiler ({compiler}): install one, or set CXX")
     path = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # finds a ninja that pip installed
+    os.environ["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{path}"  # finds a ninja that pip installed
+    )
     try:
         if not cpp_extension.is_ninja_available():
             raise Unavailable("building chunked.cpp needs ninja: pip install ninja")

@@ -24,7 +24,8 @@ def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def quadratic(products: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2."""
+    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2.
+    """
     Tq, Tk = products.shape[-2:]
     if causal:
         products = products.tril(Tk - Tq)
@@ -64,8 +65,8 @@ def chunked(
     """attention.linear_attention_chunked with the feature map phi inside: (y, S, z).
 
     phi None: q and k are features. The map is applied chunk by chunk, so that features stay in the cache (2x
-    faster at 8K tokens). The backward pass applies it again: it must not be random. Differentiable once, and not
-    by torch.func's transforms: use linear_attention_quadratic or the plain chunked form for those.
+    faster at 8K tokens). The backward pass applies it again: it must not be random. Differentiable once, and
+    not by torch.func's transforms: use linear_attention_quadratic or the plain chunked form for those.
     """
     R = None if state is None else torch.cat([state[0], state[1][..., None]], -1).flatten(0, 1)
     maps = (None, None) if phi is None else (role(phi, "query"), role(phi, "key"))
@@ -104,7 +105,8 @@ class Chunked(torch.autograd.Function):
 
         dA = tril(G U^T)    dQ = dA K + G R^T    dK = dA^T Q + U dR^T    dU = A^T G + K dR    dR <- dR + Q^T G
 
-    What is kept is the state before every GROUP chunks. The backward pass computes features and other states again.
+    What is kept is the state before every GROUP chunks. The backward pass computes features and other states
+    again.
     """
 
     @staticmethod
@@ -117,7 +119,8 @@ class Chunked(torch.autograd.Function):
                 tokens = slice(start, start + chunk_size)
                 Q = features(phi_query, q[:, :, tokens], offset + start)
                 K = features(phi_key, k[:, :, tokens], offset + start, (), key_mask, tokens)
-                U = F.pad(v[:, :, tokens].to(K.dtype), (0, 1), value=1.0).flatten(0, 1)  # [V 1]: (BH, n, D + 1)
+                V = v[:, :, tokens].to(K.dtype)
+                U = F.pad(V, (0, 1), value=1.0).flatten(0, 1)  # [V 1]: (BH, n, D + 1)
                 if c == 0:
                     y, d = K.new_empty(v.shape), K.new_empty(*v.shape[:3], 1)
                     R = K.new_zeros(K.size(0), K.size(2), U.size(2)) if R is None else R
@@ -128,7 +131,9 @@ class Chunked(torch.autograd.Function):
                 y[:, :, tokens], d[:, :, tokens] = normalise(N[..., :-1], N[..., -1:]), N[..., -1:]
         ctx.options, ctx.n = options, len(parameters)
         place = {p: i for i, p in enumerate(parameters)}
-        ctx.places = [[] if phi is None else [place[p] for p in phi.parameters()] for phi in (phi_query, phi_key)]
+        ctx.places = [
+            [] if phi is None else [place[p] for p in phi.parameters()] for phi in (phi_query, phi_key)
+        ]
         ctx.save_for_backward(*parameters, q, k, v, y, d, *states)
         return y, R
 
@@ -181,8 +186,8 @@ def features(
     key_mask: Tensor | None = None,
     tokens: slice = slice(0),
 ) -> Tensor:
-    """phi(x, offset) as (B H, n, F), zero for masked keys. `parameters`, if any, are those that phi had in the
-    forward pass: it may have others by the time of the backward pass (torch.func.functional_call)."""
+    """phi(x, offset) as (B H, n, F), zero for masked keys. `parameters`, if any, are those that phi had in
+    the forward pass: it may have others by the time of the backward pass (torch.func.functional_call)."""
     own = [] if phi is None else list(phi.named_parameters())
     if any(mine is not given for (_, mine), given in zip(own, parameters)):
         x = functional_call(phi, {name: given for (name, _), given in zip(own, parameters)}, (x, offset))

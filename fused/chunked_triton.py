@@ -39,7 +39,9 @@ from torch import Tensor
 import feature_maps
 from feature_maps import without_autocast
 
-PRECISION = "ieee"  # of float32 products. "tf32" is an order faster and breaks the tests' 1e-5 (it costs 1e-3)
+PRECISION = (
+    "ieee"  # of float32 products. "tf32" is an order faster and breaks the tests' 1e-5 (it costs 1e-3)
+)
 HALF_PRECISION = "tf32"  # when queries come in half precision
 CHUNK = 128  # tokens from state to state, C; a multiple of 64
 MAX_DIM = 128  # D of the map: softmax takes a whole row of u
@@ -126,7 +128,9 @@ def features(x, row, i, bh, rows, T, s: tl.constexpr):
     cols = tl.arange(0, s.BF)
     if s.MAP:
         cols = i % (s.NF // 2) * s.BF + cols
-        phi = softmax(x, row, i // (s.NF // 2), cols, bh, rows, T, s) + tl.where(cols[None, :] < s.D, FLOOR, 0.0)
+        phi = softmax(x, row, i // (s.NF // 2), cols, bh, rows, T, s) + tl.where(
+            cols[None, :] < s.D, FLOOR, 0.0
+        )
     else:
         phi = load_rows(x, bh, rows, i * s.BF + cols, T, s.D, s)
     return phi
@@ -183,7 +187,12 @@ def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr
 def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.constexpr):
     """out = N = mask(phi(x) phi(y)^T) R2 + phi(x) S; with w2, d = mask(phi(x) phi(y)^T) w2 + phi(x) z and
     out = N / d. Row i sees rows j <= i; REVERSE: j >= i."""
-    bh, m, es, one = tl.program_id(0), tl.program_id(1), tl.program_id(2) * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
+    bh, m, es, one = (
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2) * s.BE + tl.arange(0, s.BE),
+        tl.arange(0, 1),
+    )
     chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
     n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
     row = extremes(x, bh, rows, T, s)
@@ -287,7 +296,9 @@ def decode_kernel(q, k, v, S, z, out, s: tl.constexpr):
 def launch(kernel, grid: tuple, x, *args, **constants) -> None:
     s = constants.get("s")
     with torch.cuda.device_of(x[0] if isinstance(x, tuple) else x):
-        kernel[grid](x, *args, **constants, num_warps=8 if s and s.MAP and s.BT * s.BD >= 4096 else 4, num_stages=1)
+        kernel[grid](
+            x, *args, **constants, num_warps=8 if s and s.MAP and s.BT * s.BD >= 4096 else 4, num_stages=1
+        )
 
 
 def rows(x: Tensor) -> tuple:
@@ -325,7 +336,9 @@ def scan(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
     return last
 
 
-def mix(x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False):
+def mix(
+    x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False
+):
     B, H, T = x.shape[:3]
     out, d = x.new_empty(B, H, T, s.E, dtype=torch.float32), x.new_empty(B, H, T, dtype=torch.float32)
     sides = rows(x), rows(y), rows(R2), None if w2 is None else rows(w2)
@@ -334,7 +347,9 @@ def mix(x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tenso
     return out, d
 
 
-def grads(x: Tensor, y: Tensor, R, w, R2, w2, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False) -> Tensor:
+def grads(
+    x: Tensor, y: Tensor, R, w, R2, w2, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False
+) -> Tensor:
     B, H, T, D = x.shape
     out = x.new_empty(B, H, T, D, dtype=torch.float32)
     BF = s.BD if s.MAP else min(s.BD, 64)

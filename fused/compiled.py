@@ -1,7 +1,7 @@
 """The compiled kernels (chunked.cpp, chunked_triton.py) as functions with a gradient.
 
-A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it computes
-Hedgehog's features itself. For every other feature map it is given the features.
+A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
+computes Hedgehog's features itself. For every other feature map it is given the features.
 """
 
 import torch
@@ -48,8 +48,8 @@ def causal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, S, z) of shapes (B, H, T, D), (B, H, F, D), (B, H, F); y has v's dtype, S and z are float32.
 
-    maps: Hedgehog's W, b of queries and W, b of keys; None: q and k are features. carry=False: the new state is
-    not computed, and what is returned for it has no meaning.
+    maps: Hedgehog's W, b of queries and W, b of keys; None: q and k are features. carry=False: the new state
+    is not computed, and what is returned for it has no meaning.
     """
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
     key_mask = None if key_mask is None else key_mask.bool().expand(q.size(0), -1).contiguous()

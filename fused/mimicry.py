@@ -1,4 +1,5 @@
-"""Eq. 3 in blocks of queries: time O(T^2), memory O(T). distill.attention_cross_entropy is the same in plain lines."""
+"""Eq. 3 in blocks of queries: time O(T^2), memory O(T). distill.attention_cross_entropy is the same in plain
+lines."""
 
 import math
 
@@ -22,18 +23,19 @@ def attention_cross_entropy(
     key_mask: Tensor | None = None,
     block_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 3 in nats: q, k (B, H, T, D), features (B, H, T, F) -> (cross-entropy (H,), entropy of softmax (H,)).
+    """Eq. 3 in nats: q, k (B, H, T, D), features (B, H, T, F) -> (cross-entropy (H,), entropy of softmax
+    (H,)).
 
-    Both are averaged over the queries that are real tokens (key_mask (B, T), True = real). Only the features get a
-    gradient. Raises ValueError if there is no real token.
+    Both are averaged over the queries that are real tokens (key_mask (B, T), True = real). Only the features
+    get a gradient. Raises ValueError if there is no real token.
     """
     with without_autocast(q):
         return CrossEntropy.apply(q, k, phi_q, phi_k, causal, key_mask, block_size)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The loss and its gradient in one pass over blocks of queries: no T x T tensor is ever alive. With softmax's
-    weights P, s_ij = phi(q_i).phi(k_j) and z_i = sum_m s_im, so that A_ij = s_ij / z_i:
+    """The loss and its gradient in one pass over blocks of queries: no T x T tensor is ever alive. With
+    softmax's weights P, s_ij = phi(q_i).phi(k_j) and z_i = sum_m s_im, so that A_ij = s_ij / z_i:
 
         loss_i = - sum_j P_ij log A_ij = log z_i - sum_j P_ij log s_ij,    d loss_i / d s_ij = 1 / z_i - P_ij / s_ij
     """
@@ -61,11 +63,14 @@ class CrossEntropy(torch.autograd.Function):
             P = scores.softmax(-1)  # (B, H, n, keys)
             s = (Q @ K.mT).masked_fill_(hidden, 0.0)
             z = s.sum(-1, keepdim=True)
-            s = s.masked_fill_(hidden, 1.0).clamp_(min=TINY)  # log 1 = 0 where P = 0; Taylor's s may round to 0
+            # log 1 = 0 where P = 0; Taylor's s may round to 0
+            s = s.masked_fill_(hidden, 1.0).clamp_(min=TINY)
             w = share[:, :, rows]
             z = z.masked_fill(w == 0, 1.0)  # a query that is not real may see no key; its share is 0
             loss += ((z.log() - (P * s.log()).sum(-1, keepdim=True)) * w).sum((0, 2, 3))
-            least += ((scores.logsumexp(-1, keepdim=True) - P.mul(scores).sum(-1, keepdim=True)) * w).sum((0, 2, 3))
+            least += ((scores.logsumexp(-1, keepdim=True) - P.mul(scores).sum(-1, keepdim=True)) * w).sum(
+                (0, 2, 3)
+            )
             G = (1 / z - P.div_(s)).masked_fill_(hidden, 0.0).mul_(w)
             d_phi_q[:, :, rows] = G @ K
             d_phi_k[:, :, keys] += G.mT @ Q

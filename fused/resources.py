@@ -1,4 +1,5 @@
-"""What the Triton kernels take of a GPU, without one: they are compiled as forward, backward and decode launch them.
+"""What the Triton kernels take of a GPU, without one: they are compiled as forward, backward and decode
+launch them.
 
 python -m fused.resources
 """
@@ -35,7 +36,9 @@ def resources(arch: int, dtype: torch.dtype, D: int, E: int, fused: bool) -> lis
 
     target = GPUTarget("cuda", arch, 32)
     driver = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: arch, get_current_stream=lambda device: 0
+        get_current_target=lambda: target,
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
     )
     B, H, T = 2, 16, 2 * CHUNK
     q, k, v = (torch.zeros(B, T, H, n, dtype=dtype).transpose(1, 2) for n in (D, D, E))
@@ -55,4 +58,7 @@ if __name__ == "__main__":
             for D, E, fused in ((64, 64, True), (128, 128, True), (128, 64, False)):
                 for name, shared, registers, stack in resources(arch, dtype, D, E, fused):
                     kind = f"{str(dtype)[6:]:9} {'hedgehog' if fused else 'features'} {D:4} {E:4}"
-                    print(f"{name:14} {kind}  sm_{arch} {shared / 1024:11.1f} {registers:11} {stack:13}", flush=True)
+                    print(
+                        f"{name:14} {kind}  sm_{arch} {shared / 1024:11.1f} {registers:11} {stack:13}",
+                        flush=True,
+                    )

@@ -1,4 +1,5 @@
-"""Checkpoints: one safetensors file, written atomically, with a checksum. The only place that reads or writes tensors."""
+"""Checkpoints: one safetensors file, written atomically, with a checksum. The only place that reads or writes
+tensors."""
 
 import json
 import os
@@ -16,8 +17,8 @@ from support.cli import RunError, UserError
 
 
 def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
-    """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without frozen
-    parameters: those are where they came from."""
+    """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without
+    frozen parameters: those are where they came from."""
     first: dict[int, str] = {}
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and not frozen_too}
     for name, tensor in model.state_dict().items():
@@ -52,7 +53,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         raise RunError(f"cannot write {path}: {e}; what was there before is intact") from e
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **meta) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **meta
+) -> None:
     """One safetensors file: weights under "model.", optimiser state under "optimizer.<parameter>.", and
     `meta` (configuration, step, seed ...: anything JSON) in its header with a checksum."""
     tensors = {f"model.{n}": t for n, t in unique_tensors(model).items()}
@@ -96,12 +99,17 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def restore(
-    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None, path: Any = "it"
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    path: Any = "it",
 ) -> None:
     """Copy a checkpoint's tensors into the model, and into the optimiser if one is given."""
     have = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     want = unique_tensors(model)
-    wrong = [f"{n} is missing" for n in want if n not in have] + [f"{n} is unknown" for n in have if n not in want]
+    wrong = [f"{n} is missing" for n in want if n not in have] + [
+        f"{n} is unknown" for n in have if n not in want
+    ]
     wrong += [
         f"{n} has shape {tuple(have[n].shape)}, not {tuple(t.shape)}"
         for n, t in want.items() if n in have and have[n].shape != t.shape

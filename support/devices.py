@@ -31,7 +31,8 @@ def pick_device(name: str) -> torch.device:
 
 
 class World(NamedTuple):
-    """The processes that train together, one for each device (torchrun starts them). Alone, every method does nothing."""
+    """The processes that train together, one for each device (torchrun starts them). Alone, every method does
+    nothing."""
 
     rank: int
     size: int
@@ -79,7 +80,8 @@ def join_world(device: str) -> World:
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+        # a long timeout: the others wait while the main process evaluates
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return world
 
 

@@ -1,10 +1,11 @@
-"""A folder with GPT-2, as transformers saves it: its sizes and its weights by our names, without transformers.
+"""A folder with GPT-2, as transformers saves it: its sizes and its weights by our names, without
+transformers.
 
-Our names are those of GPT-2, but for the prefix "transformer." that some files leave out. GPT-2 keeps its matrices as
-(in, out), nn.Linear as (out, in): four in every block are transposed.
+Our names are those of GPT-2, but for the prefix "transformer." that some files leave out. GPT-2 keeps its
+matrices as (in, out), nn.Linear as (out, in): four in every block are transposed.
 
-An option of config.json that makes GPT-2 another function than our GPT is refused by name, and so is an option that is
-not known here: no weights are loaded into a function that they were not trained for.
+An option of config.json that makes GPT-2 another function than our GPT is refused by name, and so is an
+option that is not known here: no weights are loaded into a function that they were not trained for.
 """
 
 import json
@@ -12,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.checkpoints import read_tensors
 from support.cli import UserError
@@ -56,6 +57,16 @@ def download(name: str) -> Path:
         ) from e
 
 
+def check_tokenizer(model: nn.Module, tokenizer) -> None:
+    """Raise UserError unless the model has a token for every id of the tokenizer, and no other."""
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the vocabulary of the model has {model.config.vocab_size} tokens, that of the tokenizer "
+            f"{tokenizer.vocab_size}: use the tokenizer of the model (GPT-2's has 50257; a vocabulary that was "
+            "padded to 50304 must be cut first: its padding must never be sampled)"
+        )
+
+
 def read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -63,14 +74,16 @@ def read_json(path: Path) -> dict:
             raise ValueError("it is not a mapping")
         return values
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give a folder as save_pretrained writes it") from e
+        raise UserError(
+            f"cannot read {path} ({e.strerror}): give a folder as save_pretrained writes it"
+        ) from e
     except ValueError as e:  # JSON's and UTF-8's are too
         raise UserError(f"{path} is damaged ({e}): copy or download it again") from e
 
 
 def read_sizes(path: Path) -> dict[str, int]:
-    """Sizes in GPT-2's config.json, by their names in GPTConfig. Raises UserError unless all else in it says that our
-    GPT computes the same function."""
+    """Sizes in GPT-2's config.json, by their names in GPTConfig. Raises UserError unless all else in it says
+    that our GPT computes the same function."""
     config = {"model_type": None, **read_json(path)}
     sizes = {ours: config.get(name, DEFAULTS[ours]) for name, ours in SIZES.items()}
     for name, ours in SIZES.items():
@@ -79,7 +92,9 @@ def read_sizes(path: Path) -> dict[str, int]:
     needed = {**NEEDED, "n_inner": (None, 4 * sizes["n_embd"])}
     for name, values in needed.items():
         if config.get(name, values[0]) not in values:
-            raise UserError(f"{path}: {name} is {config[name]!r}; our GPT can only {' or '.join(map(repr, values))}")
+            raise UserError(
+                f"{path}: {name} is {config[name]!r}; our GPT can only {' or '.join(map(repr, values))}"
+            )
     for name, value in config.items():
         if name not in {*SIZES, *needed} and not any(fnmatch(name, known) for known in HARMLESS):
             raise UserError(f"{path}: unknown option {name} ({value!r}), which may make it another function")
@@ -87,12 +102,15 @@ def read_sizes(path: Path) -> dict[str, int]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors; or of the shards in its index, each from the shard that the index says."""
+    """All tensors of model.safetensors; or of the shards in its index, each from the shard that the index
+    says."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         return read_tensors(whole)[0]
     if not index.exists():
-        raise UserError(f"{folder} has no model.safetensors, whole or in shards: write one with save_pretrained")
+        raise UserError(
+            f"{folder} has no model.safetensors, whole or in shards: write one with save_pretrained"
+        )
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{index} is damaged (it has no weight_map): copy or download it again")
@@ -100,7 +118,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"there is no {folder / missing[0]}: copy or download it again")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
-        tensors |= {name: t for name, t in read_tensors(folder / shard)[0].items() if shard_of.get(name) == shard}
+        tensors |= {
+            name: t for name, t in read_tensors(folder / shard)[0].items() if shard_of.get(name) == shard
+        }
     return tensors
 
 

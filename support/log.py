@@ -84,7 +84,9 @@ def progress_bar(max_steps: int, done: int, world: World) -> tqdm:
     return bar
 
 
-def report(config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict], tokenizer, began: float) -> None:
+def report(
+    config: Any, model: nn.Module, evaluate: Callable[[nn.Module], dict], tokenizer, began: float
+) -> None:
     """The end of a run: the curve, result.json, a sample from the best checkpoint, one line of numbers."""
     out, device = Path(config.out_dir), next(model.parameters()).device
     restore(load_checkpoint(out / "best.safetensors")[0], model, path=out / "best.safetensors")

@@ -1,4 +1,5 @@
-"""What lets a run be interrupted and go on: its progress, signals, and a folder in which no two runs are mixed."""
+"""What lets a run be interrupted and go on: its progress, signals, and a folder in which no two runs are
+mixed."""
 
 import math
 import shutil
@@ -44,7 +45,8 @@ class Progress:
         return better
 
     def enough(self, stop_loss: float, patience: int) -> bool:
-        """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations."""
+        """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations.
+        """
         return self.best <= stop_loss > 0 or 0 < patience <= self.since
 
     def save(self, path: Path, model: nn.Module, optimizer: Optimizer, meta: dict) -> None:
@@ -75,8 +77,8 @@ def diverged(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: P
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`. A second signal ends the
-    program at once."""
+    """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`. A second signal
+    ends the program at once."""
 
     asked = ""
 
@@ -98,7 +100,13 @@ class StopSignal:
 
 
 def begin(
-    out: Path, model: nn.Module, optimizer: Optimizer, config: Any, world: World, meta: dict, changes: Callable
+    out: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    config: Any,
+    world: World,
+    meta: dict,
+    changes: Callable,
 ) -> tuple[Progress, Log]:
     """Go on from the last checkpoint in `out` if config.resume is set and there is one, else begin at step 0.
     changes(old, new): which settings of two configurations differ (config.py)."""
@@ -123,8 +131,8 @@ def begin(
 
 
 def check_same_run(saved: dict, changed: dict[str, tuple], config: Any, say: Callable) -> None:
-    """Refuse to resume with different settings; print permitted changes. The fields of `config` say which changes are
-    permitted (may_change)."""
+    """Refuse to resume with different settings; print permitted changes. The fields of `config` say which
+    changes are permitted (may_change)."""
     said = {name: f"{name} {old} -> {value}" for name, (old, value) in changed.items()}
     wrong = [text for name, text in said.items() if not tagged(config, name, "may_change")]
     if saved["step"] > config.max_steps:

@@ -150,7 +150,7 @@ def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
     theirs = hugging_face(**{**TINY, "vocab_size": 50257})
     theirs.save_pretrained(tmp_path)
     ours = convert_gpt2.from_pretrained(tmp_path).eval()
-    convert_gpt2.check_tokenizer(ours, tokenizer)
+    gpt2_folder.check_tokenizer(ours, tokenizer)
     prompt = torch.tensor(tokenizer.encode_many(["The hedgehog sleeps in winter."]))
     mask = torch.ones_like(prompt)
     want = theirs.generate(
@@ -598,9 +598,9 @@ def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, mon
 
 
 def test_the_tokenizer_must_have_the_models_ids_and_no_others():
-    convert_gpt2.check_tokenizer(ours(vocab_size=256), ByteTokenizer())
+    gpt2_folder.check_tokenizer(ours(vocab_size=256), ByteTokenizer())
     for size, tokenizer in ((50304, GPT2Tokenizer), (256, GPT2Tokenizer), (97, ByteTokenizer)):
         with pytest.raises(UserError) as e:
-            convert_gpt2.check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
+            gpt2_folder.check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
         for number in (size, tokenizer.vocab_size, 50257, 50304):
             assert str(number) in str(e.value)

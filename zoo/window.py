@@ -3,10 +3,11 @@
     A_ij  ~  g exp(q_i.k_j / sqrt(D))    for the last w tokens,  0 <= i - j < w
              phi(q_i).phi(k_j)           for all before them,    i - j >= w
 
-as in what the authors built later (LoLCATs, Zhang et al., 2024). g is learned, one per head: softmax's weights and
-the map's have no common scale. It begins at 2 / D, Hedgehog's phi(q).phi(k) for flat features: there all tokens
-weigh the same, wherever they are. One function is every form: in chunks of T it is the quadratic definition, in
-chunks of one token the recurrent one, and its state is of constant size. `linear=False` is the control: phi(k) = 0.
+as in what the authors built later (LoLCATs, Zhang et al., 2024). g is learned, one per head: softmax's
+weights and the map's have no common scale. It begins at 2 / D, Hedgehog's phi(q).phi(k) for flat features:
+there all tokens weigh the same, wherever they are. One function is every form: in chunks of T it is the
+quadratic definition, in chunks of one token the recurrent one, and its state is of constant size.
+`linear=False` is the control: phi(k) = 0.
 """
 
 import math
@@ -37,8 +38,8 @@ def window_attention(
     """q, k, v (B, H, T, D), features (B, H, T, F), log_gain (H,) -> (y (B, H, T, D), state).
 
     A query sees the keys of its own chunk and of w tokens before it one by one, M, and all others through R.
-    Scores and features are divided by exp(m), m the row's largest score if that is positive: it cancels in the
-    row's denominator. key_mask (B, T): as everywhere, and without a state.
+    Scores and features are divided by exp(m), m the row's largest score if that is positive: it cancels in
+    the row's denominator. key_mask (B, T): as everywhere, and without a state.
     """
     with without_autocast(v):
         q, k, phi_q, phi_k = (at_least_float32(x) for x in (q, k, phi_q, phi_k))
@@ -55,7 +56,9 @@ def window_attention(
             end, first = min(start + chunk_size, T), max(start - window, 0)
             R = R + phi_k[:, :, summed:first].mT @ U[:, :, summed:first]
             own, keys, summed = slice(start - n_before, end - n_before), slice(first, end), first
-            behind = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            behind = torch.arange(start, end, device=q.device)[:, None] - torch.arange(
+                first, end, device=q.device
+            )
             near = (behind >= 0) & (behind < window)
             scores = q[:, :, own] @ k[:, :, keys].mT / math.sqrt(q.size(-1)) + log_gain[:, None, None]
             scores = scores.clamp(min=LEAST).masked_fill(~(near & real[:, None, None, keys]), -math.inf)
@@ -71,8 +74,8 @@ def window_attention(
 
 
 class WindowAttention(nn.Module):
-    """attn(q, k, v, key_mask=None) -> y, causal, for n_head heads of head_dim dimensions with the feature map phi.
-    linear=False: the control, softmax over the last `window` tokens and nothing else."""
+    """attn(q, k, v, key_mask=None) -> y, causal, for n_head heads of head_dim dimensions with the feature map
+    phi. linear=False: the control, softmax over the last `window` tokens and nothing else."""
 
     def __init__(self, phi: nn.Module, n_head: int, head_dim: int, window: int = 32, linear: bool = True):
         super().__init__()
