@@ -230,8 +230,10 @@ def documented(config: type) -> tuple[dict[str, str], dict[str, str], list[str]]
         order += titles.values()
         for field in fields:
             name = field.target.id
-            if comment := comments.get(field.end_lineno) or comments.get(field.lineno):
-                sentences[name] = comment.string.lstrip("# ")
+            # of a field on several lines: the last line has the sentence, or else the first with one
+            lines = [field.end_lineno, *range(field.lineno, field.end_lineno)]
+            if said := [comments[line].string for line in lines if line in comments]:
+                sentences[name] = said[0].lstrip("# ")
             above = [title for line, title in titles.items() if line < field.lineno]
             untitled = groups.get(name, OWN if cls is config else "general")
             groups[name] = above[-1] if above else untitled

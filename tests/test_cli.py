@@ -321,6 +321,7 @@ class Derived(Middle):
     rows: list[str] = setting(  # columns of the table, on the first line
         ["one"],
     )
+    folded: float = 1.0  # a sentence that the formatter has folded into the field
     silent: int = 5
     prompt: str = "def "  # how the sample begins
     folder: str = ""  # nothing by default
@@ -362,6 +363,7 @@ def test_the_sentence_of_a_field_is_the_comment_behind_it(capsys):
     assert entries["text"] == "TEXT where the text is, 100% (default: # no comment)"
     assert entries["arms"].startswith("TEXT ... rows of the table, on the last line (default: zero")
     assert entries["rows"] == "TEXT ... columns of the table, on the first line (default: one)"
+    assert entries["folded"].startswith("FLOAT a sentence that the formatter has folded")
     assert entries["silent"] == "INT (default: 5)"
     assert entries["width"] == "INT how wide it is (default: 30)"
 
@@ -380,7 +382,7 @@ def test_defaults_are_shown_as_they_are_typed(capsys):
 
 def test_groups_come_in_order_and_a_subclass_moves_what_it_puts_elsewhere(capsys):
     groups = entries_of(help_of(Derived(), capsys))
-    own = "arms rows silent prompt folder nothing going options".split()
+    own = "arms rows folded silent prompt folder nothing going options".split()
     expected = {
         "this command": own,  # declared in the class itself, in no group
         "model": ["device", "depth"],  # Middle puts device there
