@@ -130,7 +130,7 @@ from feature_maps import make_feature_map
 
 
 @torch.no_grad()
-def linear_weights_of(attend: LinearAttention):
+def weights_of(attend: LinearAttention):
     """phi(q).phi(k), normalised: (B, H, T, T)."""
     return attend.weights(q, k)
 
@@ -150,7 +150,7 @@ def against_scores(file: str, weights: dict) -> Picture:
     return Picture(file)
 
 
-elu = linear_weights_of(LinearAttention(make_feature_map("elu", H, D)))
+elu = weights_of(LinearAttention(make_feature_map("elu", H, D)))
 numbers("softmax", softmax)
 numbers("1+ELU", elu)
 against_scores("elu.png", {"softmax": softmax, "1+ELU": elu})
@@ -172,7 +172,7 @@ by_hand = torch.cat([positive, negative], dim=-1)  # (B, H, T, F), F = 2 D
 
 phi = make_feature_map("hedgehog", H, D)
 torch.testing.assert_close(by_hand, phi(q))
-untrained = linear_weights_of(LinearAttention(phi))
+untrained = weights_of(LinearAttention(phi))
 numbers("Hedgehog, untrained", untrained)
 
 # %% [markdown]
@@ -244,7 +244,7 @@ print(f"mean KL(softmax, Hedgehog): {before:.2f} nats untrained, {after:.2f} dis
 
 
 # %%
-def draw(figure, axes) -> None:
+def draw_curve(figure, axes) -> None:
     log = [e for e in Log(OUT / "maps" / "log.jsonl").read() if "val_kl" in e]
     steps, kl = [0] + [e["step"] for e in log], [before] + [e["val_kl"] for e in log]
     axes.plot(steps, kl, "s-", color="#0072b2")
@@ -254,7 +254,7 @@ def draw(figure, axes) -> None:
     axes.grid(alpha=0.3)
 
 
-plots.plot(OUT / "kl.png", COMMAND, draw)
+plots.plot(OUT / "kl.png", COMMAND, draw_curve)
 Picture("kl.png")
 
 # %% [markdown]
@@ -265,7 +265,7 @@ Picture("kl.png")
 # weight is nearly zero, but Kendall's tau counts all pairs equally.
 
 # %%
-distilled = linear_weights_of(pupil.transformer.h[layer].attn.attend)
+distilled = weights_of(pupil.transformer.h[layer].attn.attend)
 panels = {
     "softmax": softmax,
     "Hedgehog, untrained": untrained,

@@ -44,8 +44,11 @@ def broken_links(text: str, folder) -> list[str]:
 
 
 def split_command(line: str) -> tuple[str, list[str]]:
-    """(module, flags) of a line of a page: `python -m experiments.recall --all` -> ("experiments.recall", ["--all"]),
-    `python results/render.py` -> ("results.render", []). The module is "" if the line runs no script of ours."""
+    """(module, flags) of a line of a page, or ("", []) if the line runs no script of ours.
+
+    `python -m experiments.recall --all` -> ("experiments.recall", ["--all"])
+    `python results/render.py` -> ("results.render", [])
+    """
     words = shlex.split(line, comments=True)
     if "&&" in words:  # the last of several commands
         words = words[len(words) - words[::-1].index("&&") :]
@@ -68,8 +71,8 @@ def split_command(line: str) -> tuple[str, list[str]]:
 def check_command(line: str, monkeypatch) -> str:
     """Let a command read the flags of `line` with its own parser, and stop there.
 
-    Returns the module of the command ("train", "experiments.recall"), or "" if the line runs no script of ours. A flag
-    that the command does not know raises UserError.
+    Returns the module of the command ("train", "experiments.recall"), or "" if the line runs no
+    script of ours. A flag that the command does not know raises UserError.
     """
     name, argv = split_command(line)
     if not name or "--help" in argv:

@@ -1,13 +1,17 @@
-"""docs/ and CONTRIBUTING.md tell the truth: the Python runs as printed, the tables are what it computes, links lead to
-files, and commands are understood."""
+"""docs/ and CONTRIBUTING.md tell the truth: the Python runs as printed, the tables are what it
+computes, links lead to files, and commands are understood."""
 
 import importlib.util
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, start
+from conftest import ROOT, TINY
 from documents import blocks_of, broken_links, check_command, commands_in, lines_of, split_command
 
 import fused
@@ -26,7 +30,8 @@ def load(path):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_the_python_runs_as_printed_and_makes_the_tables(name, monkeypatch):
-    """All blocks run in order, in one namespace, from the root. A variable called ..._table is in the text."""
+    """All blocks run in order, in one namespace, from the root. A variable called ..._table is in the
+    text."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(fused, "chosen", "torch")  # no compiler needed
     torch.manual_seed(0)
@@ -46,8 +51,8 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_command_is_understood(name, monkeypatch):
-    """In blocks and in the text, by the commands' own parsers. Nothing is trained. The lab log has the commands that
-    ran; the table at its top translates them."""
+    """In blocks and in the text, by the commands' own parsers. Nothing is trained. The lab log has the
+    commands that ran; the table at its top translates them."""
     new_names = renamed(DOCS[name])
     for line in commands_in(DOCS[name]):
         for old, new in new_names.items():
@@ -121,13 +126,26 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
-TRAINED = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --dtype float32 --kernel torch"
+TRAINED = (
+    "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --max_steps 2 "
+    "--batch_size 4 --dtype float32 --device cpu --kernel torch"
+)
 SMALLER = {  # of a flag that is given twice, the last value counts
-    "experiments.recall": f"{TRAINED} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 "
-    "--stage_steps 0 --test_sequences 8 --jobs 1 --device cpu",
+    "experiments.recall": f"{TRAINED} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 "
+    "--stage_steps 0 --test_sequences 8 --jobs 1",
     "experiments.attention_maps": "--tokens 48 --device cpu",
     "train": f"{' '.join(TINY)} --kernel torch",
 }
+
+
+ONE_AFTER_THE_OTHER = """
+import importlib, json, sys
+from support.cli import run
+for name, flags in json.loads(sys.argv[1]):
+    print("#", name, *flags)
+    sys.argv[1:] = flags
+    run(importlib.import_module(name).main)
+"""
 
 
 def test_links_of_the_guide_lead_somewhere():
@@ -137,8 +155,7 @@ def test_links_of_the_guide_lead_somewhere():
 def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(
     tmp_path, monkeypatch
 ):
-    """With the ten lines in feature_maps.py, in a copy of the repository, in a small form; pytest's and bench.py's
-    lines are only read."""
+    """In a copy of the repository with the ten lines in feature_maps.py, with tiny models."""
     tree = tmp_path / "tree"
     left_out = shutil.ignore_patterns(
         "out", "prepared", ".*", "__pycache__", "*.json", "*.png", "tests"
@@ -147,16 +164,13 @@ def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(
     (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
     with open(tree / "feature_maps.py", "a") as f:
         f.write(f"\n\n{code}")
-    ran = []
-    for line in lines_of(CONTRIBUTING):
-        name, flags = split_command(line)
-        if name in SMALLER:
-            script = ["-m", name] if "." in name else [f"{name}.py"]
-            process = start(*script, *flags, *SMALLER[name].split(), cwd=tree)
-            stdout, stderr = process.communicate()
-            assert process.returncode == 0, f"{line}\n{stdout}\n{stderr}"
-            ran.append(name)
-    assert sorted(set(ran)) == sorted(SMALLER) and len(ran) == 5
+    commands = [split_command(line) for line in lines_of(CONTRIBUTING)]
+    small = [(name, flags + SMALLER[name].split()) for name, flags in commands if name in SMALLER]
+    assert len(small) == 5 and {name for name, _ in small} == set(SMALLER)
+    driver = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(small)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(driver, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_every_other_command_of_the_guide_is_understood(monkeypatch):

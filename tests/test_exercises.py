@@ -1,7 +1,7 @@
-"""Exercises: every solution passes the theorems of its task, no stub does, and --attention puts a student's functions
-into our own tests.
+"""Exercises: every solution passes the theorems of its task, no stub does, and --attention puts a
+student's functions into our own tests.
 
-    pytest tests/test_exercises.py --attention FILE     the theorems of exercises/check.py about the functions of FILE
+    pytest tests/test_exercises.py --attention FILE     the theorems of check.py about FILE's functions
 """
 
 import re
@@ -22,7 +22,8 @@ STUBS = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
 ours = pytest.mark.skipif(
     STUDENT is not None, reason="with --attention, that file alone is checked"
 )
-BY_OUR_TESTS = {  # tasks 1 to 3: a function, and the theorems of tests/test_attention.py at one size
+# tasks 1 to 3: a function, and theorems of tests/test_attention.py, each at one size
+BY_OUR_TESTS = {
     "01_recurrent.py": (
         "linear_attention_recurrent",
         lambda form: test_attention.test_every_causal_form_is_equation_2_in_outputs_and_gradients(
@@ -54,7 +55,8 @@ BY_OUR_TESTS = {  # tasks 1 to 3: a function, and the theorems of tests/test_att
 
 
 def load(path) -> types.ModuleType:
-    """load_file. A feature map that the file registers is removed again, because other tests use all FEATURE_MAPS."""
+    """load_file, but a feature map that the file registers is removed again: other tests use all of
+    FEATURE_MAPS."""
     module = load_file(path)
     FEATURE_MAPS.pop("mine", None)
     return module
@@ -191,7 +193,7 @@ def test_every_command_of_both_pages_is_understood(page, monkeypatch):
 
 @ours
 def test_no_task_has_the_file_with_its_answer_read_first():
-    """attention.py writes tasks 1 and 2 in plain lines, distill.py task 6: the page says so, before the tasks."""
+    """attention.py has the answers of tasks 1 and 2, distill.py of task 6. The page says so."""
     intro, *tasks = re.split(r"^## \d+ ", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert len(tasks) == 10 and "**The answers are in this repository.**" in intro
     for number, file in ((1, "attention.py"), (2, "attention.py"), (6, "distill.py")):

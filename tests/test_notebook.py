@@ -1,4 +1,4 @@
-"""docs/notebook.py: text and code take turns, what it imports exists, and it runs as a script and as a notebook."""
+"""docs/notebook.py: text and code take turns, its imports exist, it runs as a script and a notebook."""
 
 import ast
 import importlib
@@ -24,7 +24,8 @@ ROOMS = {"data", "experiments", "fused", "hf", "support", "zoo"}  # folders of t
 
 
 def test_percent_format_is_cells_of_text_and_code():
-    text = "# for linters\n# %% [markdown]\n# # Title\n#\n# - item\n\n# %%\n# a comment\nx = 1\n\n\ny = 2\n"
+    text = "# for linters\n# %% [markdown]\n# # Title\n#\n# - item\n\n"
+    text += "# %%\n# a comment\nx = 1\n\n\ny = 2\n"
     assert render.cells(text) == [
         ("markdown", "# Title\n\n- item"),
         ("code", "# a comment\nx = 1\n\n\ny = 2"),
@@ -88,7 +89,7 @@ def test_its_links_lead_to_files_and_to_headings():
 
 @pytest.mark.slow
 def test_it_runs_from_softmax_to_hedgehog_and_renders(tmp_path):
-    """Its text, checked against its output: mimicry lowers the KL; distilled weights are spikier and better."""
+    """The output is as the text says: mimicry lowers the KL; distilled weights are spikier and better."""
     left_out = shutil.ignore_patterns("out", "prepared", ".*", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
     wanted = {
