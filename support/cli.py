@@ -230,7 +230,7 @@ def documented(config: type) -> tuple[dict[str, str], dict[str, str], list[str]]
         order += titles.values()
         for field in fields:
             name = field.target.id
-            # of a field on several lines: the last line has the sentence, or else the first with one
+            # a field on several lines: the last line has the sentence, else the first with one
             lines = [field.end_lineno, *range(field.lineno, field.end_lineno)]
             if said := [comments[line].string for line in lines if line in comments]:
                 sentences[name] = said[0].lstrip("# ")

@@ -321,7 +321,9 @@ class Derived(Middle):
     rows: list[str] = setting(  # columns of the table, on the first line
         ["one"],
     )
-    folded: float = 1.0  # a sentence that the formatter has folded into the field
+    folded: float = (
+        1.0  # a sentence so long that the formatter folds the field, and puts the sentence inside
+    )
     silent: int = 5
     prompt: str = "def "  # how the sample begins
     folder: str = ""  # nothing by default
@@ -363,7 +365,9 @@ def test_the_sentence_of_a_field_is_the_comment_behind_it(capsys):
     assert entries["text"] == "TEXT where the text is, 100% (default: # no comment)"
     assert entries["arms"].startswith("TEXT ... rows of the table, on the last line (default: zero")
     assert entries["rows"] == "TEXT ... columns of the table, on the first line (default: one)"
-    assert entries["folded"].startswith("FLOAT a sentence that the formatter has folded")
+    assert entries["folded"].startswith(
+        "FLOAT a sentence so long that the formatter folds the field"
+    )
     assert entries["silent"] == "INT (default: 5)"
     assert entries["width"] == "INT how wide it is (default: 30)"
 
