@@ -71,7 +71,7 @@ def chunks(figure, axes, T: int = 16, n: int = 4) -> None:
     left.text(
         1.5,
         10,
-        "summed up\nin the state R:\nF x (D + 1)",
+        "summed\nin R:\nF x (D + 1)",
         color="white",
         ha="center",
         va="center",
