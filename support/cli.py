@@ -59,9 +59,7 @@ def run(main: Callable[[], None]) -> None:
     """Call main; turn every failure that a user can understand into one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal without UTF-8 shows ? for unknown letters
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead
     try:
         return main()
     except (UserError, RunError) as e:
