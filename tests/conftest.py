@@ -94,12 +94,12 @@ def command(monkeypatch, capsys):
     def call(script: str, *flags) -> tuple[int, str, str]:
         import importlib
 
-        import common
+        from support import cli
 
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         code = 0
         try:
-            common.run(importlib.import_module(script).main)
+            cli.run(importlib.import_module(script).main)
         except SystemExit as e:
             code = e.code or 0
         out = capsys.readouterr()

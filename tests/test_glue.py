@@ -1,4 +1,4 @@
-"""GLUE: rows as its files and the hub have them, metrics as their formulas, and one clear line for what is wrong."""
+"""GLUE: rows of files and of the hub, metrics by their formulas, one line for wrong input."""
 
 import math
 
@@ -11,15 +11,19 @@ from support.cli import UserError
 
 PAIR = ('He said " no "', "it 's\u00a0so")  # a quote that never closes; no-break spaces stay
 LABELS = {  # as the original files have them -> as a classifier has them
-    "cola": [("0", 0), ("1", 1)], "sst2": [("1", 1), ("0", 0)], "mrpc": [("1", 1), ("0", 0)],
-    "stsb": [("5.000", 5.0), ("2.35", 2.35)], "qqp": [("0", 0), ("1", 1)],
-    "mnli": [("contradiction", 2), ("entailment", 0)], "qnli": [("not_entailment", 1), ("entailment", 0)],
+    "cola": [("0", 0), ("1", 1)],
+    "sst2": [("1", 1), ("0", 0)],
+    "mrpc": [("1", 1), ("0", 0)],
+    "stsb": [("5.000", 5.0), ("2.35", 2.35)],
+    "qqp": [("0", 0), ("1", 1)],
+    "mnli": [("contradiction", 2), ("entailment", 0)],
+    "qnli": [("not_entailment", 1), ("entailment", 0)],
     "rte": [("entailment", 0), ("not_entailment", 1)],
-}  # fmt: skip
+}
 
 
 def line(task, label: str) -> str:
-    """A line of the task's original file: every column is something, those of texts and label are ours."""
+    """A line of the task's original file. Every column has text; two or three have ours."""
     cells = [f"column{i}" for i in range(task.width)]
     for where, value in zip(task.columns, [*PAIR[: len(task.columns) - 1], label]):
         cells[where] = value
@@ -39,7 +43,9 @@ def files_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("has_header", [True, False])
 @pytest.mark.parametrize("name", TASKS)
-def test_original_files_are_read_with_and_without_header_quotes_byte_order_marks_and_crlf(name, has_header, tmp_path):
+def test_original_files_are_read_with_and_without_header_quotes_byte_order_marks_and_crlf(
+    name, has_header, tmp_path
+):
     task = TASKS[name]
     folder = tmp_path / task.folder
     folder.mkdir()
@@ -50,7 +56,9 @@ def test_original_files_are_read_with_and_without_header_quotes_byte_order_marks
     wanted = [Row(PAIR[: len(task.columns) - 1], value) for _, value in LABELS[name]]
     for where in (tmp_path, folder):
         found = load(name, str(where))
-        assert list(found) == ["train", "validation", "validation_mismatched"][: len(files_of(name))]
+        assert (
+            list(found) == ["train", "validation", "validation_mismatched"][: len(files_of(name))]
+        )
         assert all(rows == wanted for rows in found.values())
 
 
@@ -58,10 +66,16 @@ def test_original_files_are_read_with_and_without_header_quotes_byte_order_marks
 def test_the_hubs_rows_are_those_of_the_files(name, monkeypatch):
     task, asked = TASKS[name], []
     rows = [
-        dict(zip(task.hub, [*PAIR[: len(task.hub) - 1], value]), idx=i) for i, (_, value) in enumerate(LABELS[name])
+        dict(zip(task.hub, [*PAIR[: len(task.hub) - 1], value]), idx=i)
+        for i, (_, value) in enumerate(LABELS[name])
     ]
     matched = "_matched" if name == "mnli" else ""
-    splits = {"train": rows, f"validation{matched}": rows[:1], "validation_mismatched": rows[1:], "test": []}
+    splits = {
+        "train": rows,
+        f"validation{matched}": rows[:1],
+        "validation_mismatched": rows[1:],
+        "test": [],
+    }
     monkeypatch.setattr(glue, "hub", lambda *args, remedy: asked.append(args) or splits)
     found = load(name)
     assert asked == [("nyu-mll/glue", name)]
@@ -76,16 +90,31 @@ def write(folder, train: str, dev: str | None = "sentence\tlabel\nfine\t1\n"):
     return str(folder)
 
 
-@pytest.mark.parametrize("train, dev, message", [
-    ("sentence\tlabel\nfine\t2\n", "", r"train.tsv, line 2: the label '2' is not 0 or 1"),
-    ("sentence\tlabel\nfine\t\n", "", r"train.tsv, line 2: the label '' is not 0 or 1"),
-    ("sentence\tkind\tlabels\nfine\tx\t1\n", "", r"neither a header with the columns sentence, label nor SST-2's 2"),
-    ("sentence\tlabel\n" + "fine\t1\n" * 20 + "cut off\n", "", r"20 of 22 lines are examples with at least 2 columns"),
-    ("sentence\tscore\nfine\t1\n", "", r"neither a header .* line has 2, \['sentence', 'score'\]"),
-    ("", "", r"neither a header .* its first line has 0"),
-    ("sentence\tlabel\n", "", r"0 of 1 lines"),
-    ("sentence\tlabel\nfine\t1\n", None, r"cannot read .*dev.tsv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, dev, message",
+    [
+        ("sentence\tlabel\nfine\t2\n", "", r"train.tsv, line 2: the label '2' is not 0 or 1"),
+        ("sentence\tlabel\nfine\t\n", "", r"train.tsv, line 2: the label '' is not 0 or 1"),
+        (
+            "sentence\tkind\tlabels\nfine\tx\t1\n",
+            "",
+            r"neither a header with the columns sentence, label nor SST-2's 2",
+        ),
+        (
+            "sentence\tlabel\n" + "fine\t1\n" * 20 + "cut off\n",
+            "",
+            r"20 of 22 lines are examples with at least 2 columns",
+        ),
+        (
+            "sentence\tscore\nfine\t1\n",
+            "",
+            r"neither a header .* line has 2, \['sentence', 'score'\]",
+        ),
+        ("", "", r"neither a header .* its first line has 0"),
+        ("sentence\tlabel\n", "", r"0 of 1 lines"),
+        ("sentence\tlabel\nfine\t1\n", None, r"cannot read .*dev.tsv"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_one_line_that_names_it(train, dev, message, tmp_path):
     with pytest.raises(UserError, match=message) as e:
         load("sst2", write(tmp_path, train, "sentence\tlabel\nfine\t1\n" if dev == "" else dev))
@@ -104,14 +133,19 @@ def test_other_wrong_input(tmp_path):
 
 def test_few_incomplete_lines_are_left_out_aloud(tmp_path, capsys):
     found = load("sst2", write(tmp_path, "sentence\tlabel\n" + "fine\t1\n" * 150 + "cut off\n"))
-    assert len(found["train"]) == 150 and "1 of 152 lines lack columns and are left out" in capsys.readouterr().out
+    assert (
+        len(found["train"]) == 150
+        and "1 of 152 lines lack columns and are left out" in capsys.readouterr().out
+    )
 
 
 def test_blank_lines_are_none_and_a_carriage_return_ends_no_line(tmp_path, capsys):
     (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\r\nfi\rne\t1\r\n\r\nbad\t0\r\n\r\n")
     (tmp_path / "dev.tsv").write_bytes(b"fine\t1\n\n")
     found = load("sst2", str(tmp_path))
-    assert found["train"] == [Row(("fi\rne",), 1), Row(("bad",), 0)] and found["validation"] == [Row(("fine",), 1)]
+    assert found["train"] == [Row(("fi\rne",), 1), Row(("bad",), 0)] and found["validation"] == [
+        Row(("fine",), 1)
+    ]
     assert capsys.readouterr().out == ""
 
 
@@ -129,13 +163,22 @@ def correlation(x: list[float], y: list[float]) -> float:
 def test_metrics_are_their_formulas():
     rng = np.random.default_rng(0)
     labels, found = rng.integers(0, 2, 40), rng.integers(0, 2, 40)
-    tp, tn, fp, fn = (sum((labels == a) & (found == b)) for a, b in ((1, 1), (0, 0), (0, 1), (1, 0)))
+    tp, tn, fp, fn = (
+        sum((labels == a) & (found == b)) for a, b in ((1, 1), (0, 0), (0, 1), (1, 0))
+    )
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     f1, right = 2 * tp / (2 * tp + fp + fn), (tp + tn) / 40
-    assert scores(TASKS["cola"], labels, found) == pytest.approx({"matthews": 100 * matthews, "accuracy": 100 * right})
-    assert scores(TASKS["mrpc"], labels, found) == pytest.approx({"f1": 100 * f1, "accuracy": 100 * right})
+    assert scores(TASKS["cola"], labels, found) == pytest.approx(
+        {"matthews": 100 * matthews, "accuracy": 100 * right}
+    )
+    assert scores(TASKS["mrpc"], labels, found) == pytest.approx(
+        {"f1": 100 * f1, "accuracy": 100 * right}
+    )
     x, y = rng.random(30).round(1), rng.random(30)
-    wanted = {"pearson": 100 * correlation(list(x), list(y)), "spearman": 100 * correlation(ranks(x), ranks(y))}
+    wanted = {
+        "pearson": 100 * correlation(list(x), list(y)),
+        "spearman": 100 * correlation(ranks(x), ranks(y)),
+    }
     assert scores(TASKS["stsb"], x, y) == pytest.approx(wanted)
 
 
