@@ -164,8 +164,7 @@ def linear_attention_bidirectional(
 
 
 def zero_state(phi_k: Tensor, v: Tensor) -> State:
-    """The state before the first token. It is float32 at least: a sum in bfloat16 stops growing at 256 ones.
-    """
+    """The state before the first token. It is float32 at least: a sum in bfloat16 stops growing at 256 ones."""
     (B, H, _, n_features), D = phi_k.shape, v.size(-1)
     S = at_least_float32(phi_k.new_zeros(B, H, n_features, D))
     return State(S, S[..., 0].clone())

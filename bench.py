@@ -25,6 +25,7 @@ from support import timing
 from support.cli import UserError, parse, run, setting
 from support.devices import peak_gib, pick_device
 from support.log import provenance
+from support.peers import fast_transformers, flash_linear_attention
 from support.timing import Report, progress, say
 
 PARTS = ["forward", "training", "memory", "decode", "model"]
@@ -38,12 +39,8 @@ PROMPTS = {1: [128, 4096], 8: [128]}  # model: for each batch size, tokens befor
 class BenchConfig:
     # -- what is measured
     what: list[str] = setting(PARTS)  # Parts of the benchmark to run.
-    lengths: list[int] = setting(
-        LENGTHS
-    )  # Numbers of tokens. If given, no part exceeds the largest.
-    contenders: list[str] = setting(
-        []
-    )  # Names, such as softmax torch cpp. By default, all that run here.
+    lengths: list[int] = setting(LENGTHS)  # Numbers of tokens. If given, no part exceeds the largest.
+    contenders: list[str] = setting([])  # Names, such as softmax torch cpp. By default, all that run here.
     n_head: int = 12  # Number of heads. Above 8,192 tokens there are 2.
     head_dim: int = 64  # Number of dimensions D of a head. Hedgehog has 2 D features.
     rounds: int = 7  # Number of turns that each contender takes.
@@ -97,22 +94,6 @@ class OfFeatures(nn.Module):
         return y[0] if isinstance(y, tuple) else y  # without the state
 
 
-def flash_linear_attention(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
-    """The GPU kernel of another project. It does not compute the denominator."""
-    if not v.is_cuda:
-        raise ValueError("flash-linear-attention needs a GPU")
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    return chunk_linear_attn(*(x.transpose(1, 2).contiguous() for x in (phi_q, phi_k, v)))[0]
-
-
-def fast_transformers(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
-    """The CPU kernel of another project. It does not compute the denominator."""
-    from fast_transformers.causal_product import causal_dot_product
-
-    return causal_dot_product(phi_q, phi_k, v.contiguous())
-
-
 def linear(feature_map: str) -> Callable[[int, int], nn.Module]:
     return lambda H, D: attention.LinearAttention(make_feature_map(feature_map, H, D))
 
@@ -145,9 +126,7 @@ def random(T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
     return torch.randn(1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
 
 
-def calls_of(
-    part: str, names: list[str], T: int, config: BenchConfig, device: torch.device
-) -> dict[str, Callable]:
+def calls_of(part: str, names: list[str], T: int, config: BenchConfig, device) -> dict[str, Callable]:
     """What is timed: the forward pass of attention alone, or forward and backward."""
     H, calls = config.heads(T), {}
     q, k, v, dy = (random(T, H, config, device) for _ in range(4))
@@ -230,9 +209,7 @@ def time_model(part: str, names: list[str], report: Report, config: BenchConfig)
     lengths = config.bounded(SEQUENCES)
     tokens = max(lengths)  # in a batch, whatever the length of the sequences
     small = dict(vocab_size=256, n_layer=2, n_head=6, n_embd=384)
-    report.begin(
-        part, f"A GPT of 2 layers: forward and backward pass, {tokens:,} tokens in a batch"
-    )
+    report.begin(part, f"A GPT of 2 layers: forward and backward pass, {tokens:,} tokens in a batch")
     for T in lengths:
         calls, idx = {}, torch.randint(256, (tokens // T, T), device=device)
         for name in ("softmax", "hedgehog"):

@@ -164,5 +164,5 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
 def changes(old: dict, new: dict) -> dict[str, tuple]:
     """Which settings differ, {name: (old, new)}: a configuration as a run has written it, perhaps a run of an
     earlier version, against one of today. A setting that came later counts as it is by default."""
-    old = {**renewed(old)}
+    old = renewed(old)
     return {name: (old.get(name), value) for name, value in new.items() if old.get(name, value) != value}

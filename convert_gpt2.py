@@ -6,8 +6,7 @@
     python convert_gpt2.py FOLDER                GPT-2 weights in a folder (config.json, safetensors)
 
 Prints the perplexity after every stage, and leaves a checkpoint that sample.py takes. The same command goes
-on where it was interrupted. A score alone says little: `python -m experiments.gpt2` has the controls (the
-teacher finetuned as long, no attention at all, other maps).
+on where it was interrupted. `python -m experiments.gpt2` has the controls without which a score says little.
 """
 
 import sys
@@ -15,18 +14,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import fused
 from attention import learns_map
-from config import FitConfig
+from config import FitConfig, may_change
 from distill import distill, load_teacher, pupil_of
 from model import GPT, GPTConfig
 from perplexity import perplexity
 from support import gpt2_folder
 from support.checkpoints import load_checkpoint, restore, save_checkpoint
-from support.cli import UserError, as_user_error, parse, run
+from support.cli import UserError, as_user_error, parse, run, tagged
 from support.devices import World, pick_device, pick_dtype
 from swap import set_mode
 from train import fit
@@ -53,11 +52,11 @@ class ConvertConfig(FitConfig):
     dataset: str = (
         "wikitext103"  # what is finetuned and evaluated on; for a run of this repository, by default its own
     )
-    data_dir: str = ""  # local file or folder with the original text, instead of the hub
+    data_dir: str = may_change("")  # local file or folder with the original text, instead of the hub
     block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
     held_out: int = 8  # sequences that the distillation loss is measured on
     dev_tokens: int = 65536  # about so many tokens of the end of the training text choose the best checkpoint
-    eval_tokens: int = 0  # about so many scored tokens of the evaluation, evenly spaced; 0: all
+    eval_tokens: int = may_change(0)  # about so many scored tokens of the evaluation, evenly spaced; 0: all
     # -- output
     eval_interval: int = 500  # steps between validations; the best checkpoint is kept
     save_interval: int = 500  # steps between checkpoints
@@ -122,10 +121,9 @@ def load(config, given: set[str]) -> tuple[GPT, str]:
             setattr(config, name, value)
     with as_user_error():
         config.check()
-        if config.block_size > teacher.config.block_size and teacher.config.position == "learned":
-            raise ValueError(
-                f"block_size {config.block_size}: this model has {teacher.config.block_size} positions"
-            )
+        longest = teacher.config.block_size
+        if config.block_size > longest and teacher.config.position == "learned":
+            raise ValueError(f"block_size {config.block_size}: this model has {longest} positions")
         pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
     return teacher, tokenizer
 
@@ -170,21 +168,19 @@ def main() -> None:
         return perplexity(model, ids, tokens.tokenizer, T, T, limit, dtype)
 
     def say(what: str, model: nn.Module) -> None:
-        print(
-            f"{what:32} perplexity {score(model.eval(), test, config.eval_tokens)['perplexity']:.2f}",
-            flush=True,
-        )
+        found = score(model.eval(), test, config.eval_tokens)
+        print(f"{what:32} perplexity {found['perplexity']:.2f}", flush=True)
 
     def stage(name: str, **settings) -> FitConfig:
         plain = FitConfig(**{f.name: getattr(config, f.name) for f in fields(FitConfig)})
         resume = (out / name / "last.safetensors").exists()
         return replace(plain, out_dir=str(out / name), resume=resume, **settings)
 
-    meta = {"config": {**asdict(config), "out_dir": ""}, "tokenizer": tokenizer}
+    same = {name: value for name, value in asdict(config).items() if not tagged(config, name, "may_change")}
+    meta = {"config": same, "tokenizer": tokenizer}  # a stage that goes on must have the same settings
     say("teacher, softmax", teacher)
 
-    # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on the activations of the
-    # teacher.
+    # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on activations of the teacher.
     model = pupil_of(teacher, config.feature_map, tie=config.tie)
     sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
     maps = stage("distil", max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0, patience=5)
@@ -195,18 +191,14 @@ def main() -> None:
     say(f"{config.feature_map}, distilled", model)
 
     # 4. Finetune all parameters on the text.
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x, y)[1]
+
+    def evaluate(model: nn.Module) -> dict:
+        return score(model, dev, config.dev_tokens)
+
     groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
-    finetune = stage("finetune")
-    fit(
-        model,
-        groups,
-        batch,
-        loss=lambda model, x, y: model(x, y)[1],
-        evaluate=lambda model: score(model, dev, config.dev_tokens),
-        config=finetune,
-        world=world,
-        meta=meta,
-    )
+    fit(model, groups, batch, loss, evaluate, stage("finetune"), world, meta)
     restore(load_checkpoint(out / "finetune" / "best.safetensors")[0], model)
 
     # 5. Evaluate on text that no stage has trained on.

@@ -1,5 +1,4 @@
-"""Mimicry: train the feature maps, and nothing else, until the weights of linear attention are those of
-softmax (Eq. 3).
+"""Mimicry: train the feature maps alone until the weights of linear attention are those of softmax (Eq. 3).
 
     python distill.py                               the maps of out/stdlib-softmax; minutes on a CPU
     python distill.py out/RUN --feature_map t2r     any softmax checkpoint of this repository, any learned map
@@ -194,9 +193,7 @@ class DistillConfig(FitConfig):
 def load_teacher(path: str) -> tuple[GPT, dict]:
     """(the softmax GPT in a checkpoint of this repository, the checkpoint's meta)."""
     if path == DistillConfig.checkpoint and not Path(path).exists():
-        raise UserError(
-            f"there is no teacher in {path}: python train.py --attention softmax trains one, in minutes"
-        )
+        raise UserError(f"there is no teacher in {path}: python train.py --attention softmax trains one")
     tensors, saved = load_checkpoint(path)
     with as_user_error():
         teacher = GPT(GPTConfig.of(saved.get("config", {})))
@@ -216,9 +213,7 @@ def main() -> None:
     with as_user_error():
         model = pupil_of(teacher.to(world.device), config.feature_map, tie=config.tie)
     n_trained = sum(p.numel() for p in map_parameters(model))
-    print(
-        f"{config.feature_map} maps for {config.checkpoint}: {n_trained:,} of {model.num_params():,} parameters train"
-    )
+    print(f"{config.feature_map} maps: {n_trained:,} of {model.num_params():,} parameters train")
 
     # the data of the teacher, in sequences of the length that it was trained on
     of, T = saved["config"], teacher.config.block_size
@@ -226,23 +221,16 @@ def main() -> None:
     ids, validation = tokens.split("train", T), tokens.split("validation", T)
     held_out = [(x[None],) for x in data.batch_of(validation, 0, config.held_out, T, seed=0)[0]]
 
-    found = distill(
-        model,
-        batch=lambda step: data.batch_of(ids, step, config.batch_size, T, config.seed)[:1],
-        held_out=held_out,
-        forward=lambda model, x: model(x),
-        config=replace(config, out_dir=f"{config.out_dir}/maps"),
-        world=world,
-        meta={"config": asdict(config), "tokenizer": saved["tokenizer"]},
-    )
+    def batch(step: int) -> tuple[Tensor, ...]:
+        return data.batch_of(ids, step, config.batch_size, T, config.seed)[:1]
+
+    stage = replace(config, out_dir=f"{config.out_dir}/maps")
+    meta = {"config": asdict(config), "tokenizer": saved["tokenizer"]}
+    found = distill(model, batch, held_out, lambda model, x: model(x), stage, world, meta)
 
     out, minutes = Path(config.out_dir), (time.perf_counter() - began) / 60
-    meta = {
-        "config": {**of, **asdict(model.config)},
-        "tokenizer": saved["tokenizer"],
-        "distilled": asdict(config),
-    }
-    save_checkpoint(out / "best.safetensors", model, **meta)
+    meta = {"config": {**of, **asdict(model.config)}, "tokenizer": saved["tokenizer"]}
+    save_checkpoint(out / "best.safetensors", model, distilled=asdict(config), **meta)
     write_heads(out, found, config=asdict(config), minutes=round(minutes, 2))
     print(heads_table(found["kl"]))
     print(

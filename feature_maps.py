@@ -217,17 +217,14 @@ class Learned(FeatureMap):
 
     sides = 2  # F = 2 d': features of u, and of -u
 
-    def __init__(
-        self, n_head: int, head_dim: int, n_features: int | None = None, init: str = "identity", scale: float = 1.0,
-        share_heads: bool = False,
-    ):  # fmt: skip
+    def __init__(self, n_head, head_dim, n_features=None, init="identity", scale=1.0, share_heads=False):
         super().__init__(n_head, head_dim)
         d, n_maps = n_features or head_dim, 1 if share_heads else n_head
         if init not in ("identity", "random"):
             raise ValueError(f"a learned map begins with init identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
             raise ValueError(
-                f"W ({head_dim} x {d}) can only begin as the identity if it is square: use init random"
+                f"W ({head_dim} x {d}) is not square and cannot begin as the identity: use init random"
             )
         if d < 1 or not 0 < scale < math.inf:
             raise ValueError(f"n_features must be at least 1 and scale positive, not {d} and {scale}")
@@ -313,26 +310,21 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     if tie:
         return phi
     if not issubclass(cls, Learned):
-        raise ValueError(
-            f"tie=False needs a learned map (t2r, hedgehog, hedgehog_exp), and {name} has no parameters"
-        )
+        raise ValueError(f"tie=False needs a learned map (t2r, hedgehog ...), and {name} has no parameters")
     # both begin as one: with a random W each, phi(q).phi(k) would be noise
     return Untied(phi, copy.deepcopy(phi))
 
 
 @torch.no_grad()
 def check_features(name: str, phi: FeatureMap) -> None:
-    """Try a new map on a few tokens: a mistake in it would else show much later, as a loss that is not
-    finite."""
+    """Try a new map on a few tokens. A mistake would otherwise show much later, as a loss that is NaN."""
     D, tokens = phi.head_dim, 5
     x = 2 * torch.ones(tokens * D).cumsum(0).sin().view(1, 1, tokens, D).expand(1, phi.n_head, -1, -1)
     if x.is_meta:  # a model without numbers (of linspace transformers takes care that it is never meta)
         return
     found, shape = phi(x), (1, phi.n_head, tokens, phi.feature_dim)
     if found.shape != shape:
-        raise ValueError(f"feature map {name!r}: phi(x) of x {tuple(x.shape)} has shape {tuple(found.shape)}, and must "
-                         f"have {shape}: (B, H, T, F), F = feature_dim")  # fmt: skip
+        what = f"phi(x) of x {tuple(x.shape)} has shape {tuple(found.shape)}, and must have {shape}"
+        raise ValueError(f"feature map {name!r}: {what}: (B, H, T, F), F = feature_dim")
     if not (found @ found.mT >= 0).all():
-        raise ValueError(
-            f"feature map {name!r}: phi(q).phi(k) must not be negative or NaN, it is an attention weight"
-        )
+        raise ValueError(f"feature map {name!r}: phi(q).phi(k) is a weight, and must not be negative or NaN")

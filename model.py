@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attention import attentions, make_attention
 from feature_maps import FeatureMap, unknown
 from support.earlier import renewed
+from support.sampling import sample_token
 
 
 @dataclass
@@ -33,9 +34,7 @@ class GPTConfig:
     position: str = "rope"  # how the model knows positions: rope or learned
     rope_base: float = 10000.0  # the slowest rotation of rope takes 2 pi times so many tokens
     qk_gain: float = 1.0  # scales the initial query and key projections
-    qk_bias: float = (
-        0.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
-    )
+    qk_bias: float = 0.0  # initial query and key biases: with rope, attention begins with near tokens
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -59,8 +58,7 @@ class GPTConfig:
 
     @property
     def max_length(self) -> float:
-        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention.
-        """
+        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention."""
         bounded = self.position == "learned" or self.attention == "cosformer"
         return self.block_size if bounded else math.inf
 
@@ -100,10 +98,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, head_dim = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        options = config.options if config.tie else {"tie": False, **config.options}
-        self.attend = make_attention(
-            config.attention, config.n_head, head_dim, max_len=config.block_size, **options
-        )
+        options = {"max_len": config.block_size, **({} if config.tie else {"tie": False}), **config.options}
+        self.attend = make_attention(config.attention, config.n_head, head_dim, **options)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -154,8 +150,7 @@ def param_groups(
     map_lr_scale: float,
     rest: list[nn.Parameter] | None = None,
 ) -> list[dict]:
-    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters.
-    """
+    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters."""
     maps = map_parameters(model)
     if rest is None:
         rest = [p for p in model.parameters() if not any(p is m for m in maps)]
@@ -247,14 +242,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
+    ) -> Iterator[Tensor]:
         """Yield max_new_tokens tokens (B, 1) that continue idx (B, T), one by one.
 
         The prompt is read once, in the chunked form. After it a token costs the same however long the
         text is (linear attention: a state of constant size), or reads a KV cache (softmax).
-        temperature 0 takes the likeliest token. Dropout follows self.training: call eval() first.
+        temperature 0 takes the likeliest token; top_k draws from the k likeliest, top_p from the fewest that
+        together have this probability. Dropout follows self.training: call eval() first.
         """
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token")
@@ -271,31 +266,9 @@ class GPT(nn.Module):
             idx = sample_token(self.lm_head(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
             yield idx
 
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-        """idx (B, T) with max_new_tokens sampled tokens after it: (B, T + max_new_tokens)."""
-        return torch.cat(
-            [idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1
-        )
-
-
-def sample_token(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """logits (B, V) -> one token id each (B, 1): the likeliest at temperature 0, else drawn from the
-    top_k likeliest, or from the fewest that together reach probability top_p."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, order = logits.sort(-1, descending=True)
-    logits = (logits - logits[:, :1]) / temperature  # finite for any temperature
-    probs = logits.softmax(-1)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        before = probs.cumsum(-1) - probs  # the probability of all likelier tokens; 0 for the first
-        probs = probs.masked_fill(before >= top_p, 0)
-    return order.gather(-1, torch.multinomial(probs, 1, generator=generator))
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
+    ) -> Tensor:
+        """idx (B, T) with max_new_tokens tokens of `stream` after it: (B, T + max_new_tokens)."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat([idx, *tokens], dim=1)

@@ -30,7 +30,7 @@ from model import GPT, GPTConfig
 from perplexity import perplexity
 from support.checkpoints import load_checkpoint, restore
 from support.cli import RunError, UserError, as_user_error, run
-from support.devices import World, join_world, pick_dtype, step_seed
+from support.devices import World, join_world, pick_dtype, pieces_of_a_batch, step_seed
 from support.log import progress_bar, report
 from support.resuming import StopSignal, begin, diverged, make_writable
 
@@ -45,24 +45,21 @@ def fit(
     world: World,
     meta: dict,
 ) -> dict:
-    """The training loop. Every script of this repository that trains, trains here. Returns the last
-    evaluation.
+    """The training loop: every script that trains calls it. Returns the last evaluation.
 
-    model: what is saved and evaluated.     groups: which parameters train; AdamW's groups, with names.
-    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows, a function of the step
-    alone.
-        Processes and pieces take their rows of it, so their number changes nothing (but which units drop
-        out).
-    loss(model, *rows): mean loss of some rows.     evaluate(model): a dict with "loss"; the lowest is the best.
-    meta: what checkpoints and log say beside the progress; meta["config"] is a dict of everything that was
-    set.
+    model: what is saved and evaluated.    groups: the parameters that train, as AdamW's groups with names.
+    batch(step): the whole batch of a step on the CPU, tensors of batch_size rows; a function of the step alone.
+        Processes and pieces divide the rows, so their number changes nothing (but which units drop out).
+    loss(model, *rows): the mean loss of some rows.
+    evaluate(model): a dict with "loss"; the checkpoint with the lowest one is kept as the best.
+    meta: what checkpoints and log say beside the progress; meta["config"] has everything that was set.
 
-    Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better
-    one. Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir.
-    Raises RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
+    Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better one.
+    Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Raises
+    RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
     """
     out, device = Path(config.out_dir), world.device
-    n_pieces = pieces_of_a_batch(config, world)
+    n_pieces = pieces_of_a_batch(config.batch_size, config.grad_accum, world.size)
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=pick_dtype(config.dtype, device) == torch.bfloat16
     )
@@ -149,17 +146,6 @@ def lr_factor(step: int, config: FitConfig) -> float:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def pieces_of_a_batch(config: FitConfig, world: World) -> int:
-    """Into how many pieces each process divides its rows. Raises UserError if the rows cannot be divided."""
-    n = max(1, config.grad_accum // world.size)
-    if config.batch_size % (world.size * n) or (config.grad_accum > 1 and config.grad_accum % world.size):
-        raise UserError(
-            f"batch_size ({config.batch_size}) must be divisible by grad_accum ({config.grad_accum}) and by the "
-            f"number of processes ({world.size}), and grad_accum by the latter"
-        )
-    return n
 
 
 # ---------------------------------------------------------------- the command: language modelling

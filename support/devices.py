@@ -85,6 +85,17 @@ def join_world(device: str) -> World:
     return world
 
 
+def pieces_of_a_batch(batch_size: int, grad_accum: int, n_processes: int) -> int:
+    """Into how many pieces each process divides its rows. Raises UserError if the rows cannot be divided."""
+    n = max(1, grad_accum // n_processes)
+    if batch_size % (n_processes * n) or (grad_accum > 1 and grad_accum % n_processes):
+        raise UserError(
+            f"batch_size ({batch_size}) must be divisible by grad_accum ({grad_accum}) and by the number of "
+            f"processes ({n_processes}), and grad_accum by the latter"
+        )
+    return n
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it, else float32. No float16: it would need a
     loss scaler. Weights, feature maps, states and denominators are float32 in any case."""
