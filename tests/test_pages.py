@@ -1,5 +1,5 @@
-"""The pages in results/ and README tell the truth: every number in their text is one of a result, of a
-setting, or of the paper. (Their tables are rendered, see test_readme.py.)"""
+"""README and the pages in results/ tell the truth: every number in their text is one of a result,
+of a setting, or of the paper. (Their tables are rendered: test_readme.py.)"""
 
 import json
 import re
@@ -11,11 +11,12 @@ import pytest
 from conftest import ROOT
 
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]}
-# Numbers in names and references. What is left over after these and the checked fragments is an error.
+# Numbers in names and references. What is left after these and the checked fragments is an error.
 NAMES = r"""
-    (?:Tables?|Figs?\.|Eqs?\.|Sec\.)\ [\d, ]+(?:and\ \d+)? | WikiText-\d+ | GPT-2 | Llama-2 | T2R(?:-HH)? | 1\+ELU
-    | ROUGE-[\d/L]+ | SST-2 | SmolLM2(?:-135M)? | A100 | H100 | ViT-B/16 | ImageNet-1k | Qwen\d | 1\ \+\ x\ \+\ x²/2
-    | ICLR\ 2024 | O\(1\) | exp\(2x\) | seed\ 1 | \#Person\d\# | b?float\d\d
+    (?:Tables?|Figs?\.|Eqs?\.|Sec\.)\ [\d, ]+(?:and\ \d+)?
+    | WikiText-\d+ | GPT-2 | Llama-2 | T2R(?:-HH)? | 1\+ELU | 1\ \+\ x\ \+\ x²/2
+    | ROUGE-[\d/L]+ | SST-2 | SmolLM2(?:-135M)? | A100 | H100 | ViT-B/16 | ImageNet-1k | Qwen\d
+    | ICLR\ 2024 | O\(1\) | exp\(2x\) | [Ss]eed\ 1 | F1 | \#Person\d\# | b?float\d\d | AVX512-BF16
 """
 
 
@@ -106,7 +107,8 @@ def from_scratch() -> list[str]:
         f"It has {a['taylor']:.3f} nats, softmax {a['softmax']:.3f}",
         f"Taylor has {features:,} features a head here (D = 64), Hedgehog has 128",
         f"Affordable at {c['block_size']} tokens; on long texts it costs 17 times",
-        f"{mean(closed(ours)):.0f}% for 1+ELU, {mean(closed(ours, 'performer')):.0f}% for Performer, "
+        f"{mean(closed(ours)):.0f}% for 1+ELU, {mean(closed(ours, 'performer')):.0f}% for "
+        "Performer, "
         f"{sd(closed(ours, 't2r'))}% for T2R",
         f"Hedgehog improves from {p['hedgehog']:.3f} to {a['hedgehog']:.3f} nats, "
         f"T2R from {p['t2r']:.3f} to {a['t2r']:.3f}",
@@ -114,7 +116,8 @@ def from_scratch() -> list[str]:
         f"ahead of 1+ELU, by {a['elu'] - a['performer']:.2f} nats",
         f"rate of 0.004, maps that learn 10 times as fast give Hedgehog {fast:.3f} nats",
         f"2.5 times as fast give {slow:.3f}",
-        f"At 0.002, which is the first command's rate, 10 times gives {fast_first:.3f} and 2.5 times "
+        f"At 0.002, which is the first command's rate, 10 times gives {fast_first:.3f} and 2.5 "
+        "times "
         f"{slow_first:.3f}",
         "runs of 300 steps",  # the lab log
         f"at most {largest:.3f} nats",
@@ -153,14 +156,19 @@ def why() -> list[str]:
         round(performer[1], 1) == round(performer[2], 1) == 99.4
         or performer[2] - performer[1] < 0.1
     )
-    three = lambda name: "{:.0f}, {:.0f} and {:.0f}%".format(*accuracy[name])  # noqa: E731
+
+    def three(name: str) -> str:
+        return "{:.0f}, {:.0f} and {:.0f}%".format(*accuracy[name])
+
     c = config("recall")
     return [
         "sequences of 8 tokens",  # experiments.recall's first stage
         f"at most {c['max_steps']} steps",
         f"{min(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f} to "
-        f"{max(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f}% on average, T2R {mean(accuracy['t2r']):.0f}%",
-        f"Performer reaches {performer[2]:.1f}% with two seeds and {performer[0]:.0f}% with the third",
+        f"{max(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f}% on average, T2R "
+        f"{mean(accuracy['t2r']):.0f}%",
+        f"Performer reaches {performer[2]:.1f}% with two seeds and {performer[0]:.0f}% with the "
+        "third",
         f"between {int(min(four))} and {max(four):.0f}%",
         f"Hedgehog reaches only {swept['hedgehog', 4e-3]:.0f}%",
         f"does not solve the task in {c['max_steps']} steps",
@@ -168,7 +176,8 @@ def why() -> list[str]:
         f"Hedgehog with plain exp reaches {three('hedgehog_exp')}",
         f"{config('recall-long')['max_steps']:,} steps the two reach {long['exp_t2']:.1f} and "
         f"{long['hedgehog_exp']:.1f}%",
-        f"stages of {stages['config']['stage_steps']} steps instead of {c['stage_steps']}, exp(2x) reaches "
+        f"stages of {stages['config']['stage_steps']} steps instead of {c['stage_steps']}, "
+        "exp(2x) reaches "
         f"{100 * stages['final']['accuracy']:.1f}%",
         f"{alone['softmax']:.1f} minutes for softmax, {alone['hedgehog']:.1f} for Hedgehog and "
         f"{alone['taylor']:.1f} for Taylor",
@@ -182,7 +191,9 @@ def ladder(name: str, key: str = "perplexity") -> dict[str, float]:
 
 
 def converting() -> list[str]:
-    times = lambda name, arm: ladder(name)[arm] / ladder(name)["teacher_finetuned"]  # noqa: E731
+    def times(name: str, arm: str) -> float:
+        return ladder(name)[arm] / ladder(name)["teacher_finetuned"]
+
     runs = {r["arm"]: r for r in read("convert-stdlib")["runs"]}
     small, short, long = (
         ladder("convert-stdlib"),
@@ -205,37 +216,51 @@ def converting() -> list[str]:
     return [
         "Hedgehog-GPT-2 is at 1.06",  # 16.7 / 15.8
         f"from {small['swap']:.1f} to {small['distilled']:.1f}",
-        f"takes {runs['distilled']['minutes']['distil']:.1f} minutes and trains {percent:.0f}% of the parameters",
+        f"takes {runs['distilled']['minutes']['distil']:.1f} minutes and trains {percent:.0f}% of "
+        "the parameters",
         f"ends at {times('convert-stdlib', 'hedgehog'):.2f} times",
         "stored in 4 bits",
-        f"{c['distil_steps'] * tokens:,} tokens of distillation and {c['max_steps'] * tokens:,} of finetuning",
-        f"Hedgehog is at {times('convert-smollm2', 'hedgehog'):.2f} times the equally finetuned teacher, and "
+        f"{c['distil_steps'] * tokens:,} tokens of distillation and {c['max_steps'] * tokens:,} "
+        "of finetuning",
+        f"Hedgehog is at {times('convert-smollm2', 'hedgehog'):.2f} times the equally finetuned "
+        "teacher, and "
         f"{short['t2r'] / short['hedgehog']:.1f} times better than T2R",
         f"maps learn {a['map_lr_scale']:g} times as fast",
-        f"With {config('convert-smollm2-400')['distil_steps']} steps of distillation instead of {a['distil_steps']}, "
+        f"With {config('convert-smollm2-400')['distil_steps']} steps of distillation instead of "
+        f"{a['distil_steps']}, "
         f"the same {a['max_steps']} steps of finetuning ended at {long['hedgehog']:.2f}, which is "
         f"{times('convert-smollm2-400', 'hedgehog'):.2f} times the teacher (KL {kl400:.3f}",
-        f"With {config('convert-smollm2-300')['max_steps']} steps of finetuning, in which the maps learned at the "
+        f"With {config('convert-smollm2-300')['max_steps']} steps of finetuning, in which the "
+        "maps learned at the "
         f"model's own rate, it was {times('convert-smollm2-300', 'hedgehog'):.2f} times",
-        f"LoRA of rank {e['lora_r']} on q, k, v and o at learning rate {e['lr']:g}, with the maps at "
-        f"{e['lr'] * e['map_lr_scale']:.3f}, for {e['max_steps']} steps. T2R has {e['max_steps'] + e['distil_steps'] // 2}"
+        f"LoRA of rank {e['lora_r']} on q, k, v and o at learning rate {e['lr']:g}, with the maps "
+        "at "
+        f"{e['lr'] * e['map_lr_scale']:.3f}, for {e['max_steps']} steps. T2R has "
+        f"{e['max_steps'] + e['distil_steps'] // 2}"
         " steps",
         f"Hedgehog is at {times('convert-smollm2-lora', 'hedgehog'):.2f} times the teacher, and "
         f"{lora['t2r'] / lora['hedgehog']:.1f} times better than T2R",
-        f"With the maps at {config(lora100)['lr'] * config(lora100)['map_lr_scale']:g}, which is the rate of "
-        f"distillation, {config(lora100)['max_steps']} steps left Hedgehog at {times(lora100, 'hedgehog'):.2f} times "
-        f"its teacher, T2R-HH at {times(lora100, 't2r_hh'):.2f} and T2R at {times(lora100, 't2r'):.2f}",
+        f"With the maps at {config(lora100)['lr'] * config(lora100)['map_lr_scale']:g}, which is "
+        "the rate of "
+        f"distillation, {config(lora100)['max_steps']} steps left Hedgehog at "
+        f"{times(lora100, 'hedgehog'):.2f} times "
+        f"its teacher, T2R-HH at {times(lora100, 't2r_hh'):.2f} and T2R at "
+        f"{times(lora100, 't2r'):.2f}",
         f"From the maps of the table above it was {from400:.2f}",
-        f"{d['test_dialogues']} dialogues that no stage has trained on, greedy decoding of at most {d['new_tokens']}",
-        f"LoRA at learning rate {d['lr']:g}, the maps at {d['lr'] * d['map_lr_scale']:g}, one map each for queries and "
+        f"{d['test_dialogues']} dialogues that no stage has trained on, greedy decoding of at "
+        f"most {d['new_tokens']}",
+        f"LoRA at learning rate {d['lr']:g}, the maps at {d['lr'] * d['map_lr_scale']:g}, one map "
+        "each for queries and "
         f"keys, {d['max_steps']} steps; T2R has {d['max_steps'] + d['distil_steps'] // 2}",
         "only 35 of about 230 tokens",  # the lab log
-        f"Hedgehog is {rouge['teacher_finetuned'] - rouge['hedgehog']:.1f} points of ROUGE-1 behind softmax",
+        f"Hedgehog is {rouge['teacher_finetuned'] - rouge['hedgehog']:.1f} points of ROUGE-1 "
+        "behind softmax",
         "the distance is 3.7 points (second-hand)",  # 51.1 - 47.4
         f"have seen {d['max_steps'] * d['batch_size']} dialogues",
         f"With {config('convert-smollm2-dialogue-150')['max_steps']} steps a stage",
         f"the distance was {before['teacher_finetuned'] - before['hedgehog']:.1f} points: Hedgehog "
-        f"{before['hedgehog']:.1f}, softmax {before['teacher_finetuned']:.1f}, T2R {before['t2r']:.1f}, the model "
+        f"{before['hedgehog']:.1f}, softmax {before['teacher_finetuned']:.1f}, T2R "
+        f"{before['t2r']:.1f}, the model "
         f"without finetuning {before['teacher']:.1f}",
     ]
 
@@ -266,7 +291,10 @@ def finetuned() -> list[str]:
         )
         return mean(mean(recovered(t, "hedgehog")) for t in tasks), 100 * ours / fair
 
-    of = lambda name, arm="hedgehog", form=".0f": f"{mean(recovered(name, arm)):{form}}"  # noqa: E731
+    def of(name: str, arm: str = "hedgehog", form: str = ".0f") -> str:
+        """The mean over seeds of what an arm recovers."""
+        return f"{mean(recovered(name, arm)):{form}}"
+
     kl = {r["arm"]: r["kl"] for r in read("cola-controls")["runs"]}
     mrpc = {arm: mean(scores("glue-mrpc", arm).values()) for arm in ("t2r_hh", "hedgehog")}
     accuracy = {
@@ -279,13 +307,13 @@ def finetuned() -> list[str]:
         x = [mean(scores(f"glue-{task}", arm).values()) for arm in ("t2r", "t2r_hh", "hedgehog")]
         assert (x == sorted(x)) == (task != "mrpc")
     assert scores("glue-cola", "t2r_hh")[1] > scores("glue-cola", "hedgehog")[1]
-    fixed = {r["arm"]: r for r in read("cola-controls")["runs"] if r["arm"] in "elu relu performer cosformer exp exp2 "
-             "taylor".split()}  # fmt: skip
+    arms = "elu relu performer cosformer exp exp2 taylor".split()
+    fixed = {r["arm"]: r for r in read("cola-controls")["runs"] if r["arm"] in arms}
     spiky = sorted(fixed, key=lambda arm: fixed[arm]["weights"]["entropy"])
     least = sorted(fixed, key=lambda arm: fixed[arm]["final"]["score"])
     assert set(spiky[:2]) == {"exp2", "performer"} == set(least[1:3]) and least[0] == "elu"
-    rows = {name: max(r["config"]["train_rows"] for r in read(name)["runs"]) for name in
-            ("glue-mrpc", "glue-sst2", "glue-stsb", "wide-stsb", "wide-mrpc", "wide-sst2")}  # fmt: skip
+    names = ("glue-mrpc", "glue-sst2", "glue-stsb", "wide-stsb", "wide-mrpc", "wide-sst2")
+    rows = {name: config(name)["train_rows"] for name in names}
     assert config("glue-cola")["train_rows"] == config("wide-cola")["train_rows"] == 0  # all
     assert kl["hedgehog_exp"] == pytest.approx(kl["hedgehog"], abs=1e-3)
     return [
@@ -293,46 +321,59 @@ def finetuned() -> list[str]:
         "6 layers with 12 heads of 32 dimensions",  # MiniLM's
         "W is 32 x 32, which gives 64 features a head",
         f"all 8,551 training examples; SST-2 has {rows['glue-sst2']:,} examples",
-        f"MRPC has {rows['glue-mrpc']:,} examples and two epochs, STS-B {rows['glue-stsb']:,} examples and four",
+        f"MRPC has {rows['glue-mrpc']:,} examples and two epochs, STS-B {rows['glue-stsb']:,} "
+        "examples and four",
         f"{mrpc['t2r_hh']:.1f} against {mrpc['hedgehog']:.1f}",
         "would score 81.2",
         f"KL {mrpc_kl:.3f}",
-        f"Hedgehog recovers {sd(recovered('glue-cola', 'hedgehog'))}% and T2R-HH {sd(recovered('glue-cola', 't2r_hh'))}%",
+        f"Hedgehog recovers {sd(recovered('glue-cola', 'hedgehog'))}% and T2R-HH "
+        f"{sd(recovered('glue-cola', 't2r_hh'))}%",
         "The paper's 99% is not reached",
-        f"Hedgehog recovers {shares('glue')[0]:.0f}% as the mean of the shares, and {shares('glue')[1]:.0f}% as the share "
-        f"of the means: {of('glue-cola')}% on CoLA ({-behind:.1f} ± {error:.1f} points below the teacher), "
+        f"Hedgehog recovers {shares('glue')[0]:.0f}% as the mean of the shares, and "
+        f"{shares('glue')[1]:.0f}% as the share "
+        f"of the means: {of('glue-cola')}% on CoLA ({-behind:.1f} ± {error:.1f} points below the "
+        "teacher), "
         f"{of('glue-sst2')}% on SST-2, {of('glue-mrpc')}% on MRPC and {of('glue-stsb')}% on STS-B",
         "MiniLM's heads have 32 dimensions and therefore 64 features, while BERT-base has 128",
-        f"batches of {config('stsb-small-batches')['batch_size']} and one map each for queries and keys reaches "
+        f"batches of {config('stsb-small-batches')['batch_size']} and one map each for queries "
+        "and keys reaches "
         f"{of('stsb-small-batches')}%",
         f"With a weaker teacher it was {of('stsb-weak-teacher')}%",
         "W is 32 x 128 and starts random, which gives 256 features a head",
         f"learning rate {config('wide-stsb')['distil_lr']:g} (the paper: 0.01)",
         f"STS-B {rows['wide-stsb']:,}, MRPC {rows['wide-mrpc']:,} and SST-2 {rows['wide-sst2']:,}",
         f"With 256 features, {shares('wide')[0]:.0f}% is recovered on average",
-        f"{sd(recovered('wide-cola', 'hedgehog'))}% on CoLA, {sd(recovered('wide-mrpc', 'hedgehog'), '.1f')}% on MRPC, "
+        f"{sd(recovered('wide-cola', 'hedgehog'))}% on CoLA, "
+        f"{sd(recovered('wide-mrpc', 'hedgehog'), '.1f')}% on MRPC, "
         f"{sd(recovered('wide-sst2', 'hedgehog'), '.1f')}% on SST-2 and "
         f"{sd(recovered('wide-stsb', 'hedgehog'), '.1f')}% on STS-B",
-        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
-        f"The share of the mean scores is {shares('wide')[1]:.0f}%, and the other three tasks alone have "
+        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(
+            *recovered("wide-cola", "hedgehog")
+        ),
+        f"The share of the mean scores is {shares('wide')[1]:.0f}%, and the other three tasks "
+        "alone have "
         f"{shares('wide', skip='cola')[0]:.0f}%",
         "The aim was 97% on every task",
         f"always answering yes has {mean(scores('wide-mrpc', 'elu').values()):.1f}",
-        f"the teacher has {accuracy['teacher_finetuned']:.1f} and Hedgehog {accuracy['hedgehog']:.1f} with three seeds; "
-        f"T2R-HH has {accuracy['t2r_hh']:.1f}, T2R {accuracy['t2r']:.1f} and 1+ELU {accuracy['elu']:.1f}",
+        f"the teacher has {accuracy['teacher_finetuned']:.1f} and Hedgehog "
+        f"{accuracy['hedgehog']:.1f} with three seeds; "
+        f"T2R-HH has {accuracy['t2r_hh']:.1f}, T2R {accuracy['t2r']:.1f} and 1+ELU "
+        f"{accuracy['elu']:.1f}",
         "Two of 72 heads",
         f"{sd(recovered('wide-stsb', 'distilled'), '.1f')}% are recovered",
         f"it is {sd(recovered('wide-stsb', 'worst_heads'), '.1f')}%",
         "{} with KL, {} with tau and {} with entropy".format(*rank_correlations()),
-        f"Zero attention recovers {of('cola-controls', 'zero')}%, untrained Hedgehog maps {of('cola-controls', 'swap')}%",
-        f"KL is {kl['hedgehog']:.3f} nats for Hedgehog (with softmax or with plain exp over the features), "
+        f"Zero attention recovers {of('cola-controls', 'zero')}%, untrained Hedgehog maps "
+        f"{of('cola-controls', 'swap')}%",
+        f"KL is {kl['hedgehog']:.3f} nats for Hedgehog (with softmax or with plain exp over the "
+        "features), "
         f"{kl['t2r_hh']:.3f} for T2R-HH, and {kl['shared']:.3f} for one",
         "the paper's best fixed map (50.0)",
         f"recovers {of('cola-controls', 'elu')}%; in the paper it recovers {28.1 / 58.8:.0%}",
         "Layer 0",
         "16 patches",
         f"1+ELU recovers {of('vit-digits', 'elu', '.1f')}%",
-    ]  # fmt: skip
+    ]
 
 
 def rank_correlations() -> list[str]:
@@ -408,8 +449,8 @@ def test_every_page_is_checked():
 
 def test_hours_and_memory_are_those_of_the_estimates():
     """Rows that were not run say what docs/gpu.md computes."""
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]*) ?\| ([\d.]+) \| ([\d.]*) ?\| ([\d.]+) \| (\d+) \|$",
-                      (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)  # fmt: skip
+    row = r"^\| ([^|]+) \| ([\d.]*) ?\| ([\d.]+) \| ([\d.]*) ?\| ([\d.]+) \| (\d+) \|$"
+    rows = re.findall(row, (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
     estimates = {name.split(",")[0]: [float(x or 0) for x in rest] for name, *rest in rows}
     _, hours, _, _, gb = estimates["Table 1"]
     pages = {name: path.read_text() for name, path in PAGES.items()}
@@ -417,8 +458,8 @@ def test_hours_and_memory_are_those_of_the_estimates():
     assert f"about {hours:.0f} hours and {gb:.0f} GB each on an A100" in pages["README"]
     distil, train, undistilled, _, gb = estimates["Table 3"]
     assert (
-        f"{distil + train:.1f} h for each distilled row, {undistilled:.1f} h for each other row, {gb:.0f} GB"
-        in (pages["converting"])
+        f"{distil + train:.1f} h for each distilled row, {undistilled:.1f} h for each other row, "
+        f"{gb:.0f} GB" in (pages["converting"])
     )
     distil, train, _, _, gb = estimates["Llama-2 7B"]
     assert f"{distil + train:.0f} h for each row, {gb:.0f} GB" in pages["converting"]

@@ -1,7 +1,8 @@
-"""README and the pages in results/ tell the truth: their tables are the results', their files exist, their
-commands run."""
+"""README and the pages in results/ tell the truth: their tables are those of the results, their
+files exist, their commands run."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from conftest import ROOT, TINY
 from documents import blocks_of, broken_links, check_command
 
 import data
+from experiments import ablations
 
 README = (ROOT / "README.md").read_text()
 PAGES = {
@@ -25,28 +27,42 @@ COMMANDED = {**PAGES, **{p: p.read_text() for p in (ROOT / "experiments").glob("
 EXAMPLES = [code for language, code in blocks_of(README) if language == "python"]
 IDEA, OWN_MODEL, HUGGING_FACE = EXAMPLES
 
-STEPS = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --device cpu --dtype float32"
-CONVERT = f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 --dev_tokens 200 --eval_tokens 200"
+STEPS = (
+    "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 "
+    "--device cpu --dtype float32"
+)
+CONVERT = (
+    f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 "
+    "--dev_tokens 200 --eval_tokens 200"
+)
 RECOVER = (
     f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
 )
-COMPARE = f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --eval_tokens 200 --jobs 1"
+COMPARE = (
+    f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 "
+    "--eval_tokens 200 --jobs 1"
+)
 OVERRIDES = {  # what makes each command small; of a flag that is given twice, the last value counts
     "train": f"{' '.join(TINY)} --batch_size 16",
     "sample": "--max_new_tokens 5",
     "distill": f"{STEPS} --max_steps 2 --batch_size 2 --held_out 2",
     "convert_gpt2": CONVERT,
-    "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32 --what forward training",
-    "experiments.from_scratch": f"{COMPARE} --seeds 1 --lrs 1e-3 --map_lr_scales 1 --attentions softmax hedgehog elu",
+    "bench": "--n_head 2 --head_dim 8 --rounds 1 --lengths 16 64 --device cpu --dtype float32 "
+    "--what forward training",
+    "experiments.from_scratch": f"{COMPARE} --seeds 1 --lrs 1e-3 --map_lr_scales 1 --attentions "
+    "softmax hedgehog elu",
     "experiments.ablations": COMPARE,
-    "experiments.recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_steps 2 "
-    "--lrs 1e-3 --stage_steps 0 --test_sequences 8 --jobs 1 --seeds 1",
+    "experiments.recall": f"{STEPS} --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 "
+    "--batch_size 4 --max_steps 2 --lrs 1e-3 --stage_steps 0 --test_sequences 8 --jobs 1 --seeds 1 "
+    "--attentions softmax hedgehog elu",
     "experiments.attention_maps": "--tokens 48 --device cpu",
     "experiments.gpt2": CONVERT,
     "experiments.llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
     "experiments.glue": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
-    "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms teacher_finetuned hedgehog",
-    "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
+    "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms "
+    "teacher_finetuned hedgehog",
+    "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 "
+    "--device cpu",
 }
 
 
@@ -101,7 +117,7 @@ def test_every_table_is_on_one_page(render):
 
 
 def test_every_recorded_command_is_one_of_today(render, monkeypatch):
-    """results/*.json keep the command that ran; what the pages show instead is understood by today's parsers."""
+    """results/*.json keep the command that ran; the pages show one that today's parsers read."""
     for path in sorted((ROOT / "results").glob("*.json")):
         command = render.today(json.loads(path.read_text())["command"])
         assert check_command(command, monkeypatch), f"{path.name}: {command}"
@@ -109,7 +125,8 @@ def test_every_recorded_command_is_one_of_today(render, monkeypatch):
 
 def test_renamed_commands_are_translated_and_others_stay(render):
     for old, new in {
-        "python compare.py --ablations --max_steps 400": "python -m experiments.ablations --max_steps 400",
+        "python compare.py --ablations --max_steps 400": "python -m experiments.ablations "
+        "--max_steps 400",
         "python compare.py --setting paper": "python -m experiments.from_scratch --setting paper",
         "python convert_bert.py cola --arms elu exp exp2 t2r --lrs 5e-5": (
             "python -m experiments.glue cola --arms elu exp_t1 exp_t2 t2r --lrs 5e-5"
@@ -143,7 +160,7 @@ def test_the_idea_is_the_feature_map_and_the_loss():
 
 
 def test_two_files_alone_are_linear_attention(tmp_path):
-    """feature_maps.py and attention.py, copied to an empty folder, run README's example in a new process."""
+    """feature_maps.py and attention.py, copied to an empty folder, run README's example."""
     for name in ("feature_maps.py", "attention.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "example.py").write_text(OWN_MODEL)
@@ -180,6 +197,8 @@ def elsewhere(tmp_path, monkeypatch, text):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.finetuned_tables.DRAWS", 5)
+    few = dict(itertools.islice(ablations.ABLATIONS.items(), 3))
+    monkeypatch.setattr(ablations, "ABLATIONS", few)
     monkeypatch.setattr(
         data.GPT2Tokenizer, "__init__", lambda self: None
     )  # its files are a download
@@ -212,9 +231,9 @@ def elsewhere(tmp_path, monkeypatch, text):
 
 
 def test_commands_run(command, elsewhere):
-    """Every line of README, in its order, each finding what the lines before it have left; and of the other pages the
-    commands that README does not have. Models and data are small. torchrun's line runs in one process (two processes
-    are in test_train.py)."""
+    """Every line of README in order, each with what the lines before it have left; and of the other
+    pages the commands that README does not have. Models and data are small. torchrun's line runs in
+    one process; two processes are in test_train.py."""
     seen = set()
     for path, text in COMMANDED.items():
         for line in commands_of(text):
@@ -230,7 +249,7 @@ def test_commands_run(command, elsewhere):
 
 @pytest.mark.parametrize("path", COMMANDED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_is_understood(path, monkeypatch):
-    """Flags and recipes, in blocks and in the text, are read by the commands' own parsers; nothing is trained."""
+    """In blocks and in the text, by the commands' own parsers; nothing is trained."""
     text = re.sub(r"^```.*?^```", "", COMMANDED[path], flags=re.DOTALL | re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
     for line in commands_of(COMMANDED[path]) + spans:
@@ -259,7 +278,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_guides_new_feature_map_is_a_feature_map():
-    """CONTRIBUTING's ten lines, as printed: positive features, rows that sum to one, usable by name."""
+    """CONTRIBUTING's ten lines, as printed: positive features, rows that sum to 1, a name."""
     import feature_maps
     from attention import linear_weights, make_attention
 
