@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fused
-from experiments import finetuned_tables, pretrained  # noqa: F401  pretrained goes before hf
+from experiments import finetuned_tables, pretrained  # noqa: F401  says which packages are missing
 from experiments.ladder import (
     ARMS,
     HELP,
@@ -66,7 +66,7 @@ HELP = __doc__.split("\n\n", 2)[2] + "\n" + HELP[HELP.index("The score") :]  # s
 class RecoverConfig(ConvertConfig):
     # -- this command
     arms: list[str] = setting(list(ARMS))  # rows of the table
-    seeds: int = 1  # this many seeds, from --seed on: of the teacher, the batches, random maps
+    seeds: int = 1  # number of seeds, from --seed on: of teacher, batches and random maps
     # -- teacher
     teacher_lr: float = 5e-5  # peak learning rate of the teacher
     teacher_epochs: float = setting(3.0, shapes=(TEACHER,))  # epochs of training the teacher
@@ -76,9 +76,7 @@ class RecoverConfig(ConvertConfig):
     # -- training
     epochs: float = 1.0  # epochs of finetuning, for every arm, also the teacher
     lrs: list[float] = setting([1e-5])  # peak learning rates of finetuning that every arm tries
-    same_time: bool = (
-        False  # finetune arms without distillation for the time of a distillation more
-    )
+    same_time: bool = False  # finetune arms without distillation longer, for equal time
     batch_size: int = 32  # examples that an optimiser step sees
     weight_decay: float = 0.0
     warmup_steps: int = 20
@@ -126,7 +124,9 @@ class Examples(NamedTuple):
 class Model(NamedTuple):
     """How to load and save the models of one task."""
 
-    load: Callable[[str], nn.Module]  # folder or hub name -> a model with outputs (B, n), as `hf`
+    load: Callable[
+        [str], nn.Module
+    ]  # folder or hub name -> a model around a transformers model `hf`
     save: Callable[[nn.Module, Path], None]  # write a softmax model into a folder for `load`
     taught: bool  # whether config.model is finetuned on the task already
     tokenizer: str
@@ -272,12 +272,12 @@ def teach(config: RecoverConfig, examples: Examples, model: Model, source: str) 
     fit(
         net,
         param_groups(net, stage.lr, stage.weight_decay, 1.0),
-        subject.batch,
-        subject.loss,
-        subject.evaluate,
-        stage,
-        world_of(config),
-        {"config": settings, "tokenizer": model.tokenizer},
+        batch=subject.batch,
+        loss=subject.loss,
+        evaluate=subject.evaluate,
+        config=stage,
+        world=world_of(config),
+        meta={"config": settings, "tokenizer": model.tokenizer},
     )
     tensors, saved = load_checkpoint(out / "teach" / "best.safetensors")
     if not folder.exists():

@@ -149,7 +149,7 @@ class ConvertConfig(FitConfig):
     # -- training
     max_steps: int = 400  # optimiser steps of finetuning
     weight_decay: float = 0.01  # of matrices and embeddings in finetuning (App. C.2)
-    same_time: bool = True  # finetune arms without distillation for the time of a distillation more
+    same_time: bool = True  # finetune arms without distillation longer, for equal time
     map_lr_scale: float = 1.0  # the learning rate of feature maps in finetuning is this times lr
     # -- data
     dataset: str = setting("wikitext2", shapes=(MAPS, TEACHER))  # finetune and evaluate on this
@@ -219,12 +219,11 @@ def map_options(config: ConvertConfig, arm: Arm) -> dict:
 class Subject(NamedTuple):
     """What a conversion needs to know of a model and its task.
 
-    batch(step), loss(model, *rows) and evaluate(model) are those of train.fit.
+    build(feature_map, **map_options): the pretrained model, with softmax for the feature map "".
+    batch(step), loss(model, *rows) and evaluate(model): as for train.fit.
     """
 
-    build: Callable[
-        ..., nn.Module
-    ]  # build(feature_map, **map_options), "" for softmax -> the pretrained model
+    build: Callable[..., nn.Module]
     groups: Callable[[nn.Module], list[dict]]  # AdamW's groups in finetuning; LoRA is added here
     batch: Callable[[int], tuple[Tensor, ...]]
     held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
@@ -242,9 +241,9 @@ def made_before(name: str, config: ConvertConfig, subject: Subject) -> dict | No
 
     Softmax arms ignore the settings of distillation and of the maps.
     """
-    prefixes = () if ARMS[name].feature_map else ("distil_", "map_")
-    ignored = [field.name for field in fields(config) if field.name.startswith(prefixes)]
-    result = finished(of_arm(name, config), ignored if prefixes else [])
+    of_maps = [f.name for f in fields(config) if f.name.startswith(("distil_", "map_"))]
+    ignored = [] if ARMS[name].feature_map else of_maps
+    result = finished(of_arm(name, config), ignored)
     return result if result is not None and result.get("data") == subject.data else None
 
 
@@ -300,7 +299,8 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
 
 
 def world_of(config: ConvertConfig) -> World:
-    return World(0, 1, pick_device(config.device))  # one process
+    """Every stage is trained by one process."""
+    return World(0, 1, pick_device(config.device))
 
 
 def distil_maps(
@@ -317,9 +317,15 @@ def distil_maps(
         map_lr_scale=1.0,  # a setting of finetuning alone
     )
     settings = {**settings_of(stage, "maps"), "data": subject.data}
-    meta = {"config": settings, "tokenizer": subject.tokenizer}
-    rows = subject.batch, subject.held_out, subject.forward
-    found = distill(model, *rows, stage, world_of(config), meta)
+    found = distill(
+        model,
+        batch=subject.batch,
+        held_out=subject.held_out,
+        forward=subject.forward,
+        config=stage,
+        world=world_of(config),
+        meta={"config": settings, "tokenizer": subject.tokenizer},
+    )
     minutes = minutes_of(stage)
     write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes)
     return found, minutes
@@ -347,15 +353,16 @@ def finetune(
     stage = stage_in(folder, of_arm(name, config), max_steps=steps, stage="finetune")
     torch.manual_seed(config.seed)  # LoRA starts the same in every arm, and after an interruption
     groups = subject.groups(model)
+    settings = {**asdict(stage), "data": subject.data}
     fit(
         model,
         groups,
-        subject.batch,
-        subject.loss,
-        subject.evaluate,
-        stage,
-        world_of(config),
-        {"config": {**asdict(stage), "data": subject.data}, "tokenizer": subject.tokenizer},
+        batch=subject.batch,
+        loss=subject.loss,
+        evaluate=subject.evaluate,
+        config=stage,
+        world=world_of(config),
+        meta={"config": settings, "tokenizer": subject.tokenizer},
     )
     tensors, saved = load_checkpoint(folder / "best.safetensors")
     restore(tensors, model, path=folder)

@@ -52,7 +52,9 @@ from swap import sockets
 class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
     task: str = setting("lm", shapes=(MAPS, TEACHER))  # lm: perplexity; dialogue: ROUGE
-    weights: str = setting("float32", shapes=(MAPS,))  # bfloat16, with lora, halves the memory
+    weights: str = setting(
+        "float32", shapes=(MAPS,)
+    )  # float32, or with lora bfloat16: half the memory
     # -- training
     finetune: str = "lora"  # lora, or all parameters
     lora_r: int = 8  # rank of LoRA's update of q, k, v and o
