@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from attention import attentions
 from model import GPTConfig
 from support.checkpoints import load_checkpoint
 from support.cli import UserError, as_user_error, parse, setting
@@ -23,9 +24,9 @@ class FitConfig:
     """How to train anything."""
 
     # -- training
-    max_steps: int = may_change(2400)  # optimiser steps
+    max_steps: int = may_change(2400)  # number of optimiser steps
     batch_size: int = 8  # sequences that an optimiser step sees, over all devices
-    lr: float = 2e-3  # peak learning rate
+    lr: float = 2e-3  # peak learning rate of AdamW
     map_lr_scale: float = 10.0  # the learning rate of the feature maps is this times lr
     warmup_steps: int = 100  # steps of linear warm-up, before the cosine decay to zero at max_steps
     weight_decay: float = 0.1  # AdamW's weight decay, on matrices and embeddings
@@ -44,7 +45,7 @@ class FitConfig:
     out_dir: str = may_change("")  # folder of checkpoints, log and curve; by default out/DATASET-ATTENTION
     resume: bool = may_change(False)  # go on from the last checkpoint in out_dir, if there is one
     eval_interval: int = may_change(200)  # steps between validations; the best checkpoint is kept
-    save_interval: int = may_change(200)  # steps between checkpoints
+    save_interval: int = may_change(200)  # optimiser steps between two checkpoints
     log_interval: int = may_change(10)  # steps between lines of the log
 
     def check(self) -> None:
@@ -71,7 +72,7 @@ class TrainConfig(GPTConfig, FitConfig):
 
     # -- model
     attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
-    n_layer: int = 2  # number of blocks
+    n_layer: int = 2  # number of blocks (layers)
     n_head: int = 2  # heads of each attention
     n_embd: int = 128  # width of the model: C = H D
     block_size: int = 256  # tokens of context in training and evaluation
@@ -142,7 +143,8 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or leave it out")
     with as_user_error():
         default = TrainConfig(**RECIPES[recipe or "stdlib"])
-        config, given = parse(default, argv, f"{description}\nRecipes: {', '.join(RECIPES)}.")
+        names = f"Recipes: {', '.join(RECIPES)}.\nAttentions: {', '.join(attentions())}."
+        config, given = parse(default, argv, f"{description}\n{names}")
         config.check()
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
@@ -162,7 +164,6 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
 
 
 def changes(old: dict, new: dict) -> dict[str, tuple]:
-    """Which settings differ, {name: (old, new)}: a configuration as a run has written it, perhaps a run of an
-    earlier version, against one of today. A setting that came later counts as it is by default."""
+    """Which settings of a run, perhaps of an earlier version, are others today: {name: (old, new)}."""
     old = renewed(old)
-    return {name: (old.get(name), value) for name, value in new.items() if old.get(name, value) != value}
+    return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}

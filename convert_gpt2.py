@@ -59,7 +59,7 @@ class ConvertConfig(FitConfig):
     eval_tokens: int = may_change(0)  # about so many scored tokens of the evaluation, evenly spaced; 0: all
     # -- output
     eval_interval: int = 500  # steps between validations; the best checkpoint is kept
-    save_interval: int = 500  # steps between checkpoints
+    save_interval: int = 500  # optimiser steps between two checkpoints
     resume: bool = (
         True  # always: a stage goes on from its last checkpoint; to begin again, name a new out_dir
     )

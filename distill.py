@@ -172,13 +172,13 @@ class DistillConfig(FitConfig):
     data_dir: str = ""  # the local text, if it has moved since the checkpoint was made
     held_out: int = 8  # validation sequences that the loss is measured on
     # -- training
-    max_steps: int = 400  # optimiser steps
+    max_steps: int = 400  # number of optimiser steps
     lr: float = 1e-2  # peak learning rate of the maps (App. C.2)
     weight_decay: float = 0.0  # weight decay of the maps (App. C.2)
     patience: int = 5  # stop after so many validations without a better one (App. C.2); 0: never
     warmup_steps: int = 10  # steps of linear warm-up, before the cosine decay to zero
     eval_interval: int = 20  # steps between validations; the maps of the best one are kept
-    save_interval: int = 100  # steps between checkpoints
+    save_interval: int = 100  # optimiser steps between two checkpoints
     # -- output
     out_dir: str = ""  # folder for checkpoint, numbers and picture; by default CHECKPOINT-FEATURE_MAP
 

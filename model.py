@@ -23,7 +23,7 @@ class GPTConfig:
     # -- model
     block_size: int = 1024  # tokens of context in training and evaluation
     vocab_size: int = 50257  # tokens in the vocabulary; GPT-2 has 50257
-    n_layer: int = 12  # number of blocks
+    n_layer: int = 12  # number of blocks (layers)
     n_head: int = 12  # heads of each attention
     n_embd: int = 768  # width of the model: C = H D
     dropout: float = 0.0  # dropout of embeddings and of the outputs of attention and MLP

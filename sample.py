@@ -5,8 +5,8 @@
     python sample.py out/stdlib-hedgehog --prompt_file queue.py --max_new_tokens 5000
     echo "import os" | python sample.py out/stdlib-hedgehog --prompt -
 
-By default the text is as long as the sequences that the model was trained on. With linear attention and RoPE
-it may be of any length, at constant memory and speed; but beyond the training length it gets worse.
+By default the text is as long as the training sequences. With linear attention and RoPE it may be of any
+length, at constant memory and speed; but beyond the training length it gets worse.
 """
 
 import codecs
@@ -69,8 +69,7 @@ def read_prompt(config: SampleConfig) -> str:
 
 
 def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:
-    """How many tokens to add. Says so if they go beyond the training length. Raises UserError if they cannot
-    fit."""
+    """How many tokens to add. Warns if they go beyond the training length."""
     n, trained = config.max_new_tokens, of_model.block_size
     if n < 0:
         n = trained - n_prompt if n_prompt < trained else trained
@@ -80,10 +79,7 @@ def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:
             "of this model: shorten the prompt or lower --max_new_tokens"
         )
     if n_prompt + n > trained:
-        print(
-            f"the model was trained on {trained} tokens at a time: text beyond them gets worse",
-            file=sys.stderr,
-        )
+        print(f"the model was trained on {trained} tokens: text beyond them gets worse", file=sys.stderr)
     return n
 
 

@@ -171,7 +171,7 @@ def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
 
 @triton.jit
 def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """x[bh] (N, M) becomes `first` plus the sum of the rows before each (REVERSE: after); last: plus all rows."""
+    """x[bh] (N, M) becomes `first` plus the sum of the rows before (REVERSE: after); last: plus all rows."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bh = tl.program_id(0).to(tl.int64)
     total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.zeros([BLOCK], tl.float32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import attention
 import fused
 from attention import (
     LinearAttention,
@@ -19,7 +20,7 @@ from attention import (
     linear_attention_recurrent,
 )
 from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
-from fused.chunked import chunked
+from fused.chunked import chunked, normalise
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
@@ -304,7 +305,9 @@ def test_a_loss_on_the_state_alone(kernel, loss):
             "S": state.S.square().sum(), "z": state.z.square().sum(), "both, expanded": state.S.sum() + state.z.sum(),
             "S, transposed": (state.S.mT @ torch.arange(48, dtype=dtype).view(16, 3)).square().sum(),
         }[loss]  # fmt: skip
-        found.append(torch.autograd.grad(of, [*leaves, *attn.parameters()], allow_unused=True, materialize_grads=True))
+        found.append(
+            torch.autograd.grad(of, [*leaves, *attn.parameters()], allow_unused=True, materialize_grads=True)
+        )
     for got, want in zip(*found):
         assert relative_error(got, want) < 1e-5
 
@@ -359,7 +362,9 @@ def test_an_empty_batch():
     fused.use("cpp")
     attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
     grads = torch.autograd.grad(attn(q, k, v).sum(), attn.parameters())
-    assert [g.shape for g in grads] == [p.shape for p in attn.parameters()] and not any(g.any() for g in grads)
+    assert [g.shape for g in grads] == [p.shape for p in attn.parameters()] and not any(
+        g.any() for g in grads
+    )
 
 
 def test_the_kernel_sees_parameters_that_functional_call_puts_in():
@@ -403,11 +408,70 @@ print(peak() - before)
     return float(run.stdout)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc"
+)
 @pytest.mark.parametrize("kernel", ["torch", "cpp"])
 def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
     assert extra_peak(kernel, 16384) < 2.5 * extra_peak(kernel, 8192)  # linear: 2, quadratic: 4
     assert extra_peak(kernel, 8192) < (1.25 if kernel == "torch" else 1.0) * extra_peak("sdpa", 8192)
+
+
+# ---------------------------------------------------------------- which form runs
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [1, fused.SHORT, fused.SHORT + 1, 22, 23])
+def test_taylor_needs_no_features_up_to_half_as_many_tokens_as_features(T, causal, monkeypatch):
+    """D = 8, F = 45: 22 tokens."""
+    attn, (q, k, v, _) = LinearAttention(make_feature_map("taylor", 3, 8), causal), sequence(2, 3, T, 8)
+    monkeypatch.setattr(attn.phi, "features", None)
+    if T <= 22:
+        assert attn(q, k, v).isfinite().all()
+    else:
+        with pytest.raises(TypeError):
+            attn(q, k, v)
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [1, 2, fused.SHORT, fused.SHORT + 1, 65, 133])
+def test_fast_equals_plain_on_both_sides_of_every_threshold(name, causal, T):
+    """fused.attend against attention.attend: outputs, states, gradients of inputs and parameters, with a mask and
+    without; and one more token after them."""
+    phi, (q, k, v, dy) = make_feature_map(name, 2, 8), sequence(2, 2, T + 1, 8)
+    for mask in (None, torch.rand(2, T) > 0.3):
+        results = []
+        for attend in (attention.attend, fused.attend):
+            leaves = [x[:, :, :T].detach().clone().requires_grad_() for x in (q, k, v)]
+            wanted = [*leaves, *phi.parameters()]
+            y, state = attend(phi, *leaves, causal=causal, key_mask=mask, carry=False)
+            found = [y, *torch.autograd.grad(y, wanted, dy[:, :, :T])]
+            if causal:
+                _, state = attend(phi, *(x.detach() for x in leaves), key_mask=mask)
+                with torch.no_grad():
+                    one, state = attend(phi, *(x[:, :, T:] for x in (q, k, v)), state, offset=T)
+                found += [one, *state]
+            results.append(found)
+        for got, want in zip(*results):
+            assert relative_error(got, want) < 1e-5
+
+
+def test_normalise_is_the_same_twice():
+    numerator, denominator = torch.randn(2, 3, 4), torch.tensor([0.0, 1e-30, 2.0])[:, None].expand(2, 3, 1)
+    assert torch.equal(attention.normalise(numerator, denominator), normalise(numerator, denominator))
+    assert not normalise(torch.zeros(2, 3, 4), denominator)[:, 0].any()  # a row without a key has numerator 0
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "cosformer", "taylor"])
+@pytest.mark.parametrize("Tq, Tk", [(3, 5), (12, 16), (16, 17), (17, 20), (30, 40), (70, 139), (0, 3)])
+def test_with_more_keys_than_queries_the_last_query_is_the_last_keys_token(name, Tq, Tk):
+    """At every length, with a mask and without: the last rows of attention over all tokens."""
+    attn, (q, k, v, _) = LinearAttention(make_feature_map(name, 2, 8)), sequence(2, 2, Tk, 8)
+    for mask in (None, torch.rand(2, Tk) > 0.3):
+        whole = attn(q, k, v, mask)
+        last = attn(q[:, :, Tk - Tq :], k, v, mask)
+        torch.testing.assert_close(last, whole[:, :, Tk - Tq :], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the loader
@@ -469,7 +533,10 @@ def loader_in_a_new_process(tmp_path, script="", **env):
 
 def test_without_a_compiler_pytorch_runs_and_says_so(tmp_path):
     run = loader_in_a_new_process(tmp_path, CXX="no-such-compiler")
-    assert run.stdout.strip() == "kernel torch (there is no C++ compiler (no-such-compiler): install one, or set CXX)"
+    assert (
+        run.stdout.strip()
+        == "kernel torch (there is no C++ compiler (no-such-compiler): install one, or set CXX)"
+    )
 
 
 def test_a_library_call_says_it_too_and_once(tmp_path):
@@ -503,7 +570,9 @@ def test_a_broken_file_in_the_cache_is_built_again(tmp_path):
 def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):
     bad = tmp_path / "bad.cpp"
     bad.write_text("#error is not C++\n")
-    run = loader_in_a_new_process(tmp_path / "cache", f"import pathlib; fused.SOURCE = pathlib.Path({str(bad)!r})")
+    run = loader_in_a_new_process(
+        tmp_path / "cache", f"import pathlib; fused.SOURCE = pathlib.Path({str(bad)!r})"
+    )
     assert run.stdout.startswith("kernel torch (chunked.cpp was not built (") and run.stdout.count("\n") == 1
     assert "error" in run.stdout and not list((tmp_path / "cache").iterdir())
 

@@ -68,7 +68,7 @@ ALLOWED = {  # what the lowest rooms may import, by the first word of a room's n
     "feature_maps": set(), "fused": {"fused", "feature_maps"}, "support": {"support", "fused"},
     "zoo": {"feature_maps", "fused"}, "data": {"data", "support"},
     "attention": {"feature_maps", "fused", "zoo"}, "model": {"attention", "feature_maps", "support"},
-    "swap": {"attention"}, "config": {"model", "support"}, "perplexity": {"model"},
+    "swap": {"attention"}, "config": {"attention", "model", "support"}, "perplexity": {"model"},
 }  # fmt: skip
 
 
