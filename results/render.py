@@ -196,7 +196,7 @@ def glance() -> str:
         [
             "Table 1, WikiText-103 from scratch, 125M parameters: perplexity",
             "softmax 18.6, Hedgehog 20.8, 1+ELU 25.6",
-            "not run: [about 8 hours and 9 GB each on an A100](docs/gpu.md)",
+            "not run: [about 8 hours and 9 GB each on an A100](docs/gpu.md#table-1-wikitext-103-from-scratch)",
             "`python train.py wikitext103 --attention hedgehog`",
         ],
         [
@@ -347,20 +347,33 @@ def speed() -> str:
     def lengths(part: str, contender: str = "softmax") -> list[int]:
         return sorted(T for p, T, name in found if (p, name) == (part, contender))
 
+    def tokens(part: str, T: int) -> str:
+        heads = found[part, T, "cpp"]["heads"]
+        return f"{T:,}" if heads == bench["config"]["n_head"] else f"{T:,} ({heads} heads)"
+
+    def faster_from(name: str) -> str:
+        forward, training = (
+            bench["crossover"][f"{part} {name}"] for part in ("forward", "training")
+        )
+        if forward == training:
+            return f"from {forward:,} tokens on in both tables"
+        return f"from {forward:,} tokens on (forward) and {training:,} (forward and backward)"
+
     text = []
     heads = ["softmax, ms", "Hedgehog, C++", "Hedgehog, PyTorch", "1+ELU", "Taylor"]
     for part, what in (("forward", "forward"), ("training", "forward and backward")):
         rows = []
         for T in lengths(part):
-            softmax = found[part, T, "softmax"]
-            few = softmax["heads"] != bench["config"]["n_head"]
-            tokens = f"{T:,} ({softmax['heads']} heads)" if few else f"{T:,}"
+            milliseconds = found[part, T, "softmax"]["median"] * 1e3
             ratios = cells(part, T, "ratio", ".2f", ["cpp", "torch", "elu", "taylor"])
-            rows.append([tokens, f"{softmax['median'] * 1e3:,.1f}", *ratios])
+            rows.append([tokens(part, T), f"{milliseconds:,.1f}", *ratios])
         text.append(f"Times softmax, {what}:\n\n" + markdown(["tokens", *heads], rows))
 
     names = ["softmax", "cpp", "torch"]
-    rows = [[f"{T:,}", *cells("memory", T, "median", ",.0f", names)] for T in (2048, 8192, 32768)]
+    rows = [
+        [tokens("memory", T), *cells("memory", T, "median", ",.0f", names)]
+        for T in (2048, 8192, 32768)
+    ]
     text.append(
         "Additional memory of forward and backward, in MiB:\n\n"
         + markdown(["tokens", "softmax", "Hedgehog, C++", "Hedgehog, PyTorch"], rows)
@@ -401,17 +414,15 @@ def speed() -> str:
         "A whole GPT, in tokens a second:\n\n" + markdown(["", "softmax", "Hedgehog"], rows)
     )
 
-    fast, cross = bench["speed"], bench["crossover"]
+    fast = bench["speed"]
     peak = max(value for name, value in fast.items() if name.endswith("gflops"))
     longest = max(
         (r for r in bench["rows"] if r["contender"] == "cpp" and "of_peak" in r),
         key=lambda r: r["T"],
     )
     text.append(
-        f"- Of the lengths measured, the C++ kernel is faster than softmax from "
-        f"{cross['forward cpp']} tokens on (forward) and from {cross['training cpp']} (forward and "
-        f"backward). PyTorch's form is faster from {cross['forward torch']:,} and "
-        f"{cross['training torch']:,}.\n"
+        f"- Of the lengths measured, the C++ kernel is faster than softmax {faster_from('cpp')}. "
+        f"PyTorch's form is faster {faster_from('torch')}.\n"
         f"- At {longest['T']:,} tokens the kernel computes at {longest['of_peak']:.0%} of "
         f"{peak:.0f} GFLOP/s, the highest rate of float32 products that was measured on this "
         f"processor. PyTorch's matrix products reach {fast['blas_gflops']:.0f} GFLOP/s. Memory is "

@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import json
 import re
-import shlex
 import subprocess
 import sys
 
@@ -13,7 +12,14 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, TINY
-from documents import blocks_of, broken_links, check_command
+from documents import (
+    blocks_of,
+    broken_links,
+    check_command,
+    commands_in,
+    lines_of,
+    split_command,
+)
 
 import data
 from experiments import ablations
@@ -64,31 +70,6 @@ OVERRIDES = {  # what makes each command small; of a flag that is given twice, t
     "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 "
     "--device cpu",
 }
-
-
-def commands_of(text: str) -> list[str]:
-    """Every line of every bash block."""
-    return [
-        line
-        for language, code in blocks_of(text)
-        if language == "bash"
-        for line in code.splitlines()
-    ]
-
-
-def split(line: str) -> tuple[str, list[str]]:
-    """(script or module, flags) of a command; "" for pip, pytest, cp and an empty line."""
-    words = shlex.split(line, comments=True)
-    words = words[len(words) - words[::-1].index("&&") :] if "&&" in words else words
-    if not words or words[0] not in ("python", "torchrun"):
-        assert not words or words[0] in ("pip", "pytest", "cp"), line
-        return "", []
-    at = (
-        words.index("-m") + 1
-        if "-m" in words
-        else next(i for i, w in enumerate(words) if w.endswith(".py"))
-    )
-    return words[at].removesuffix(".py"), words[at + 1 :]
 
 
 def module_of(path):
@@ -236,8 +217,8 @@ def test_commands_run(command, elsewhere):
     one process; two processes are in test_train.py."""
     seen = set()
     for path, text in COMMANDED.items():
-        for line in commands_of(text):
-            script, flags = split(line)
+        for line in lines_of(text):
+            script, flags = split_command(line)
             if script not in OVERRIDES or (script in seen and path.parent != ROOT):
                 continue
             seen.add(script)
@@ -250,9 +231,7 @@ def test_commands_run(command, elsewhere):
 @pytest.mark.parametrize("path", COMMANDED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_is_understood(path, monkeypatch):
     """In blocks and in the text, by the commands' own parsers; nothing is trained."""
-    text = re.sub(r"^```.*?^```", "", COMMANDED[path], flags=re.DOTALL | re.MULTILINE)
-    spans = [" ".join(span.split()) for span in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
-    for line in commands_of(COMMANDED[path]) + spans:
+    for line in commands_in(COMMANDED[path]):
         check_command(line, monkeypatch)
 
 
@@ -275,6 +254,19 @@ def test_every_file_of_the_root_and_every_folder_is_in_the_reading_order():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     assert not broken_links(PAGES[path], path.parent)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_anchors_are_headings(path):
+    """[text](page.md#heading) and [text](#heading)."""
+    prose = re.sub(r"^```.*?^```", "", PAGES[path], flags=re.DOTALL | re.MULTILINE)
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", prose):
+        if target.startswith("http"):
+            continue
+        text = (path.parent / target).read_text() if target else PAGES[path]
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert anchor in anchors, f"{path.name}: {target}#{anchor}"
 
 
 def test_the_guides_new_feature_map_is_a_feature_map():
