@@ -99,13 +99,8 @@ def monotonicity(
         for n, (axis, (name, A)) in enumerate(zip(axes.flat, weights.items())):
             for i, (_, shade) in queries.items():
                 seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
-                axis.scatter(
-                    scores[head, i, seen],
-                    A[head, i, seen].clamp(min=1e-9),
-                    s=7,
-                    color=shade,
-                    alpha=0.6,
-                )
+                x, y = np.asarray(scores[head, i, seen]), np.asarray(A[head, i, seen])
+                axis.scatter(x, y.clip(min=1e-9), s=7, color=shade, alpha=0.6)
             axis.set_yscale("log")
             axis.yaxis.set_minor_formatter("")
             axis.set_title(
@@ -144,7 +139,7 @@ def attention_maps(
         for n, (axis, (h, name)) in enumerate(zip(axes.flat, panels)):
             A = weights[name][h]
             share = (A / A.max(-1, keepdim=True).values).clamp(0, 1)
-            axis.imshow(share.sqrt(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(share.sqrt().numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
             spread = -(A.clamp(min=1e-30).log() * A).sum(-1).mean()
             axis.set_xlabel(f"mean entropy {spread:.2f} nats", fontsize=8)
             axis.set(xticks=[], yticks=[])
@@ -213,7 +208,7 @@ def one_head(
 
 def taylor(path: Path, command: str, facts: dict, scores) -> str:
     """Fig. 6, and where 1 + x + x^2 / 2 turns. scores: q.k / sqrt(D) of a layer, (H, T, T)."""
-    T = scores.shape[-1]
+    T, scores = scores.shape[-1], np.asarray(scores)
     seen = scores[:, *np.tril_indices(T)].flatten() if facts["causal"] else scores.flatten()
     below = float(np.mean(facts["below_minus_one"]))
 

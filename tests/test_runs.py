@@ -1,5 +1,7 @@
-"""Many runs at once: each is made once, the best learning rate is chosen without the numbers that are reported."""
+"""Many runs at once: each is made once, and the best learning rate is chosen without the numbers
+that are reported."""
 
+import json
 import os
 import signal
 import time
@@ -11,7 +13,11 @@ import torch
 from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
-from experiments.runs import code_of, finished, mean_sd, one, progress, sweep_and_seeds
+from config import TrainConfig, changes
+from experiments.ablations import ABLATIONS, AblationsConfig, configs_of
+from experiments.recall import RecallConfig
+from experiments.runs import code_of, finished, log_of, one, progress, same_config, sweep_and_seeds
+from experiments.tables import grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, write_json
 from support.cli import RunError
@@ -28,7 +34,7 @@ class Config:
 
 
 def work(config: Config) -> dict:
-    """A run whose choosing loss is least at lr 2, and whose reported loss is least at lr 3; lr 9 diverges."""
+    """The loss that chooses is least at lr 2, the reported loss at lr 3; lr 9 diverges."""
     if config.lr == 9:
         raise RunError("step 3: loss nan")
     count = Path(config.out_dir) / "count"
@@ -53,11 +59,15 @@ def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
 
 def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, capsys):
     tried, final = sweep(tmp_path)
-    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3]["failed"] == "step 3: loss nan"
+    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3][
+        "failed"
+    ] == "step 3: loss nan"
     assert [(r["config"]["lr"], r["config"]["seed"]) for r in final] == [(2, 1), (2, 2)]
     capsys.readouterr()
     assert sweep(tmp_path)[1] == final
-    assert "step 3: loss nan" in capsys.readouterr().out  # a run that failed is not made again, and not passed over
+    assert (
+        "step 3: loss nan" in capsys.readouterr().out
+    )  # a run that failed is not made again, and not passed over
     assert {p.read_text() for p in tmp_path.glob("*/count")} == {"1"}
     assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
 
@@ -73,7 +83,9 @@ def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
     assert progress(config) == (0, "-")
 
 
-def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tmp_path, monkeypatch):
+def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(
+    tmp_path, monkeypatch
+):
     @dataclass
     class WithMap(Config):
         attention: str = "mine"
@@ -88,21 +100,29 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tm
     monkeypatch.setitem(FEATURE_MAPS, "mine", Mine)
     Log(tmp_path / "log.jsonl").write(step=0, config={}, code=code_of(config))
     Log(tmp_path / "log.jsonl").write(step=4, loss=2.0)
-    assert progress(config) == (4, "2.00") and one(lambda c: c.resume, config, torch.get_num_threads())
+    assert progress(config) == (4, "2.00") and one(
+        lambda c: c.resume, config, torch.get_num_threads()
+    )
     result = {"config": asdict(config), "code": code_of(config)}
     write_json(tmp_path / "result.json", result)
     assert finished(config) == result
     monkeypatch.setitem(FEATURE_MAPS, "mine", Changed)
     assert finished(config) is None
     (tmp_path / "result.json").unlink()  # interrupted, then changed
-    assert progress(config) == (0, "-") and not one(lambda c: c.resume, config, torch.get_num_threads())
-    write_json(tmp_path / "result.json", {"config": asdict(config)})  # from before the code was noted
+    assert progress(config) == (0, "-") and not one(
+        lambda c: c.resume, config, torch.get_num_threads()
+    )
+    write_json(
+        tmp_path / "result.json", {"config": asdict(config)}
+    )  # from before the code was noted
     assert finished(config) is not None
 
 
 def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
     tried, final = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
-    assert {r["config"]["max_steps"] for r in tried} == {3} and {r["config"]["max_steps"] for r in final} == {10}
+    assert {r["config"]["max_steps"] for r in tried} == {3} and {
+        r["config"]["max_steps"] for r in final
+    } == {10}
 
 
 def test_only_a_run_with_the_same_settings_counts_as_made(tmp_path):
@@ -131,6 +151,39 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_begins_anew(tmp_path):
     assert seen == [True, False]
 
 
+def test_runs_of_earlier_versions_count_as_made():
+    """results/ has runs of theirs: each is found by its own settings, and by no others."""
+
+    def saved(name: str) -> list[dict]:
+        return json.loads((ROOT / "results" / f"{name}.json").read_text())["runs"]
+
+    for run in saved("recall"):
+        of_run = {name: run["config"][name] for name in ("attention", "lr", "seed")}
+        config = asdict(RecallConfig(**of_run, attentions=[]))
+        assert same_config(run["config"], config)
+        assert set(changes(run["config"], config)) <= {
+            "out_dir",
+            "resume",
+        }  # what train.fit compares
+        for other in ({"seed": 9}, {"embd_std": 0.02}, {"options": {"scale": 3.0}}):
+            assert not same_config(run["config"], config | other)
+    rows = configs_of(AblationsConfig(max_steps=400))
+    for i, run in enumerate(saved("ablations")):
+        assert run["name"] == list(ABLATIONS)[i]
+        found = [j for j, c in enumerate(rows) if c.taps == 3 or i != 14]
+        assert [j for j in found if same_config(run["config"], asdict(rows[j]))] == [i]
+    (run, *_) = saved("compare-stdlib")
+    config = asdict(TrainConfig(attention="softmax", max_steps=1200, lr=run["config"]["lr"]))
+    assert same_config(run["config"], config | {"seed": run["config"]["seed"]})
+    assert not same_config(run["config"] | {"embd_std": 0.3}, config)  # no setting of today
+
+
+def test_a_model_that_this_version_cannot_build_is_not_gone_on_with(tmp_path):
+    config = Config(out_dir=str(tmp_path))
+    Log(tmp_path / "log.jsonl").write(step=0, config={"attention": "hedgehog", "conv": 3})
+    assert log_of(config) == []
+
+
 def ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
@@ -141,8 +194,18 @@ def ended(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how):
-    """Ctrl-C (to all processes, as a terminal sends it) saves first; after kill -9 no worker is left behind."""
-    argv = [ROOT / "recall.py", *RECALL, "--attentions", "softmax", "--max_steps", 100000, "--out_dir", tmp_path]
+    """Ctrl-C saves first (a terminal sends it to all processes); kill -9 leaves no worker."""
+    argv = [
+        "-m",
+        "experiments.recall",
+        *RECALL,
+        "--attentions",
+        "softmax",
+        "--max_steps",
+        100000,
+        "--out_dir",
+        tmp_path,
+    ]
     process = start(*argv, start_new_session=True)
     log = tmp_path / "softmax-lr0.002-seed1" / "log.jsonl"
     deadline = time.monotonic() + 100
@@ -160,6 +223,23 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
     if how == signal.SIGINT:
         assert process.returncode == 130 and "the same command goes on" in stderr
     assert load_checkpoint(log.parent / "last.safetensors")[1]["step"] >= 2
+
+
+def test_a_table_has_its_head_its_rule_and_a_row_each():
+    assert markdown(["a", "b"], [[1, "x"], ["", 2.5]]) == (
+        "| a | b |\n|---|---|\n| 1 | x |\n|  | 2.5 |"
+    )
+
+
+def test_runs_are_grouped_by_attention_the_least_mean_first_and_failed_ones_left_out():
+    runs = [("elu", 3.0), ("relu", 1.0), ("elu", 0.5), ("relu", 2.0)]
+    runs = [{"config": {"attention": name}, "loss": loss} for name, loss in runs]
+    groups = grouped([*runs, {"config": {}, "failed": "nan"}], lambda r: r["loss"])
+    assert {name: [r["loss"] for r in group] for name, group in groups.items()} == {
+        "relu": [1.0, 2.0],
+        "elu": [3.0, 0.5],
+    }
+    assert list(groups) == ["relu", "elu"]
 
 
 def test_mean_and_spread():

@@ -1,4 +1,4 @@
-"""The measures are their formulas, as plain loops; the command trains nothing and needs no network."""
+"""The measures are their formulas, as plain loops; the command needs no training and no network."""
 
 import json
 import math
@@ -10,8 +10,17 @@ import torch
 
 from attention import LinearAttention, softmax_weights
 from experiments import attention_maps, figures
-from experiments.attention_maps import AnalyzeConfig, measure, queries_and_keys
-from experiments.metrics import cross_entropy, entropy, kendall_tau, kl, rank_correlation
+from experiments.attention_maps import AnalyzeConfig
+from experiments.metrics import (
+    attends_in,
+    cross_entropy,
+    entropy,
+    kendall_tau,
+    kl,
+    measure,
+    queries_and_keys,
+    rank_correlation,
+)
 from feature_maps import FEATURE_MAPS, make_feature_map
 from model import GPT, GPTConfig
 
@@ -24,7 +33,8 @@ def weights(T=9, seed=0):
 
 
 def pairs_in_order(a, s) -> float:
-    """Kendall's tau-b by its definition: pairs in the same order less pairs in opposite order, over those not tied."""
+    """Kendall's tau-b by its definition: pairs in the same order minus pairs in opposite order,
+    over the pairs that are not tied."""
     n, m, both = 0, 0, 0
     for i in range(len(a)):
         for j in range(i):
@@ -43,8 +53,12 @@ def test_entropy_and_kl_are_their_sums():
         assert entropy(A)[b, h, i] == pytest.approx(-sum(x * math.log(x) for x in a), abs=1e-12)
         ce = -sum(x * math.log(y) for x, y in zip(a, other))
         assert cross_entropy(A, B)[b, h, i] == pytest.approx(ce)
-        assert kl(A, B)[b, h, i] == pytest.approx(sum(x * math.log(x / y) for x, y in zip(a, other)), abs=1e-12)
-    torch.testing.assert_close(kl(A, A), torch.zeros(2, 2, 9, dtype=torch.float64), atol=1e-12, rtol=0)
+        assert kl(A, B)[b, h, i] == pytest.approx(
+            sum(x * math.log(x / y) for x, y in zip(a, other)), abs=1e-12
+        )
+    torch.testing.assert_close(
+        kl(A, A), torch.zeros(2, 2, 9, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     assert (kl(A, B)[..., 1:] > 0).all()
 
 
@@ -59,9 +73,14 @@ def test_tau_is_the_share_of_pairs_in_order_of_every_query():
     scores = q @ k.mT
     found = kendall_tau(B, scores, n_queries=100, least=3)
     for b, h in np.ndindex(2, 2):
-        want = [pairs_in_order(B[b, h, i, : i + 1].tolist(), scores[b, h, i, : i + 1].tolist()) for i in range(2, 9)]
+        want = [
+            pairs_in_order(B[b, h, i, : i + 1].tolist(), scores[b, h, i, : i + 1].tolist())
+            for i in range(2, 9)
+        ]
         assert found[b, h] == pytest.approx(np.mean(want))
-    torch.testing.assert_close(kendall_tau(A, scores), torch.ones(2, 2, dtype=torch.float64))  # softmax is monotonic
+    torch.testing.assert_close(
+        kendall_tau(A, scores), torch.ones(2, 2, dtype=torch.float64)
+    )  # softmax is monotonic
     torch.testing.assert_close(kendall_tau(A, -scores), -torch.ones(2, 2, dtype=torch.float64))
     assert (kendall_tau(torch.ones_like(A), scores) == 0).all()  # equal weights: no order
     both = kendall_tau(B, scores, causal=False, n_queries=100)
@@ -70,16 +89,21 @@ def test_tau_is_the_share_of_pairs_in_order_of_every_query():
 
 
 def test_taylor_is_monotone_above_minus_one_and_only_there():
-    """1 + x + x^2 / 2 has its least value at x = -1: tau is 1 for scores above it, and below 1 with some under it."""
+    """1 + x + x^2 / 2 is least at x = -1: tau is 1 for scores above -1, less with some below."""
     phi = make_feature_map("taylor", 1, 4).double()
-    k = torch.linspace(-0.9, 3, 12, dtype=torch.float64)[None, None, :, None] * torch.eye(4, dtype=torch.float64)[0]
+    k = (
+        torch.linspace(-0.9, 3, 12, dtype=torch.float64)[None, None, :, None]
+        * torch.eye(4, dtype=torch.float64)[0]
+    )
     for size, is_one in ((2.0, True), (4.0, False)):  # scores q.k / 2: from -0.9 on, or from -1.8
         q = torch.zeros(1, 1, 12, 4, dtype=torch.float64)
         q[..., 0] = size
         A = LinearAttention(phi, causal=False).weights(q, k)
         assert (kendall_tau(A, q @ k.mT, causal=False)[0, 0].item() == pytest.approx(1.0)) == is_one
     found = measure([(q, k)], False, lambda layer: {"taylor": LinearAttention(phi, False)})
-    assert found["below_minus_one"][0] == pytest.approx((k[..., 0] < -0.5).double().mean().item(), abs=1e-5)
+    assert found["below_minus_one"][0] == pytest.approx(
+        (k[..., 0] < -0.5).double().mean().item(), abs=1e-5
+    )
 
 
 def test_rank_correlation_and_its_interval():
@@ -94,9 +118,15 @@ def test_rank_correlation_and_its_interval():
 
 def test_captured_queries_and_keys_give_the_models_own_attention():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention="hedgehog")).eval()
+    model = GPT(
+        GPTConfig(
+            block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention="hedgehog"
+        )
+    ).eval()
     idx, outputs = torch.randint(20, (2, 16)), []
-    handle = model.transformer.h[1].attn.attend.register_forward_hook(lambda _, args, y: outputs.append((args[2], y)))
+    handle = model.transformer.h[1].attn.attend.register_forward_hook(
+        lambda _, args, y: outputs.append((args[2], y))
+    )
     qk = queries_and_keys(model, idx)
     handle.remove()
     (v, y), attend = outputs[0], model.transformer.h[1].attn.attend
@@ -116,7 +146,9 @@ def test_every_map_is_measured_against_plain_loops():
         A = (phi_q @ phi_k.mT).tril()
         A = A / A.sum(-1, keepdim=True)
         assert found[name]["entropy"][0] == pytest.approx(entropy(A).mean(-1)[0].tolist(), abs=1e-5)
-        assert found[name]["kl"][0] == pytest.approx(kl(softmax_weights(q, k), A).mean(-1)[0].tolist(), abs=1e-5)
+        assert found[name]["kl"][0] == pytest.approx(
+            kl(softmax_weights(q, k), A).mean(-1)[0].tolist(), abs=1e-5
+        )
     assert np.allclose(found["softmax"]["tau"], 1) and np.allclose(found["softmax"]["kl"], 0)
 
 
@@ -131,7 +163,9 @@ def check_files(out):
 
 def test_without_a_checkpoint_it_says_that_the_model_is_random(command, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
-    code, stdout, stderr = command("analyze", "--tokens", 24, "--out_dir", tmp_path, "--device", "cpu")
+    code, stdout, stderr = command(
+        "experiments.attention_maps", "--tokens", 24, "--out_dir", tmp_path, "--device", "cpu"
+    )
     assert code == 0, stderr
     assert "RANDOM weights" in stdout and "python train.py" in stdout
     facts = check_files(tmp_path)
@@ -144,27 +178,46 @@ def test_without_a_checkpoint_it_says_that_the_model_is_random(command, tmp_path
 def test_any_checkpoint_and_any_text(train, command, tmp_path, text, attention):
     assert train("--attention", attention, "--out_dir", tmp_path / "run", "--max_steps", 2)[0] == 0
     code, stdout, stderr = command(
-        "analyze", tmp_path / "run", "--text", text, "--maps", "elu", "--tokens", 20, "--out_dir", tmp_path / "a"
+        "experiments.attention_maps",
+        tmp_path / "run",
+        "--text",
+        text,
+        "--maps",
+        "elu",
+        "--tokens",
+        20,
+        "--out_dir",
+        tmp_path / "a",
     )
     assert code == 0, stderr
     facts = check_files(tmp_path / "a")
-    assert list(facts["maps"]) == ["softmax", "elu", *([attention] if attention != "softmax" else [])]
+    assert list(facts["maps"]) == [
+        "softmax",
+        "elu",
+        *([attention] if attention != "softmax" else []),
+    ]
     assert ("this model's" in stdout) and facts["tokens"] == 20
 
 
 def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, tmp_path, text):
     """In the second layer a swapped model would have others."""
-    assert train("--n_layer", 2, "--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
+    assert (
+        train("--n_layer", 2, "--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
+    )
     few = "--max_steps 2 --batch_size 2 --held_out 1 --device cpu --lr 1".split()
     assert command("distill", tmp_path / "teacher", *few, "--out_dir", tmp_path / "pupil")[0] == 0
     idx, qk = torch.arange(20)[None], {}
     for name in ("teacher", "pupil"):
-        model, tokenizer = attention_maps.load(AnalyzeConfig(checkpoint=str(tmp_path / name)), torch.device("cpu"))
+        model, tokenizer = attention_maps.load(
+            AnalyzeConfig(checkpoint=str(tmp_path / name)), torch.device("cpu")
+        )
         qk[name] = torch.stack([torch.stack(pair) for pair in queries_and_keys(model, idx)])
     torch.testing.assert_close(qk["pupil"], qk["teacher"])
-    (attend, _), (q, k) = attention_maps.attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
+    (attend, _), (q, k) = attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
     fresh = LinearAttention(make_feature_map("hedgehog", *q.shape[1::2]))
-    assert tokenizer == "bytes" and not torch.allclose(attend.weights(q, k), fresh.weights(q, k), rtol=0.01)
+    assert tokenizer == "bytes" and not torch.allclose(
+        attend.weights(q, k), fresh.weights(q, k), rtol=0.01
+    )
 
 
 def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tmp_path):
@@ -178,7 +231,9 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tm
     drawn: list = []
     monkeypatch.setattr(figures, "plot", plot)
     flat = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
-    figures.one_head(tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4)
+    figures.one_head(
+        tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4
+    )
     ((figure, axes),) = drawn
     uniform = math.log(24) / 4  # the mean of log n over rows of 1 to 4 keys
     certain, flat = (a.get_title() for a in axes[0])
@@ -194,9 +249,14 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tm
 def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
     from test_recall import TINY
 
-    assert command("recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0] == 0
+    assert (
+        command("experiments.recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0]
+        == 0
+    )
     (folder,) = [p for p in tmp_path.iterdir() if p.is_dir()]
-    code, _, stderr = command("analyze", folder, "--maps", "elu", "--out_dir", tmp_path / "a")
+    code, _, stderr = command(
+        "experiments.attention_maps", folder, "--maps", "elu", "--out_dir", tmp_path / "a"
+    )
     assert code == 0, stderr
     assert check_files(tmp_path / "a")["tokens"] == 15
 
@@ -205,7 +265,10 @@ def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
     "flags, line",
     [
         ("no/such/run", "no/such/run"),
-        ("--maps elo", "--maps: unknown feature map 'elo' (did you mean elu?): choose one of elu, relu"),
+        (
+            "--maps elo",
+            "--maps: unknown feature map 'elo' (did you mean elu?): choose one of elu, relu",
+        ),
         ("--tokens 1", "tokens must be at least 2"),
         ("--text no/such/file", "cannot read no/such/file"),
         ("--layer 7 --tokens 9", "this model has layers 0 to 1"),
@@ -213,5 +276,5 @@ def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(command, flags, line, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
-    code, _, stderr = command("analyze", *flags.split(), "--out_dir", tmp_path)
+    code, _, stderr = command("experiments.attention_maps", *flags.split(), "--out_dir", tmp_path)
     assert code == 2 and line in stderr and stderr.count("\n") == 1, stderr
