@@ -122,16 +122,16 @@ def is_ours(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """End with one line if there is no such path, and no model on the hub can have this name."""
+    """End with one line if a checkpoint is neither a path that exists nor a possible name of a
+    Hugging Face model: NAME, or OWNER/NAME where OWNER is no folder."""
     path = Path(name)
-    if path.exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and path.parts[0] != "out":
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    if path.exists() or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not in_folder):
         return
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.0)
-    instead = f": did you mean {path.parent / near[0]}?" if near else ""
-    raise UserError(
-        f"there is no run and no checkpoint {name}{instead or ': give the folder of a run'}"
-    )
+    runs = [p.name for p in path.parent.iterdir() if p.is_dir()] if in_folder else []
+    near = difflib.get_close_matches(path.name, runs, n=1, cutoff=0.0)
+    advice = f"did you mean {path.parent / near[0]}?" if near else "give the folder of a run"
+    raise UserError(f"there is no run and no checkpoint {name}: {advice}")
 
 
 def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor]:

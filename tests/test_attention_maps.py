@@ -264,7 +264,8 @@ def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("no/such/run", "no/such/run"),
+        ("no/such/run", "no run and no checkpoint no/such/run: give the folder of a run"),
+        ("--panels elo", "--panels takes softmax, elu, relu"),
         (
             "--maps elo",
             "--maps: unknown feature map 'elo' (did you mean elu?): choose one of elu, relu",
@@ -278,3 +279,32 @@ def test_bad_input_is_one_line_and_exit_code_2(command, flags, line, tmp_path, m
     monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
     code, _, stderr = command("experiments.attention_maps", *flags.split(), "--out_dir", tmp_path)
     assert code == 2 and line in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_a_folder_that_is_not_there_names_the_nearest_that_is(command, tmp_path):
+    """And says nothing of a hub."""
+    for name in ("hedgehog-lr0.002-seed1", "square-lr0.002-seed1"):
+        (tmp_path / "recall" / name).mkdir(parents=True)
+    code, _, stderr = command("experiments.attention_maps", tmp_path / "recall" / "square-seed1")
+    assert code == 2 and stderr.count("\n") == 1, stderr
+    assert (
+        f"did you mean {tmp_path}/recall/square-lr0.002-seed1?" in stderr
+        and "id" not in stderr.split()
+    )
+
+
+def test_panels_and_heads_of_the_pictures_can_be_chosen(command, tmp_path, monkeypatch):
+    def watch(path, command, labels, weights, layer, heads):
+        shown.append((list(weights), heads))
+        return path.name
+
+    shown: list = []
+    monkeypatch.setattr(attention_maps, "FIRST", str(tmp_path / "none"))
+    monkeypatch.setattr(figures, "attention_maps", watch)
+    few = ["--tokens", 9, "--out_dir", tmp_path]
+    assert command("experiments.attention_maps", *few)[0] == 0
+    flags = ["--panels", "relu", "softmax", "--heads", 2]
+    assert command("experiments.attention_maps", *few, *flags)[0] == 0
+    (most, one), chosen = shown
+    assert len(most) == 6 and most[0] == "softmax" and len(one) == 1
+    assert chosen == (["relu", "softmax"], [0, 1])
