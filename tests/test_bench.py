@@ -71,9 +71,7 @@ def report(measured):
 def rows_of(text: str) -> list[dict]:
     """The rows of times in a printed report."""
     names = ("tokens", "contender", "median", "quartiles", "compared", "rate")
-    return [
-        dict(zip(names, m.groups())) for line in text.splitlines() if (m := ROW.fullmatch(line))
-    ]
+    return [dict(zip(names, m.groups())) for line in text.splitlines() if (m := ROW.fullmatch(line))]
 
 
 def test_every_contender_and_every_part(report):
@@ -147,9 +145,7 @@ def test_each_turn_runs_in_the_implementation_of_its_contender(measured, monkeyp
     used = []
     turn = timing.seconds
     monkeypatch.setattr(timing, "seconds", lambda *a: used.append(fused.chosen) or turn(*a))
-    _, result = measured(
-        "--contenders", "torch", "elu", "cpp", "--what", "forward", "--lengths", 64
-    )
+    _, result = measured("--contenders", "torch", "elu", "cpp", "--what", "forward", "--lengths", 64)
     here = ["torch", "auto"] + ["cpp"] * ("cpp" not in result["missing"])
     assert used == [name for name in here for _ in range(2)] + here * 3
 
@@ -292,9 +288,7 @@ def test_the_last_line_says_where_the_numbers_are(report):
         ({**FAST, "blas_gflops": 81.0}, 123.4, ["MKL on AMD", "busy (load 123.4)"]),
     ],
 )
-def test_remarks_on_the_machine_are_one_line_each_where_they_apply(
-    speed, load, says, monkeypatch, capsys
-):
+def test_remarks_on_the_machine_are_one_line_each_where_they_apply(speed, load, says, monkeypatch, capsys):
     monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 0, 0))
     facts = {"machine": "a computer", "config": {"dtype": "float32"}, "missing": {}, "speed": speed}
     timing.print_setup(facts, ["softmax"], CPU)
@@ -334,9 +328,7 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     pytest.importorskip("transformers")
     out = tmp_path / "new" / "encoder.json"
     flags = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--rounds", 1, "--lengths", 16, 8]
-    code, stdout, stderr = command(
-        "experiments.encoder_speed", *flags, "--device", "cpu", "--out", out
-    )
+    code, stdout, stderr = command("experiments.encoder_speed", *flags, "--device", "cpu", "--out", out)
     assert code == 0, stderr
     facts = json.loads(out.read_text())
     times = {(r["T"], r["contender"]): r for r in facts["rows"] if r["part"] == "forward"}
@@ -359,10 +351,6 @@ def test_the_table_of_a_published_encoder_file_is_as_it_was():
     facts = json.loads((ROOT / "results" / "bench-encoder.json").read_text())
     lines = encoder_speed.table(facts).splitlines()
     assert lines[0].startswith("| tokens | softmax, ms | hedgehog, ms | times softmax |")
-    rows = [
-        line.strip("| ").split(" | ") for line in lines[2 : 2 + len(facts["config"]["lengths"])]
-    ]
+    rows = [line.strip("| ").split(" | ") for line in lines[2 : 2 + len(facts["config"]["lengths"])]]
     assert [int(row[0].replace(",", "")) for row in rows] == sorted(facts["config"]["lengths"])
-    assert (
-        lines[-1] == "The converted encoder is faster from 512 tokens on, of the lengths measured."
-    )
+    assert lines[-1] == "The converted encoder is faster from 512 tokens on, of the lengths measured."
