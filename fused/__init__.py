@@ -11,14 +11,18 @@ three, or "auto" (the default), the compiled form for the tensors' device where 
 every form equal to the plain one.
 """
 
+import contextlib
 import functools
+import math
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from feature_maps import Hedgehog, Taylor, at_least_float32, without_autocast
 from fused import build
@@ -33,6 +37,7 @@ SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8 to
 PIECE = 1024  # tokens whose features are in memory at once, where a compiled kernel is given features
 SOURCE = Path(__file__).parent / "chunked.cpp"
 LOCK = threading.RLock()
+KNOWN: dict[tuple, bool] = {}  # code of a feature map -> whether it is what the fast forms compute
 chosen = "auto"
 
 
@@ -56,7 +61,7 @@ def attend(
     """attention.attend by the fastest form: (y, state). carry=False: no state is wanted, and none is
     returned."""
     T, alone = q.size(2), state is None and not carry
-    if alone and type(phi) is Taylor and T <= phi.feature_dim // 2 and not watched(phi):
+    if alone and type(phi) is Taylor and T <= phi.feature_dim // 2 and not watched(phi) and as_known(phi):
         return quadratic_without_features(phi, q, k, v, causal, key_mask), None
     if not causal:
         with without_autocast(v):
@@ -121,7 +126,7 @@ def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
     maps = role(phi, "query"), role(phi, "key")
     for m in maps:
         square = type(m) is Hedgehog and m.feature_dim == 2 * m.head_dim and len(m.weight) == m.n_head
-        if not square or m.head_dim > kernel.MAX_DIM or watched(m):
+        if not square or m.head_dim > kernel.MAX_DIM or watched(m) or not as_known(m):
             return None
     return [p for m in maps for p in (m.weight, m.bias)]
 
@@ -129,6 +134,51 @@ def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
 def watched(phi: nn.Module) -> bool:
     """Whether hooks watch or change the map. They must see it called."""
     return bool(phi._forward_hooks or phi._forward_pre_hooks)
+
+
+def as_known(phi: Hedgehog | Taylor) -> bool:
+    """Whether the code of a map, as it is now, computes what a fast form computes in its place: products of
+    features, and the gradient of every parameter, on a few tokens. Checked once for each code. Where a reader
+    has changed the code, the map itself runs, and one line says so."""
+    kind = type(phi)
+    code = (kind, kind.features, kind.forward, *phi._parameters, *phi._modules)
+    if code not in KNOWN and not next(phi.parameters(), torch.empty(0)).is_meta:
+        with shielded("cpu"):
+            KNOWN[code] = all(error < 1e-3 for error in deviations(phi))
+        if not KNOWN[code]:
+            say = f"{kind.__name__} was changed: linear attention takes the features that it computes now"
+            print(say, file=sys.stderr, flush=True)
+    return KNOWN.get(code, True)
+
+
+def deviations(phi: Hedgehog | Taylor) -> list[float]:
+    """Relative errors of phi(q).phi(k) and its gradients against the formula of the fast forms."""
+    x = 2 * torch.arange(5 * phi.head_dim).sin().view(1, 1, 5, -1).expand(1, phi.n_head, -1, -1)
+    tensors = {name: t.detach().cpu().float().clone() for name, t in phi.state_dict(keep_vars=True).items()}
+    parameters = [tensors[name].requires_grad_() for name, _ in phi.named_parameters()]
+    features = functional_call(phi, tensors, (x,))
+    if isinstance(phi, Taylor):
+        features, wanted = features @ features.mT, phi.products(x, x)
+    else:
+        u = x @ tensors["weight"] + tensors["bias"]
+        wanted = torch.cat([u.softmax(-1), (-u).softmax(-1)], -1)
+    if features.shape != wanted.shape:
+        return [math.inf]
+    pairs = [(features, wanted)]
+    if parameters:
+        nothing = 0.0 * sum(p.sum() for p in parameters)  # the formula may not know a parameter
+        losses = ((y * y).sum() + nothing for y in (features, wanted))
+        pairs += zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses))
+    return [((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in pairs]
+
+
+@contextlib.contextmanager
+def shielded(device: str) -> Iterator[None]:
+    """Context of a check of numbers and gradients: nothing of what surrounds the first call reaches it, neither
+    autocast nor inference mode nor gradient checkpointing, which replaces saved tensors."""
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), keep:
+        yield
 
 
 # ---------------------------------------------------------------- which kernel
@@ -166,8 +216,7 @@ def describe(device: str | torch.device) -> str:
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor):
-    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES.
-    """
+    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES."""
     if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
         return pick(chosen, q.device.type)
     if chosen in ("auto", "torch"):
@@ -206,11 +255,10 @@ def load_once(name: str, device: str):
 
 
 def verified(kernel, device: str):
-    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust.
-    """
+    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
     kind, generator = dict(dtype=torch.float64, device="cpu"), torch.Generator("cpu").manual_seed(0)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with shielded(device):
             q, k, v, dy = (
                 x.requires_grad_() for x in torch.randn(4, 1, 2, 70, 16, generator=generator, **kind).unbind()
             )

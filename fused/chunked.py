@@ -24,8 +24,7 @@ def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def quadratic(products: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2.
-    """
+    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2."""
     Tq, Tk = products.shape[-2:]
     if causal:
         products = products.tril(Tk - Tq)

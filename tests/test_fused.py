@@ -425,6 +425,7 @@ def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
 def test_taylor_needs_no_features_up_to_half_as_many_tokens_as_features(T, causal, monkeypatch):
     """D = 8, F = 45: 22 tokens."""
     attn, (q, k, v, _) = LinearAttention(make_feature_map("taylor", 3, 8), causal), sequence(2, 3, T, 8)
+    attn(q, k, v)  # the code of the map is checked here
     monkeypatch.setattr(attn.phi, "features", None)
     if T <= 22:
         assert attn(q, k, v).isfinite().all()
@@ -472,6 +473,50 @@ def test_with_more_keys_than_queries_the_last_query_is_the_last_keys_token(name,
         whole = attn(q, k, v, mask)
         last = attn(q[:, :, Tk - Tq :], k, v, mask)
         torch.testing.assert_close(last, whole[:, :, Tk - Tq :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "taylor"])
+@pytest.mark.parametrize("edit", ["a factor", "a parameter"])
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_what_a_reader_edits_takes_effect(name, edit, kernel, monkeypatch, capsys):
+    """The class itself is changed, as in an editor: outputs, gradients and decoding follow, and one line says so."""
+    kind = FEATURE_MAPS[name]
+    features = kind.features
+
+    def edited(self, x, offset):
+        return features(self, x * getattr(self, "temperature", 0.5), offset)
+
+    monkeypatch.setattr(kind, "features", edited)
+    fused.use(kernel)
+    phi, (q, k, v, dy) = make_feature_map(name, 2, 8), sequence(1, 2, 20, 8)
+    if edit == "a parameter":
+        phi.temperature = torch.nn.Parameter(torch.tensor(0.7))
+    attn, results = LinearAttention(phi), []
+    for attend in (lambda *x: attn(*x), lambda q, k, v: linear_attention_quadratic(phi(q), phi(k), v)):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        y = attend(*leaves)
+        results.append([y, *torch.autograd.grad(y, [*leaves, *phi.parameters()], dy)])
+    for got, want in zip(*results):
+        assert relative_error(got, want) < 1e-5
+    with torch.no_grad():
+        cache: dict = {}
+        ys = [attn.extend(*token, cache) for token in zip(*(x.split(1, 2) for x in (q, k, v)))]
+    assert relative_error(torch.cat(ys, 2), results[1][0]) < 1e-5
+    assert capsys.readouterr().err.count("was changed") <= 1
+
+
+@pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint"])
+def test_the_first_check_of_a_map_does_not_depend_on_where_it_happens(where, monkeypatch):
+    monkeypatch.setattr(fused, "KNOWN", {})
+    attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 40, 8)
+    fused.use("cpp")
+    if where == "checkpoint":
+        y = torch.utils.checkpoint.checkpoint(attn, q.requires_grad_(), k, v, use_reentrant=False)
+        y.sum().backward()
+    else:
+        with torch.autocast("cpu", torch.bfloat16) if where == "autocast" else torch.inference_mode():
+            attn(q, k, v)
+    assert list(fused.KNOWN.values()) == [True]
 
 
 # ---------------------------------------------------------------- the loader
