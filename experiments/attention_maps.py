@@ -1,11 +1,10 @@
-"""Why it works: how spiky, how monotonic and how faithful a model's attention weights are.
+"""Why it works: how spiky, how monotonic and how faithful a model's attention weights are (Figs. 2,
+3, 4 and 6 of the paper).
 
-    python -m experiments.attention_maps                the first command's checkpoint: Figs. 2, 3,
-                                                        4 and 6 of the paper
-    python -m experiments.attention_maps out/RUN        any run of this repository
-    python -m experiments.attention_maps NAME_OR_FOLDER --text FILE
-                                                        a Hugging Face model (GPT-2, Llama, BERT),
-                                                        or a converted one's linear.safetensors
+    python -m experiments.attention_maps                     the first command's checkpoint
+    python -m experiments.attention_maps out/RUN             any run of this repository
+    python -m experiments.attention_maps gpt2 --text FILE    a Hugging Face model, by name or folder
+    python -m experiments.attention_maps FOLDER/linear.safetensors    a converted one
 
 For the queries and keys of every layer and head: softmax's weights (Eq. 1), and the weights of
 every feature map (Eq. 2).

@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict] = {  # changes of TrainConfig's defaults
 class CompareConfig(TrainConfig):
     attentions: list[str] = setting(COMPARED)  # which ones to compare: any that train.py knows
     seeds: int = 3  # how many seeds of each attention at its best learning rate, from --seed on
+    attention: str = setting("hedgehog", hidden=True)  # one of the attentions
     lrs: list[float] = setting([2e-3, 4e-3])  # learning rates that each attention tries
     map_lr_scales: list[float] = setting([2.5, 10.0])  # of learned maps, with each of the lrs
     sweep_steps: int = 0  # steps of a trial; 0: max_steps, and the best is the first seed's run

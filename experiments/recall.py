@@ -57,7 +57,8 @@ class RecallConfig(GPTConfig, FitConfig):
     test_sequences: int = 2000  # fresh sequences that the reported accuracy is measured on
     # -- model
     block_size: int = 128  # tokens of a sequence
-    vocab_size: int = 2 * N_KEYS  # keys and values
+    attention: str = setting("hedgehog", hidden=True)  # one of the attentions
+    vocab_size: int = setting(2 * N_KEYS, hidden=True)  # keys and values
     n_layer: int = 4  # number of blocks
     n_head: int = 4  # heads of each attention
     n_embd: int = 128  # width of the model, n_head times the head dimension

@@ -27,10 +27,11 @@ from tqdm import tqdm
 import fused
 from config import changes
 from feature_maps import FEATURE_MAPS
-from model import GPT, renewed
+from model import GPT
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, as_user_error
 from support.devices import World, pick_device
+from support.earlier import renewed
 from support.log import Log, provenance
 from train import fit
 

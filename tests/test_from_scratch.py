@@ -83,6 +83,7 @@ def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, tex
     "flags, line",
     [
         ("--attentions elo", "--attentions takes softmax, elu"),
+        ("--attention elu", "did you mean --attentions?"),
         ("--setting mine", "unknown setting 'mine': choose one of ours, paper"),
         ("--seeds 0", "must be positive"),
         ("--jobs -1", "jobs must be zero or more"),

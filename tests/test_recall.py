@@ -168,6 +168,7 @@ def test_the_table_says_what_correlates_with_accuracy_if_there_are_enough_attent
         ("--lr -1", "lr must be positive"),
         ("--embd_std 0", "embd_std must be positive"),
         ("--atentions elu", "did you mean --attentions?"),
+        ("--attention elu", "did you mean --attentions?"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
