@@ -24,10 +24,9 @@ def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def quadratic(products: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """y from phi(q_i).phi(k_j) of all pairs, (B, H, Tq, Tk): for sequences so short that nothing beats T^2."""
-    Tq, Tk = products.shape[-2:]
+    """y from phi(q_i).phi(k_j) of all pairs, (B, H, T, T): for sequences so short that nothing beats T^2."""
     if causal:
-        products = products.tril(Tk - Tq)
+        products = products.tril()
     if key_mask is not None:
         products = products.masked_fill(~key_mask[:, None, None, :], 0.0)
     y = normalise(products @ v.to(products.dtype), products.sum(-1, keepdim=True))
