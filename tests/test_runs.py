@@ -213,6 +213,7 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
     while not (log.exists() and '"step": 4' in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.2)
+    assert '"command": "python -m experiments.recall --n_layer 1' in log.read_text()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
     assert workers
