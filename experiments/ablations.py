@@ -151,9 +151,7 @@ def main() -> None:
         config.check()
     apply_setting(config, given)
     began, out = time.perf_counter(), Path(config.out_dir)
-    tokens = data.prepare(
-        config.dataset, config.data_dir, config.tokenizer
-    )  # before workers want it
+    tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer)  # before workers want it
     config.vocab_size = tokens.vocab_size
     results = run_all(one_run, configs_of(config), config.jobs, describe)
     minutes = round((time.perf_counter() - began) / 60, 1)

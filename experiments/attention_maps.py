@@ -69,9 +69,7 @@ class AnalyzeConfig:
         if strange := [name for name in self.maps if name not in FEATURE_MAPS]:
             raise UserError("--maps: " + unknown("feature map", strange[0], FEATURE_MAPS))
         if self.tokens < 2 or self.heads < 1:
-            raise UserError(
-                f"tokens must be at least 2, and heads 1, not {self.tokens} and {self.heads}"
-            )
+            raise UserError(f"tokens must be at least 2, and heads 1, not {self.tokens} and {self.heads}")
 
 
 # ---------------------------------------------------------------- the model and its text
@@ -154,9 +152,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         name = model.hedgehog["base"]
     else:
         try:
-            with quiet(
-                "transformers"
-            ):  # a language model's head is not used, which it would report
+            with quiet("transformers"):  # a language model's head is not used, which it would report
                 model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
         except (OSError, ValueError, TypeError, SafetensorError) as e:
             reason = str(e).splitlines()[0][:160]

@@ -24,9 +24,7 @@ def is_own(name: str) -> bool:
     return name not in (*LABELS, "softmax")
 
 
-def select(
-    names: Iterable[str], first: Iterable[str] = ("softmax",), most: int = MOST
-) -> list[str]:
+def select(names: Iterable[str], first: Iterable[str] = ("softmax",), most: int = MOST) -> list[str]:
     """At most so many of the names, in their order: those of `first`, a reader's own maps, those of
     IN_COLOUR, then the rest."""
     names = list(names)
@@ -48,31 +46,23 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def spikiness(path: Path, command: str, facts: dict, labels: dict[str, str]) -> str:
     """Figs. 2 and 6: entropy and tau of every map, a row for each map and a mark for each head."""
     names = list(facts["maps"])
-    mean = {
-        n: {key: float(np.mean(facts["maps"][n][key])) for key in ("entropy", "tau")} for n in names
-    }
+    mean = {n: {key: float(np.mean(facts["maps"][n][key])) for key in ("entropy", "tau")} for n in names}
 
     def draw(figure, axes) -> None:
         for axis, measure in zip(axes, ("entropy", "tau")):
             for i, name in enumerate(names):
                 values = np.ravel(facts["maps"][name][measure])
                 color, marker = style(name)
-                axis.scatter(
-                    values, np.full(len(values), -i), color=color, marker=marker, alpha=0.5, s=28
-                )
+                axis.scatter(values, np.full(len(values), -i), color=color, marker=marker, alpha=0.5, s=28)
                 axis.plot([values.mean()] * 2, [-i - 0.3, -i + 0.3], color=color, linewidth=2.5)
             axis.grid(alpha=0.3)
         axes[0].set_yticks([-i for i in range(len(names))], [labels[n] for n in names], fontsize=8)
         axes[1].set_yticks([-i for i in range(len(names))], [])
         uniform = facts["uniform_entropy"]
         axes[0].axvline(uniform, color="0.4", linestyle=":")
-        axes[0].set_title(
-            f"Spikiness: softmax {mean['softmax']['entropy']:.2f}, uniform {uniform:.2f} nats"
-        )
+        axes[0].set_title(f"Spikiness: softmax {mean['softmax']['entropy']:.2f}, uniform {uniform:.2f} nats")
         axes[0].set_xlabel("entropy of the attention weights (nats; dotted: uniform)")
-        best = max(
-            (n for n in names if n != "softmax"), key=lambda n: mean[n]["tau"], default="softmax"
-        )
+        best = max((n for n in names if n != "softmax"), key=lambda n: mean[n]["tau"], default="softmax")
         axes[1].set_title(f"Monotonicity: softmax 1, then {label(best)} {mean[best]['tau']:.2f}")
         axes[1].set(xlabel="Kendall's tau between weight and q.k", xlim=(-1.05, 1.05))
 
@@ -103,9 +93,7 @@ def monotonicity(
                 axis.scatter(x, y.clip(min=1e-9), s=7, color=shade, alpha=0.6)
             axis.set_yscale("log")
             axis.yaxis.set_minor_formatter("")
-            axis.set_title(
-                f"{labels[name]}\ntau {facts['maps'][name]['tau'][layer][head]:.2f}", fontsize=9
-            )
+            axis.set_title(f"{labels[name]}\ntau {facts['maps'][name]['tau'][layer][head]:.2f}", fontsize=9)
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)
             axis.set_xlabel("q.k / sqrt(D)" if n + cols >= len(weights) else "", fontsize=8)
@@ -119,9 +107,7 @@ def monotonicity(
             fontsize=10,
         )
 
-    return plot(
-        path, command, draw, rows, cols, (max(5.0, 3 * cols), 2.5 * rows + 0.6), squeeze=False
-    )
+    return plot(path, command, draw, rows, cols, (max(5.0, 3 * cols), 2.5 * rows + 0.6), squeeze=False)
 
 
 def attention_maps(
@@ -168,9 +154,7 @@ def attention_maps(
     )
 
 
-def one_head(
-    path: Path, command: str, weights: dict, tokens: list[str], which: str, most: int = 34
-) -> str:
+def one_head(path: Path, command: str, weights: dict, tokens: list[str], which: str, most: int = 34) -> str:
     """Attention weights A (T, T) of one head by name, side by side on one scale, over the first
     `most` tokens.
 
@@ -220,9 +204,7 @@ def taylor(path: Path, command: str, facts: dict, scores) -> str:
         axis.text(-5.8, 2e4, "here a larger q.k\nhas the smaller weight", fontsize=8, va="center")
         axis.set(yscale="log", ylim=(1e-3, 1e6))  # the upper third is for text and legend
         axis.set(xlabel="x = q.k / sqrt(D)", ylabel="weight before normalisation")
-        axis.set_title(
-            f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9
-        )
+        axis.set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)", fontsize=9)
         axis.legend(fontsize=8, loc="upper right")
         twin = axis.twinx()
         bars, *_ = twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
@@ -272,27 +254,21 @@ def recall(path: Path, groups: dict[str, list[dict]], command: str) -> str:
             for axis, measure in zip(axes, ("entropy", "tau")):
                 x = [r["final"][measure] for r in runs]
                 y = [100 * r["final"]["accuracy"] for r in runs]
-                dots = dict(
-                    color=color, marker=marker, s=size, alpha=0.8, zorder=2.5 if grey else 3
-                )
+                dots = dict(color=color, marker=marker, s=size, alpha=0.8, zorder=2.5 if grey else 3)
                 axis.scatter(x, y, label=label(name), **dots)
             steps, values = over_seeds(runs)
             axes[2].plot(steps, 100 * values.mean(0), color=color, linewidth=0.9 if grey else 1.6)
             if not grey:
                 low, high = 100 * values.min(0), 100 * values.max(0)
                 axes[2].fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        axes[0].set(
-            xlabel="mean attention entropy (nats)", ylabel="recall accuracy, fresh sequences (%)"
-        )
+        axes[0].set(xlabel="mean attention entropy (nats)", ylabel="recall accuracy, fresh sequences (%)")
         axes[1].set(xlabel="monotonicity: Kendall's tau")
         axes[2].set(xlabel="optimiser step", ylabel="accuracy while training (%)")
         axes[2].set_title("mean over seeds, and their range", fontsize=9)
         for axis in axes:
             axis.set_ylim(-3, 103)
             axis.grid(alpha=0.3)
-        accuracy = {
-            n: statistics.mean(r["final"]["accuracy"] for r in runs) for n, runs in groups.items()
-        }
+        accuracy = {n: statistics.mean(r["final"]["accuracy"] for r in runs) for n, runs in groups.items()}
         solved = [label(n) for n, mean in accuracy.items() if mean > 0.9]
         figure.suptitle(f"Associative recall: solved by {', '.join(solved) or 'none'}", fontsize=11)
         figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
@@ -309,9 +285,7 @@ def curves(path: Path, groups: dict[str, list[dict]], title: str, ylabel: str, c
     def draw(figure, axes) -> None:
         for name in sorted(groups, key=last.get, reverse=True):
             (color, marker), (steps, values) = look[name], over_seeds(groups[name])
-            line = dict(
-                color=color, marker=marker, markersize=5, label=f"{label(name)}: {last[name]:.3f}"
-            )
+            line = dict(color=color, marker=marker, markersize=5, label=f"{label(name)}: {last[name]:.3f}")
             axes.plot(steps, values.mean(0), **line)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2)
         axes.set(xlabel="optimiser step", ylabel=ylabel)
@@ -343,9 +317,7 @@ def recovery(path: Path, points: list[tuple], title: str, command: str) -> str:
             for arm, share, weights in points:
                 color, marker = look[arm.feature_map]
                 marker = "*" if arm.shared else marker
-                dots = dict(
-                    edgecolors=color, facecolors=color if arm.distilled else "none", marker=marker
-                )
+                dots = dict(edgecolors=color, facecolors=color if arm.distilled else "none", marker=marker)
                 axis.scatter(
                     weights[key],
                     share,
@@ -382,9 +354,7 @@ def patches(path: Path, images: list, weights: dict[str, list], title: str, comm
         for row, (name, maps) in zip(axes[1:], weights.items()):
             row[0].set_ylabel(name, fontsize=9)
             for axis, A, top in zip(row, maps, largest):
-                shown = axis.imshow(
-                    A / top, cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
-                )
+                shown = axis.imshow(A / top, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         axes[0][0].set_ylabel("image", fontsize=9)
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])

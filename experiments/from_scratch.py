@@ -62,9 +62,7 @@ class CompareConfig(TrainConfig):
     # -- training
     max_steps: int = 1200  # optimiser steps
     # -- output
-    out_dir: str = (
-        ""  # table, picture and a folder for each run; default out/compare-DATASET-SETTING
-    )
+    out_dir: str = ""  # table, picture and a folder for each run; default out/compare-DATASET-SETTING
 
     def check(self) -> None:
         super().check()
@@ -85,9 +83,7 @@ def check_from_scratch(config) -> None:
     if config.jobs < 0:
         raise UserError(f"jobs must be zero or more, not {config.jobs}")
     if config.init_from or config.eval_only:
-        raise UserError(
-            "every model is trained from scratch: --init_from and --eval_only are train.py's"
-        )
+        raise UserError("every model is trained from scratch: --init_from and --eval_only are train.py's")
 
 
 def apply_setting(config, given: set[str]) -> None:
@@ -121,9 +117,7 @@ def one_run(config: TrainConfig, build: Callable[[TrainConfig], GPT] = gpt_of) -
     return train_one(
         config,
         build=build,
-        batch=lambda step: data.batch_of(
-            ids, step, config.batch_size, config.block_size, config.seed
-        ),
+        batch=lambda step: data.batch_of(ids, step, config.batch_size, config.block_size, config.seed),
         evaluate=measured_on(dev),
         final=measured_on(test),
         tokenizer=tokens.tokenizer.name,
@@ -214,9 +208,7 @@ def main() -> None:
         config.map_lr_scale = config.map_lr_scales[0]
     out = Path(config.out_dir or f"out/compare-{config.dataset}-{config.setting}")
     began = time.perf_counter()
-    tokens = data.prepare(
-        config.dataset, config.data_dir, config.tokenizer
-    )  # before workers want it
+    tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer)  # before workers want it
     config.vocab_size = tokens.vocab_size
     base = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
 
@@ -243,9 +235,7 @@ def main() -> None:
     print(table(results))
     files = ", ".join(filter(None, ["compare.json", draw(out / "curves.png", facts)]))
     folder = Path(results[0]["config"]["out_dir"]).name
-    print(
-        f"{minutes:.1f} minutes; written to {out}: {files}, and a folder for each run: {folder} ..."
-    )
+    print(f"{minutes:.1f} minutes; written to {out}: {files}, and a folder for each run: {folder} ...")
 
 
 if __name__ == "__main__":

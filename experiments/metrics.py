@@ -54,9 +54,7 @@ def kendall_tau(
     return torch.from_numpy(np.nan_to_num(tau).mean(-1))
 
 
-def rank_correlation(
-    x: list[float], y: list[float], draws: int = 2000
-) -> tuple[float, float, float]:
+def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
     """Spearman's rho of two lists, and its 95% interval over bootstrap samples of the pairs."""
     from scipy.stats import spearmanr
 
@@ -96,9 +94,7 @@ def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Te
     return found
 
 
-def all_weights(
-    q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module]
-) -> dict[str, Tensor]:
+def all_weights(q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Weights (B, H, T, T) in float64 of softmax and of every attention, for the same queries and
     keys."""
     q, k = q.double(), k.double()

@@ -90,13 +90,9 @@ class RecallConfig(GPTConfig, FitConfig):
             known = ", ".join(names)
             raise UserError(f"--attentions takes {known}, not {', '.join(sorted(unknown))}")
         if self.block_size % 2 or self.block_size < SHORTEST:
-            raise UserError(
-                f"block_size must be even and at least {SHORTEST}: pairs of key and value"
-            )
+            raise UserError(f"block_size must be even and at least {SHORTEST}: pairs of key and value")
         if min(self.seeds, self.test_sequences) < 1 or min(self.jobs, self.stage_steps) < 0:
-            raise UserError(
-                "seeds and test_sequences must be positive, jobs and stage_steps zero or more"
-            )
+            raise UserError("seeds and test_sequences must be positive, jobs and stage_steps zero or more")
 
 
 class RecallGPT(GPT):
@@ -260,9 +256,7 @@ def main() -> None:
     drawn = figures.recall(out / "recall.png", by_attention(results), facts["command"])
     files = ", ".join(filter(None, ["recall.json", drawn]))
     folder = Path(results[0]["config"]["out_dir"]).name
-    print(
-        f"{minutes:.1f} minutes; written to {out}: {files}, and a folder for each run: {folder} ..."
-    )
+    print(f"{minutes:.1f} minutes; written to {out}: {files}, and a folder for each run: {folder} ...")
 
 
 if __name__ == "__main__":

@@ -122,9 +122,7 @@ def same_config(saved: dict, config: dict, apart: Iterable[str] = ()) -> bool:
 
 def finished(config, apart: Iterable[str] = ()) -> dict | None:
     """The result of this run if it was made before; the settings in `apart` do not matter to it."""
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # no file, or not such a file
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no file, or not such a file
         result = json.loads((Path(config.out_dir) / "result.json").read_text())
         same_code = result.get("code", "") in ("", code_of(config))
         if same_code and same_config(result["config"], asdict(config), apart):
@@ -185,9 +183,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(
-    work: Callable, configs: list, jobs: int, describe: Callable[[dict], str]
-) -> list[dict]:
+def run_all(work: Callable, configs: list, jobs: int, describe: Callable[[dict], str]) -> list[dict]:
     """The results of work(config) for every config. Each config has an out_dir of its own.
 
     work: a function of a module, since workers import it by name.
@@ -202,9 +198,7 @@ def run_all(
             results[config.out_dir] = result
     waiting = [c for c in configs if c.out_dir not in results]
     if results:
-        print(
-            f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept"
-        )
+        print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
         for result in (r for r in results.values() if "failed" in r):
             print(describe(result))
     if not waiting:
@@ -240,9 +234,7 @@ def run_all(
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(e, KeyboardInterrupt):  # workers got it as well: fit saves, then they end
-                raise KeyboardInterrupt(
-                    "stopped: the same command goes on from where it was"
-                ) from e
+                raise KeyboardInterrupt("stopped: the same command goes on from where it was") from e
             raise
     return [results[c.out_dir] for c in configs]
 
@@ -287,9 +279,7 @@ def sweep_and_seeds(
         if ended:
             best[config.out_dir] = tried[min(ended)[1]][1]
     # One seed of every config, then the next seed.
-    final = [
-        run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for i in range(seeds) for c in configs
-    ]
+    final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for i in range(seeds) for c in configs]
     results = run_all(work, final, jobs, describe)
     return sweep, [r for i in range(len(configs)) for r in results[i :: len(configs)]]
 

@@ -49,9 +49,7 @@ LABELS = {
     "triton": "Hedgehog, Triton",
     "torch": "Hedgehog, PyTorch",
 }
-OWN = itertools.cycle(
-    ("#c00000", "#7a00cc", "#00a0a0", "#d0008c")
-)  # for a reader's own feature maps
+OWN = itertools.cycle(("#c00000", "#7a00cc", "#00a0a0", "#d0008c"))  # for a reader's own feature maps
 
 
 def style(name: str) -> tuple[str, str]:
@@ -112,9 +110,7 @@ def keep_inside(figure) -> None:
         box = axes.get_window_extent()
         alone = axes.get_subplotspec() is None or axes.get_subplotspec().get_gridspec().ncols == 1
         middle = (box.x0 + box.x1) / 2
-        around = 1.96 * min(
-            middle - picture.x0, picture.x1 - middle
-        )  # up to the nearer edge of the picture
+        around = 1.96 * min(middle - picture.x0, picture.x1 - middle)  # up to the nearer edge of the picture
         titles.append((axes.title, around if alone else box.width))
     for title, room in titles:
         text = title.get_text().split("\n")
@@ -127,9 +123,7 @@ def keep_inside(figure) -> None:
 def balanced(line: str, letters: int) -> str:
     """A line of text broken into lines of like length, of at most so many letters."""
     broken = textwrap.wrap(line, letters, break_long_words=False)
-    while letters > 8 and len(textwrap.wrap(line, letters - 1, break_long_words=False)) == len(
-        broken
-    ):
+    while letters > 8 and len(textwrap.wrap(line, letters - 1, break_long_words=False)) == len(broken):
         letters -= 1
     return textwrap.fill(line, letters, break_long_words=False)
 
@@ -163,16 +157,12 @@ def heads(path: Path, values: np.ndarray, title: str, command: str) -> str:
     def draw(figure, axes) -> None:
         image = axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
         figure.colorbar(image, label="nats", aspect=20 + L)
-        figure.suptitle(
-            title, fontsize=11
-        )  # of the picture, not of the axes: there may be one head
+        figure.suptitle(title, fontsize=11)  # of the picture, not of the axes: there may be one head
         axes.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
         if L * H > 300:
             return  # no room for numbers
         for (layer, head), value in np.ndenumerate(values):
             shade = "w" if value < 0.6 * values.max() else "k"
-            axes.text(
-                head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade
-            )
+            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
 
     return plot(path, command, draw, size=(max(4.5, 1.8 + 0.5 * H), max(3.0, 1.8 + 0.3 * L)))

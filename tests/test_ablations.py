@@ -76,10 +76,7 @@ def test_ablations_are_one_run_each_with_a_table_of_differences():
     losses = [("as set", 1.5), ("W = 3 I", 1.75)]
     rows = [{"name": name, **run_of("hedgehog", 1, x), "parameters": 1000} for name, x in losses]
     text = ablations.table([*rows, {"name": "W random", "failed": "step 3: loss nan"}])
-    assert (
-        "| as set | 1.500 | +0.000 | 1,000 | 1.0 |" in text
-        and "| W = 3 I | 1.750 | +0.250 |" in text
-    )
+    assert "| as set | 1.500 | +0.000 | 1,000 | 1.0 |" in text and "| W = 3 I | 1.750 | +0.250 |" in text
     assert "| W random | step 3: loss nan |" in text
 
 

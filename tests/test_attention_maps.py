@@ -56,9 +56,7 @@ def test_entropy_and_kl_are_their_sums():
         assert kl(A, B)[b, h, i] == pytest.approx(
             sum(x * math.log(x / y) for x, y in zip(a, other)), abs=1e-12
         )
-    torch.testing.assert_close(
-        kl(A, A), torch.zeros(2, 2, 9, dtype=torch.float64), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(kl(A, A), torch.zeros(2, 2, 9, dtype=torch.float64), atol=1e-12, rtol=0)
     assert (kl(A, B)[..., 1:] > 0).all()
 
 
@@ -101,9 +99,7 @@ def test_taylor_is_monotone_above_minus_one_and_only_there():
         A = LinearAttention(phi, causal=False).weights(q, k)
         assert (kendall_tau(A, q @ k.mT, causal=False)[0, 0].item() == pytest.approx(1.0)) == is_one
     found = measure([(q, k)], False, lambda layer: {"taylor": LinearAttention(phi, False)})
-    assert found["below_minus_one"][0] == pytest.approx(
-        (k[..., 0] < -0.5).double().mean().item(), abs=1e-5
-    )
+    assert found["below_minus_one"][0] == pytest.approx((k[..., 0] < -0.5).double().mean().item(), abs=1e-5)
 
 
 def test_rank_correlation_and_its_interval():
@@ -119,9 +115,7 @@ def test_rank_correlation_and_its_interval():
 def test_captured_queries_and_keys_give_the_models_own_attention():
     torch.manual_seed(0)
     model = GPT(
-        GPTConfig(
-            block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention="hedgehog"
-        )
+        GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention="hedgehog")
     ).eval()
     idx, outputs = torch.randint(20, (2, 16)), []
     handle = model.transformer.h[1].attn.attend.register_forward_hook(
@@ -201,9 +195,7 @@ def test_any_checkpoint_and_any_text(train, command, tmp_path, text, attention):
 
 def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, tmp_path, text):
     """In the second layer a swapped model would have others."""
-    assert (
-        train("--n_layer", 2, "--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
-    )
+    assert train("--n_layer", 2, "--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
     few = "--max_steps 2 --batch_size 2 --held_out 1 --device cpu --lr 1".split()
     assert command("distill", tmp_path / "teacher", *few, "--out_dir", tmp_path / "pupil")[0] == 0
     idx, qk = torch.arange(20)[None], {}
@@ -215,9 +207,7 @@ def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, 
     torch.testing.assert_close(qk["pupil"], qk["teacher"])
     (attend, _), (q, k) = attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
     fresh = LinearAttention(make_feature_map("hedgehog", *q.shape[1::2]))
-    assert tokenizer == "bytes" and not torch.allclose(
-        attend.weights(q, k), fresh.weights(q, k), rtol=0.01
-    )
+    assert tokenizer == "bytes" and not torch.allclose(attend.weights(q, k), fresh.weights(q, k), rtol=0.01)
 
 
 def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tmp_path):
@@ -231,9 +221,7 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tm
     drawn: list = []
     monkeypatch.setattr(figures, "plot", plot)
     flat = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
-    figures.one_head(
-        tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4
-    )
+    figures.one_head(tmp_path, "", {"certain": torch.eye(6), "flat": flat}, list("ab\ndef"), "head 7", most=4)
     ((figure, axes),) = drawn
     uniform = math.log(24) / 4  # the mean of log n over rows of 1 to 4 keys
     certain, flat = (a.get_title() for a in axes[0])
@@ -249,10 +237,7 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows(monkeypatch, tm
 def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
     from test_recall import TINY
 
-    assert (
-        command("experiments.recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0]
-        == 0
-    )
+    assert command("experiments.recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0] == 0
     (folder,) = [p for p in tmp_path.iterdir() if p.is_dir()]
     code, _, stderr = command(
         "experiments.attention_maps", folder, "--maps", "elu", "--out_dir", tmp_path / "a"
@@ -287,10 +272,7 @@ def test_a_folder_that_is_not_there_names_the_nearest_that_is(command, tmp_path)
         (tmp_path / "recall" / name).mkdir(parents=True)
     code, _, stderr = command("experiments.attention_maps", tmp_path / "recall" / "square-seed1")
     assert code == 2 and stderr.count("\n") == 1, stderr
-    assert (
-        f"did you mean {tmp_path}/recall/square-lr0.002-seed1?" in stderr
-        and "id" not in stderr.split()
-    )
+    assert f"did you mean {tmp_path}/recall/square-lr0.002-seed1?" in stderr and "id" not in stderr.split()
 
 
 def test_panels_and_heads_of_the_pictures_can_be_chosen(command, tmp_path, monkeypatch):

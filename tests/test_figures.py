@@ -41,12 +41,8 @@ def check(figure, most: int = 6) -> None:
     """Nothing sticks out of the picture, no two titles meet, no legend lies on a title or text."""
     renderer, picture = figure._get_renderer(), figure.bbox
     everything = figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
-    assert everything.x0 > picture.x0 - 1 and everything.x1 < picture.x1 + 1, (
-        "wider than the picture"
-    )
-    assert everything.y0 > picture.y0 - 1 and everything.y1 < picture.y1 + 1, (
-        "higher than the picture"
-    )
+    assert everything.x0 > picture.x0 - 1 and everything.x1 < picture.x1 + 1, "wider than the picture"
+    assert everything.y0 > picture.y0 - 1 and everything.y1 < picture.y1 + 1, "higher than the picture"
     titles = [figure._suptitle, *(a.title for a in figure.axes), *figure.texts]
     texts = [t for a in figure.axes for t in a.texts]
     legends = [*figure.legends, *filter(None, (a.get_legend() for a in figure.axes))]
@@ -140,9 +136,7 @@ def test_a_number_a_head(L, H, drawn, tmp_path):
 
 @pytest.mark.parametrize("names, seeds", [(["softmax"], 1), (ALL, 3)])
 def test_pictures_of_comparisons(names, seeds, drawn, tmp_path):
-    groups = {
-        n: runs_of(n, seeds, [(50, 0.1), (100, 0.4), (150, 0.2 + len(n) / 20)]) for n in names
-    }
+    groups = {n: runs_of(n, seeds, [(50, 0.1), (100, 0.4), (150, 0.2 + len(n) / 20)]) for n in names}
     title = "a data set with a long name, setting paper: nearest to softmax is Hedgehog + window"
     assert figures.recall(tmp_path / "recall.png", groups, COMMAND)
     assert figures.curves(tmp_path / "curves.png", groups, title, "loss (nats)", COMMAND)
@@ -186,12 +180,8 @@ def test_a_picture_of_what_conversions_recover(n, drawn, tmp_path):
 @pytest.mark.parametrize("images, side", [(1, 1), (8, 14)])
 def test_a_picture_of_patches_has_a_scale(images, side, drawn, tmp_path):
     rng = np.random.default_rng(0)
-    rows = {
-        name: [rng.random((side, side)) for _ in range(images)] for name in ("softmax", "Hedgehog")
-    }
-    title = (
-        "What the class token attends to (last layer, mean over heads): 4% of the weight differs"
-    )
+    rows = {name: [rng.random((side, side)) for _ in range(images)] for name in ("softmax", "Hedgehog")}
+    title = "What the class token attends to (last layer, mean over heads): 4% of the weight differs"
     shown = [rng.random((28, 28, 3)) for _ in range(images)]
     assert figures.patches(tmp_path / "patches.png", shown, rows, title, COMMAND)
     check(drawn[0], most=18)  # three rows of at most six images

@@ -41,9 +41,7 @@ def test_a_run_that_failed_is_left_out_and_a_table_of_one_run_has_no_spread():
     assert "| softmax | 1.000 (1) |" in text and text.count("\n") == 2
 
 
-def test_stopping_and_reporting_use_different_halves_of_the_validation_text(
-    monkeypatch, tmp_path, text
-):
+def test_stopping_and_reporting_use_different_halves_of_the_validation_text(monkeypatch, tmp_path, text):
     """Every token of the second half is scored by the report alone, and every one of the first by
     stopping alone."""
     seen = {}
@@ -65,9 +63,7 @@ def test_stopping_and_reporting_use_different_halves_of_the_validation_text(
 def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, text):
     flags = ["--dataset", "text", "--data_dir", text, *FLAGS, "--jobs", 1, "--out_dir", tmp_path]
     flags += ["--attentions", "softmax", "elu", "--lrs", 0.001, 0.01, "--sweep_steps", 3]
-    code, stdout, stderr = command(
-        "experiments.from_scratch", *flags, "--seeds", 2, "--setting", "paper"
-    )
+    code, stdout, stderr = command("experiments.from_scratch", *flags, "--seeds", 2, "--setting", "paper")
     assert code == 0, stderr
     report = json.loads((tmp_path / "compare.json").read_text())
     assert report["setting"] == "paper" and len(report["sweep"]) == 4
@@ -104,14 +100,10 @@ def test_defaults_are_the_first_commands_model_at_half_its_steps():
     assert changed == {"max_steps"} and 2 * ours["max_steps"] == first["max_steps"]
 
 
-def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_lr(
-    command, tmp_path, text
-):
+def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_lr(command, tmp_path, text):
     flags = ["--dataset", "text", "--data_dir", text, *FLAGS, "--jobs", 1, "--out_dir", tmp_path]
     flags += ["--attentions", "t2r", "elu", "--lrs", 0.001, 0.01, "--map_lr_scales", 1, 5]
-    code, stdout, stderr = command(
-        "experiments.from_scratch", *flags, "--max_steps", 3, "--seeds", 1
-    )
+    code, stdout, stderr = command("experiments.from_scratch", *flags, "--max_steps", 3, "--seeds", 1)
     assert code == 0, stderr
     pairs = {f"t2r-lr{lr}-map_lr_scale{x}-seed1" for lr in ("0.001", "0.01") for x in (1, 5)}
     names = {p.name for p in tmp_path.iterdir() if p.is_dir()}
@@ -119,9 +111,7 @@ def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_l
     assert ", maps 0.0" in stdout
 
 
-def test_one_scale_of_the_maps_learning_rate_is_used_and_not_tried(
-    command, tmp_path, text, monkeypatch
-):
+def test_one_scale_of_the_maps_learning_rate_is_used_and_not_tried(command, tmp_path, text, monkeypatch):
     def sweep_and_seeds(work, configs, trials, *rest, **more):
         tried.extend((c.map_lr_scale, trials(c)) for c in configs)
         return [], [run_of("t2r", 1, 1.0)]

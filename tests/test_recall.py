@@ -17,9 +17,7 @@ TINY = (
 ).split()
 
 
-@pytest.mark.parametrize(
-    "length, n_keys", [(8, 2), (128, N_KEYS), (32, np.array([2, 5, 8, 3, 2, 4, 7, 6]))]
-)
+@pytest.mark.parametrize("length, n_keys", [(8, 2), (128, N_KEYS), (32, np.array([2, 5, 8, 3, 2, 4, 7, 6]))])
 def test_every_target_is_the_value_that_its_key_had_before(length, n_keys):
     """A dictionary that reads from left to right knows exactly what is to be predicted."""
     x, y = sequences(np.random.default_rng(0), 8, length, n_keys)
@@ -95,8 +93,11 @@ def test_the_command_compares_and_keeps_a_curve_for_each_run(command, tmp_path):
     assert "| softmax |" in stdout and "| Hedgehog |" in stdout and "(2)" in stdout
     report = json.loads((tmp_path / "recall.json").read_text())
     assert [(r["config"]["attention"], r["config"]["seed"]) for r in report["runs"]] == [
-        ("softmax", 1), ("softmax", 2), ("hedgehog", 1), ("hedgehog", 2),
-    ]  # fmt: skip
+        ("softmax", 1),
+        ("softmax", 2),
+        ("hedgehog", 1),
+        ("hedgehog", 2),
+    ]
     for r in report["runs"]:
         assert [step for step, _ in r["curve"]] == [2, 4] and r["steps"] == 4
         assert {"accuracy", "loss", "entropy", "tau"} <= set(r["final"])
@@ -112,9 +113,7 @@ def test_softmax_weights_of_a_run_have_tau_one():
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, attention="softmax")
-    )
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, attention="softmax"))
     found = spikiness_and_monotonicity(model, fresh(RecallConfig(block_size=16), 3, 1)[0])
     assert found["tau"] == pytest.approx(1.0) and np.shape(found["entropy_by_head"]) == (2, 2)
 

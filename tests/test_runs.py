@@ -59,9 +59,7 @@ def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
 
 def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, capsys):
     tried, final = sweep(tmp_path)
-    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3][
-        "failed"
-    ] == "step 3: loss nan"
+    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3]["failed"] == "step 3: loss nan"
     assert [(r["config"]["lr"], r["config"]["seed"]) for r in final] == [(2, 1), (2, 2)]
     capsys.readouterr()
     assert sweep(tmp_path)[1] == final
@@ -83,9 +81,7 @@ def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
     assert progress(config) == (0, "-")
 
 
-def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(
-    tmp_path, monkeypatch
-):
+def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tmp_path, monkeypatch):
     @dataclass
     class WithMap(Config):
         attention: str = "mine"
@@ -100,29 +96,23 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(
     monkeypatch.setitem(FEATURE_MAPS, "mine", Mine)
     Log(tmp_path / "log.jsonl").write(step=0, config={}, code=code_of(config))
     Log(tmp_path / "log.jsonl").write(step=4, loss=2.0)
-    assert progress(config) == (4, "2.00") and one(
-        lambda c: c.resume, config, torch.get_num_threads()
-    )
+    assert progress(config) == (4, "2.00") and one(lambda c: c.resume, config, torch.get_num_threads())
     result = {"config": asdict(config), "code": code_of(config)}
     write_json(tmp_path / "result.json", result)
     assert finished(config) == result
     monkeypatch.setitem(FEATURE_MAPS, "mine", Changed)
     assert finished(config) is None
     (tmp_path / "result.json").unlink()  # interrupted, then changed
-    assert progress(config) == (0, "-") and not one(
-        lambda c: c.resume, config, torch.get_num_threads()
-    )
-    write_json(
-        tmp_path / "result.json", {"config": asdict(config)}
-    )  # from before the code was noted
+    assert progress(config) == (0, "-") and not one(lambda c: c.resume, config, torch.get_num_threads())
+    write_json(tmp_path / "result.json", {"config": asdict(config)})  # from before the code was noted
     assert finished(config) is not None
 
 
 def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
     tried, final = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
-    assert {r["config"]["max_steps"] for r in tried} == {3} and {
-        r["config"]["max_steps"] for r in final
-    } == {10}
+    assert {r["config"]["max_steps"] for r in tried} == {3} and {r["config"]["max_steps"] for r in final} == {
+        10
+    }
 
 
 def test_only_a_run_with_the_same_settings_counts_as_made(tmp_path):
@@ -228,9 +218,7 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
 
 
 def test_a_table_has_its_head_its_rule_and_a_row_each():
-    assert markdown(["a", "b"], [[1, "x"], ["", 2.5]]) == (
-        "| a | b |\n|---|---|\n| 1 | x |\n|  | 2.5 |"
-    )
+    assert markdown(["a", "b"], [[1, "x"], ["", 2.5]]) == ("| a | b |\n|---|---|\n| 1 | x |\n|  | 2.5 |")
 
 
 def test_runs_are_grouped_by_attention_the_least_mean_first_and_failed_ones_left_out():
