@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -45,9 +46,10 @@ def load_cpp(source: Path) -> SimpleNamespace:
                 library.unlink()
         if not hasattr(torch.ops.hedgehog, "forward"):
             build(source, flags, compiler, library)
-    except (OSError, RuntimeError, ImportError) as e:
-        lines = [line for line in str(e).splitlines() if "error" in line] or [str(e)]
-        raise Unavailable(f"chunked.cpp was not built ({lines[-1].strip()})") from e
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as e:
+        lines = str(e).splitlines() or [type(e).__name__]
+        why = [line for line in lines if "error" in line] or lines[:1]
+        raise Unavailable(f"chunked.cpp was not built ({why[-1].strip()})") from e
     ops = torch.ops.hedgehog
     return SimpleNamespace(
         forward=ops.forward.default,
@@ -74,8 +76,10 @@ def build(source: Path, flags: list[str], compiler: str, library: Path) -> None:
     other."""
     from torch.utils import cpp_extension
 
-    if not shutil.which(compiler.split()[0]):
-        raise Unavailable(f"there is no C++ compiler ({compiler}): install one, or set CXX")
+    if len(compiler.split()) > 1:
+        raise Unavailable(f"CXX is {compiler!r}, and PyTorch's builder takes one program without arguments")
+    if not shutil.which(compiler):
+        raise Unavailable(f"there is no C++ compiler ({compiler or 'CXX is empty'}): install one, or set CXX")
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = (
         f"{Path(sys.executable).parent}{os.pathsep}{path}"  # finds a ninja that pip installed

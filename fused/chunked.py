@@ -29,8 +29,8 @@ def quadratic(products: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None
         products = products.tril()
     if key_mask is not None:
         products = products.masked_fill(~key_mask[:, None, None, :], 0.0)
-    y = normalise(products @ v.to(products.dtype), products.sum(-1, keepdim=True))
-    return y.to(v.dtype)
+    A = normalise(products, products.sum(-1, keepdim=True))
+    return (A @ v.to(A.dtype)).to(v.dtype)
 
 
 def bidirectional(phi_q: Tensor, phi_k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

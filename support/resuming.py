@@ -1,10 +1,12 @@
 """What lets a run be interrupted and go on: its progress, signals, and a folder in which no two runs are
 mixed."""
 
+import itertools
 import math
-import shutil
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import RunError, UserError, tagged
 from support.devices import World
 from support.log import Log, provenance
+
+# Seconds in which a signal that comes twice counts once: torchrun kills its processes after as many.
+GRACE = 30.0
 
 
 @dataclass
@@ -45,8 +50,7 @@ class Progress:
         return better
 
     def enough(self, stop_loss: float, patience: int) -> bool:
-        """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations.
-        """
+        """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations."""
         return self.best <= stop_loss > 0 or 0 < patience <= self.since
 
     def save(self, path: Path, model: nn.Module, optimizer: Optimizer, meta: dict) -> None:
@@ -77,24 +81,31 @@ def diverged(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: P
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`. A second signal
-    ends the program at once."""
+    """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`.
+
+    A second Ctrl-C ends the program at once. A second SIGTERM within GRACE seconds does not, nor any signal in a job of
+    several processes: schedulers signal the whole job, and torchrun hands the signal on to its processes once more.
+    Outside the main thread, where Python allows no handlers, nothing is asked.
+    """
 
     asked = ""
 
     def __enter__(self) -> "StopSignal":
-        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def ask(self, number, frame) -> None:
-        self.asked = signal.Signals(number).name
-        print(f"\n{self.asked}: finishing this step, then saving (again: stop at once)", file=sys.stderr)
-        self.restore()
+        patient = number == signal.SIGTERM or int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if not self.asked:
+            self.asked, self.since = signal.Signals(number).name, time.monotonic()
+            again = "" if patient else " (again: stop at once)"
+            print(f"\n{self.asked}: finishing this step, then saving{again}", file=sys.stderr)
+        elif not patient or time.monotonic() - self.since > GRACE:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *error) -> None:
-        self.restore()
-
-    def restore(self) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
@@ -147,14 +158,16 @@ def check_same_run(saved: dict, changed: dict[str, tuple], config: Any, say: Cal
 
 
 def set_aside(out: Path, say: Callable) -> None:
-    """A new run in a folder that holds one: the files of the old run move to out/previous."""
+    """A new run in a folder that holds one: the files of the old run move to out/previous, or to previous-2, previous-3
+    ... Nothing that was trained is deleted."""
     names = ("last.safetensors", "best.safetensors", "log.jsonl", "curve.png", "result.json")
     if old := [out / name for name in names if (out / name).exists()]:
-        shutil.rmtree(out / "previous", ignore_errors=True)
-        (out / "previous").mkdir()
+        places = (out / f"previous{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
+        previous = next(place for place in places if not place.exists())
+        previous.mkdir()
         for path in old:
-            path.rename(out / "previous" / path.name)
-        say(f"{out} held an earlier run: moved it to {out / 'previous'}")
+            path.rename(previous / path.name)
+        say(f"{out} held an earlier run: moved it to {previous}")
 
 
 def make_writable(out: Path) -> None:

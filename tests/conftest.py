@@ -124,11 +124,11 @@ def train(command, text):
     return lambda *flags: command("train", "--dataset", "text", "--data_dir", text, *TINY, *flags)
 
 
-def start(*argv, **kwargs) -> subprocess.Popen:
+def start(*argv, stderr=subprocess.PIPE, new_session: bool = False, **environment: str) -> subprocess.Popen:
     """Start a command in a process of its own, one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, **{**pipes, **kwargs})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    options = dict(stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=new_session)
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -96,11 +97,21 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside_and_mixes_nothing(tra
     code, stdout, _ = train("--out_dir", tmp_path, "--attention", "softmax")
     assert code == 0 and "moved it to" in stdout
     attention = {
-        folder: load_checkpoint(folder)[1]["config"]["attention"] for folder in (tmp_path, tmp_path / "previous")
+        folder: load_checkpoint(folder)[1]["config"]["attention"]
+        for folder in (tmp_path, tmp_path / "previous")
     }
     assert list(attention.values()) == ["softmax", "hedgehog"]
     (tmp_path / "log.jsonl").unlink()
-    assert train("--out_dir", tmp_path, "--attention", "softmax", "--resume")[0] == 0  # a finished run, no log
+    assert (
+        train("--out_dir", tmp_path, "--attention", "softmax", "--resume")[0] == 0
+    )  # a finished run, no log
+    assert (
+        "moved it to" in train("--out_dir", tmp_path, "--attention", "elu")[1]
+    )  # a third run deletes nothing
+    names = [
+        load_checkpoint(tmp_path / name)[1]["config"]["attention"] for name in ("", "previous", "previous-2")
+    ]
+    assert names == ["elu", "hedgehog", "softmax"]
 
 
 # ---------------------------------------------------------------- dividing the batch
@@ -129,13 +140,17 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(tra
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
-    evaluations = [[e for e in Log(tmp_path / n / "log.jsonl").read() if "val_loss" in e] for n in ("one", "two")]
+    evaluations = [
+        [e for e in Log(tmp_path / n / "log.jsonl").read() if "val_loss" in e] for n in ("one", "two")
+    ]
     np.testing.assert_allclose(*([e["val_loss"] for e in es] for es in evaluations), rtol=1e-5)
     code, stdout, _ = train("--out_dir", tmp_path / "two", "--grad_accum", 4, "--resume", "--max_steps", 8)
     assert code == 0 and "resuming" in stdout  # a checkpoint of two processes loads in one
 
 
-def test_training_stops_at_the_first_validation_loss_that_is_low_enough_in_all_processes(train, text, tmp_path):
+def test_training_stops_at_the_first_validation_loss_that_is_low_enough_in_all_processes(
+    train, text, tmp_path
+):
     process = start(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--dataset", "text",
         "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--stop_loss", 100, "--max_steps", 90,
@@ -214,13 +229,19 @@ def kill_at_random_moments(text, out, times: int, seed: int) -> None:
     for _ in range(times):
         process, header_lines = start(*argv), len(Log(out / "log.jsonl").read())
         deadline = time.time() + 60
-        while len(Log(out / "log.jsonl").read()) <= header_lines and process.poll() is None and time.time() < deadline:
+        while (
+            len(Log(out / "log.jsonl").read()) <= header_lines
+            and process.poll() is None
+            and time.time() < deadline
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.7))
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
         logged = max([e["step"] for e in Log(out / "log.jsonl").read()], default=0)
-        now = load_checkpoint(out / "last.safetensors")[1]["step"] if (out / "last.safetensors").exists() else 0
+        now = (
+            load_checkpoint(out / "last.safetensors")[1]["step"] if (out / "last.safetensors").exists() else 0
+        )
         assert now >= saved and now >= logged - 5 - 1 and now % 5 == 0
         saved = now
     assert saved > 0
@@ -280,10 +301,62 @@ def test_ctrl_c_saves_and_leaves_with_one_line(text, tmp_path):
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["step"] > 0
 
 
+@pytest.mark.parametrize(
+    "signals, world, ends",
+    [
+        ("TERM", 1, False),
+        ("TERM TERM", 1, False),
+        ("INT INT", 1, True),
+        ("INT INT", 2, False),
+        ("INT TERM", 2, False),
+    ],
+)
+def test_a_signal_that_a_scheduler_sends_twice_counts_once_and_a_person_can_insist(signals, world, ends):
+    script = (
+        "import os, signal, time\nfrom support.resuming import StopSignal\n"
+        "with StopSignal() as stop:\n"
+        f"    for name in {signals.split()!r}: os.kill(os.getpid(), signal.Signals['SIG' + name])\n"
+        "print('asked by', stop.asked)"
+    )
+    process = start("-c", script, WORLD_SIZE=str(world))
+    stdout, _ = process.communicate(timeout=60)
+    assert (process.returncode != 0) == ends and stdout == (
+        "" if ends else f"asked by SIG{signals.split()[0]}\n"
+    )
+
+
+def test_training_outside_the_main_thread_asks_for_no_signals(train, tmp_path):
+    """As in notebooks' kernels and web services: Python allows signal handlers in the main thread only."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train("--out_dir", tmp_path)[0]))
+    thread.start()
+    thread.join()
+    assert found == [0] and max(losses(tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_a_whole_job_that_gets_sigterm_saves_in_every_case(text, tmp_path):
+    """The agent of torchrun and its two workers at once, as schedulers do, 20 times."""
+    for i in range(20):
+        out = tmp_path / str(i)
+        process = start(
+            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--dataset", "text",
+            "--data_dir", text, *TINY, "--out_dir", out, "--max_steps", 100_000, "--save_interval", 100_000,
+            "--eval_interval", 100_000, new_session=True,
+        )  # fmt: skip
+        while process.poll() is None and not losses(out):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert load_checkpoint(out / "last.safetensors")[1]["step"] > 0
+
+
 # ---------------------------------------------------------------- failures in mid-run
 
 
-@pytest.mark.parametrize("group, parameter", [("feature maps", "attend.phi.weight"), ("matrices", "mlp.c_fc.weight")])
+@pytest.mark.parametrize(
+    "group, parameter", [("feature maps", "attend.phi.weight"), ("matrices", "mlp.c_fc.weight")]
+)
 def test_a_nan_stops_the_run_naming_step_and_group_and_keeps_the_checkpoint(
     train, tmp_path, monkeypatch, group, parameter
 ):
@@ -292,9 +365,9 @@ def test_a_nan_stops_the_run_naming_step_and_group_and_keeps_the_checkpoint(
     def poison(step, config):
         if step == 4:
             for model in models:
-                dict(model.named_parameters())[f"transformer.h.0.{'attn.' * ('phi' in parameter)}{parameter}"].data[
-                    0
-                ] = math.nan
+                dict(model.named_parameters())[
+                    f"transformer.h.0.{'attn.' * ('phi' in parameter)}{parameter}"
+                ].data[0] = math.nan
         return original(step, config)
 
     models = []
@@ -304,7 +377,10 @@ def test_a_nan_stops_the_run_naming_step_and_group_and_keeps_the_checkpoint(
     code, _, stderr = train("--out_dir", tmp_path)
     line = stderr.strip().splitlines()[-1]
     assert (
-        code == 1 and "step 5: loss nan" in line and f"weights of the {group}" in line and "lower --lr" in line.lower()
+        code == 1
+        and "step 5: loss nan" in line
+        and f"weights of the {group}" in line
+        and "lower --lr" in line.lower()
     )
     assert "Traceback" not in stderr
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["step"] == 3
@@ -360,13 +436,19 @@ def test_finetuning_starts_from_the_weights_and_refuses_flags_that_contradict_th
     base, fine = load_checkpoint(tmp_path / "base")[0], last(tmp_path / "fine")
     for name in (n for n in fine if n.startswith("model.")):
         torch.testing.assert_close(fine[name], base[name], rtol=0, atol=1e-6)
-    code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--attention", "elu")
+    code, _, stderr = train(
+        "--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--attention", "elu"
+    )
     assert code == 2 and "--attention elu contradicts" in stderr
     code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--no_tie")
     assert code == 2 and "--tie False contradicts" in stderr
-    code, _, stderr = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--tokenizer", "gpt2x")
+    code, _, stderr = train(
+        "--init_from", tmp_path / "base", "--out_dir", tmp_path / "x", "--tokenizer", "gpt2x"
+    )
     assert code == 2 and "unknown tokenizer" in stderr
-    code, stdout, _ = train("--init_from", tmp_path / "base", "--out_dir", tmp_path / "long", "--block_size", 48)
+    code, stdout, _ = train(
+        "--init_from", tmp_path / "base", "--out_dir", tmp_path / "long", "--block_size", 48
+    )
     assert code == 0  # rope has no parameters: any length
 
 
@@ -374,7 +456,14 @@ def test_eval_only_prints_the_same_number_twice_whatever_the_training_flags(trai
     train("--out_dir", tmp_path)
     outputs = {
         train("--out_dir", tmp_path, "--eval_only", *flags)[1]
-        for flags in ([], ["--seed", 9], ["--batch_size", 32], ["--grad_accum", 2], ["--eval_tokens", 7], ["--resume"])
+        for flags in (
+            [],
+            ["--seed", 9],
+            ["--batch_size", 32],
+            ["--grad_accum", 2],
+            ["--eval_tokens", 7],
+            ["--resume"],
+        )
     }
     assert len(outputs) == 1
     line = outputs.pop()
@@ -523,7 +612,9 @@ def test_a_prompt_too_long_for_learned_positions_is_one_line(train, command, tmp
 # ---------------------------------------------------------------- runs of earlier versions
 
 
-def test_a_run_written_by_an_earlier_version_is_evaluated_resumed_sampled_and_refused_as_today(train, command, tmp_path):
+def test_a_run_written_by_an_earlier_version_is_evaluated_resumed_sampled_and_refused_as_today(
+    train, command, tmp_path
+):
     """tests/old_run was written before settings became options: its configuration has the fields of that time."""
     shutil.copytree(ROOT / "tests" / "old_run", tmp_path / "run")
     meta = load_checkpoint(tmp_path / "run")[1]
@@ -532,7 +623,9 @@ def test_a_run_written_by_an_earlier_version_is_evaluated_resumed_sampled_and_re
     code, _, stderr = train(*flags, 8, "--options", "n_features=4", "init=random")
     assert code == 2 and "options {} -> {'n_features': 4, 'init': 'random'}" in stderr
     code, stdout, stderr = train(*flags, 8)
-    assert code == 0 and "resuming" in stdout and "at step 6" in stdout and max(losses(tmp_path / "run")) == 8, stderr
+    assert (
+        code == 0 and "resuming" in stdout and "at step 6" in stdout and max(losses(tmp_path / "run")) == 8
+    ), stderr
     assert command("sample", tmp_path / "run", "--max_new_tokens", 3)[0] == 0
     code, stdout, stderr = train("--eval_only", "--init_from", ROOT / "tests" / "old_run", "--n_embd", 8)
     assert code == 0 and "bits per byte" in stdout, stderr
