@@ -197,7 +197,7 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
         "--out_dir",
         tmp_path,
     ]
-    process = start(*argv, start_new_session=True)
+    process = start(*argv, new_session=True)
     log = tmp_path / "softmax-lr0.002-seed1" / "log.jsonl"
     deadline = time.monotonic() + 100
     while not (log.exists() and '"step": 4' in log.read_text()):
