@@ -10,25 +10,21 @@
 
 Every field is a flag, and the comment behind a field is its sentence in --help. A line `# -- NAME`
 between two fields begins the group NAME of --help.
-
-The standard library's argparse is not used. It takes `--lr -1e-3` for a flag without a value and
-does not name the nearest flag. Only its layout of --help would be left, and textwrap does that.
 """
 
-import ast
+import argparse
 import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
-import itertools
 import os
 import re
 import shutil
 import sys
 import textwrap
-import tokenize
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -120,185 +116,148 @@ Config = TypeVar("Config")
 
 
 def boolean(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise ValueError
-    return word.lower() == "true"
+    return bool(["false", "true"].index(word.lower()))  # ValueError for any other word
 
 
 def named(word: str) -> tuple[str, Any]:
     """ "n_features=128" -> ("n_features", 128). The value is an int, float, bool or str."""
-    name, equals, text = word.partition("=")
-    if not name or not equals:
-        raise ValueError
+    [(name, text)] = re.findall("(?s)^(.+?)=(.*)", word)  # ValueError for a word of another form
     for read in (int, float, boolean):
         with contextlib.suppress(ValueError):
             return name, read(text)
     return name, text
 
 
-# type of a field -> (its value in --help, what a message says the flag takes, reads a word)
-KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
-    bool: ("[true|false]", "true or false", boolean),
-    int: ("INT", "a whole number", int),
-    float: ("FLOAT", "a number", float),
-    str: ("TEXT", "a value", str),
-    list[int]: ("INT ...", "one or more whole numbers", int),
-    list[float]: ("FLOAT ...", "one or more numbers", float),
-    list[str]: ("TEXT ...", "one or more values", str),
-    dict: ("NAME=VALUE ...", "one or more words name=value", named),
+# type of a field -> (what messages say that the flag takes, reads a word, options of add_argument)
+KINDS: dict[Any, tuple[str, Callable[[str], Any], dict[str, Any]]] = {
+    bool: ("true or false", boolean, {"metavar": "true|false", "nargs": "?", "const": True}),
+    int: ("a whole number", int, {"metavar": "INT"}),
+    float: ("a number", float, {"metavar": "FLOAT"}),
+    str: ("a value", str, {"metavar": "TEXT"}),
+    list[int]: ("one or more whole numbers", int, {"metavar": "INT", "nargs": "+"}),
+    list[float]: ("one or more numbers", float, {"metavar": "FLOAT", "nargs": "+"}),
+    list[str]: ("one or more values", str, {"metavar": "TEXT", "nargs": "+"}),
+    dict: ("one or more words name=value", named, {"metavar": "NAME=VALUE", "nargs": "+"}),
 }
 
 
-def flags_of(config: Any) -> dict[str, Any]:
-    """name -> type of every field that is a flag."""
-    fields = [f for f in dataclasses.fields(config) if not tagged(config, f.name, "hidden")]
-    return {f.name: f.type if f.type in KINDS else typing.get_origin(f.type) for f in fields}
-
-
-def parse(
-    default: Config, argv: list[str], description: str, first: str = ""
-) -> tuple[Config, set[str]]:
+def parse(default: Config, argv: list[str], description: str, first: str = "") -> tuple[Config, set[str]]:
     """Read flags into a copy of the dataclass instance `default`: (config, names of given flags).
 
     --some_flag and --some-flag are the same. A bool takes true or false or stands alone, and
     --no_some_flag makes it false. A first word without dashes is the flag `first`. A word that
     cannot be read raises UserError. --help prints every flag and ends the program.
     """
+    fields = [f for f in dataclasses.fields(default) if not tagged(default, f.name, "hidden")]
+    flags = {f.name: KINDS.get(f.type) or KINDS[typing.get_origin(f.type)] for f in fields}
+    parser = parser_of(default, flags, description, first)
     if "--help" in argv or "-h" in argv:
-        print(help_of(default, description, first), flush=True)
+        print(parser.format_help().translate({0xA0: " ", 0x2011: "-"}), end="", flush=True)
         sys.exit(0)
-    flags, values, words = flags_of(default), {}, list(argv)
-    if first and words and not words[0].startswith("-"):
-        words.insert(0, f"--{first}")
-    while words:
-        word = words.pop(0)
-        if not re.match("--?[A-Za-z]", word):
-            raise UserError(f"stray word {word!r}: flags begin with -- (--help lists all)")
+    if first and argv and not argv[0].startswith("-"):
+        argv = [f"--{first}", *argv]
+    try:
+        found, unread = parser.parse_known_args(marked(argv, flags))
+    except argparse.ArgumentError as e:
+        given = e.message if e.message.startswith("not ") else "and none was given"
+        raise UserError(f"{e.argument_name} takes {flags[e.argument_name[2:]][0]}, {given}") from None
+    if unread:
+        flag = unread[0].removeprefix(" ")
+        if not re.match("--?[A-Za-z]", flag):
+            raise UserError(f"stray word {flag!r}: flags begin with -- (--help lists all)")
+        name = flag.lstrip("-").replace("-", "_").removeprefix("no_")
+        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown flag {flag}: did you mean --{near}? (--help lists all)")
+    values = {name: dict(value) if flags[name][1] is named else value for name, value in vars(found).items()}
+    return dataclasses.replace(copy.deepcopy(default), **values), set(values)
+
+
+def marked(argv: list[str], flags: dict[str, tuple]) -> list[str]:
+    """argv for argparse: a flag is --some_flag, a space begins every value (else -1e-3 is a flag)."""
+    words = []
+    for word in argv:
         flag, equals, text = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if name not in flags and not equals and flags.get(name.removeprefix("no_")) is bool:
-            values[name.removeprefix("no_")] = False
-            continue
-        if name not in flags:
-            near = difflib.get_close_matches(name.removeprefix("no_"), flags, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown flag {flag}: did you mean --{near}? (--help lists all)")
-        kind = flags[name]
-        metavar, takes, read = KINDS[kind]
-        texts, several = [text] if equals else [], metavar.endswith("...")
-        while words and (several or not texts) and not re.match(r"--[A-Za-z][\w-]*(=|$)", words[0]):
-            texts.append(words.pop(0))
-        if kind is bool and not texts:
-            texts = ["true"]
-        if not texts:
-            raise UserError(f"--{name} takes {takes}, and none was given")
-        found = []
-        for text in texts:
-            try:
-                found.append(read(text))
-            except ValueError:
-                raise UserError(f"--{name} takes {takes}, not {text!r}") from None
-        values[name] = dict(found) if kind is dict else found if several else found[0]
-    return dataclasses.replace(copy.deepcopy(default), **values), set(values)
+        if not re.fullmatch(r"--[A-Za-z][\w-]*", flag):
+            words.append(f" {word}")
+        elif name not in flags and not equals and flags.get(name.removeprefix("no_")) is KINDS[bool]:
+            words += [f"--{name.removeprefix('no_')}", " false"]
+        else:
+            words += [f"--{name}", f" {text}"] if equals else [f"--{name}"]
+    return words
+
+
+def value_of(read: Callable[[str], Any], word: str) -> Any:
+    try:
+        return read(word[1:])  # without the space of `marked`
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not {word[1:]!r}") from None
 
 
 # ---------------------------------------------------------------- --help
 
-OWN, SHARED = "this command", ["model", "training", "data", "output"]  # groups, in order
+THIS, SHARED = "this command", ["model", "training", "data", "output"]  # groups, in order
 
 
-def documented(config: type) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """(sentence of each field, group of each field, all groups in order), from the source.
+def parser_of(default: Any, flags: dict[str, tuple], description: str, first: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.argument_default = argparse.SUPPRESS  # only the flags that are given have a value
+    width = min(max(shutil.get_terminal_size().columns, 40), 100)
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, width)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m experiments.recall
+    command = f"-m {spec.name}" if spec else sys.argv[0]
+    usage = f"usage: python {command} {f'[{first.upper()}] ' if first else ''}[--flag value ...]"
+    parser.usage = argparse.SUPPRESS  # argparse does not wrap it
+    paragraphs = [usage, *inspect.cleandoc(description).split("\n\n")]
+    parser.description = "\n\n".join(fitted(paragraph, width) for paragraph in paragraphs)
+    documents = documented(type(default))
+    titles = [THIS, *(SHARED if dataclasses.is_dataclass(type(default).__base__) else [])]
+    titles += sorted((title for title, _ in documents.values()), key="general".__eq__)  # general last
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles)}
+    for name, (_, read, options) in flags.items():
+        title, sentence = documents.get(name, (THIS, ""))
+        value = written(getattr(default, name))
+        sentence += f" (default:\xa0{value})" if value else ""
+        sentence = sentence.strip().replace("%", "%%").replace("-", "\u2011")  # no line ends at \xa0, \u2011
+        reader = functools.partial(value_of, read)
+        groups[title].add_argument(f"--{name}", type=reader, help=sentence, **options)
+    return parser
 
-    A subclass that says a sentence or a group overrides its bases. The groups of a subclass begin
-    with SHARED, all others stay as written. An interpreter keeps no source: there are no sentences.
-    """
-    sentences, groups, order = {}, {}, [OWN]
-    if dataclasses.is_dataclass(config.__base__):
-        order += SHARED
+
+# the title of a group; or the name of a field, and its lines
+ENTRY = re.compile(r"^    (?:# -- (.+?)[ -]*|(\w+): (.*(?:\n {8}.*|\n    [)\]}].*)*))$", re.MULTILINE)
+
+
+def documented(config: type) -> dict[str, tuple[str, str]]:
+    """field -> (its group, its sentence), from the source. A subclass that says one overrides its bases."""
+    found = {}
     for cls in reversed(config.__mro__):
-        try:
-            source = textwrap.dedent(inspect.getsource(cls))
-            fields = [s for s in ast.parse(source).body[0].body if isinstance(s, ast.AnnAssign)]
-        except (OSError, TypeError, SyntaxError):
-            continue
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}  # by line
-        found = {line: re.match(r" {4}# -- (.+?)[ -]*$", t.line) for line, t in comments.items()}
-        titles = {line: match[1] for line, match in found.items() if match}
-        order += titles.values()
-        for field in fields:
-            name = field.target.id
-            # a field on several lines: the last line has the sentence, else the first with one
-            lines = [field.end_lineno, *range(field.lineno, field.end_lineno)]
-            if said := [comments[line].string for line in lines if line in comments]:
-                sentences[name] = said[0].lstrip("# ")
-            above = [title for line, title in titles.items() if line < field.lineno]
-            untitled = groups.get(name, OWN if cls is config else "general")
-            groups[name] = above[-1] if above else untitled
-    return sentences, groups, [*order, "general"]
+        with contextlib.suppress(OSError, TypeError):  # an interpreter keeps no source
+            above = ""
+            for title, name, lines in ENTRY.findall(textwrap.dedent(inspect.getsource(cls))):
+                above = title or above
+                if name:
+                    group, sentence = found.get(name, (THIS if cls is config else "general", ""))
+                    found[name] = above or group, [sentence, *re.findall(r"\S  # (.+)", lines)][-1]
+    return found
 
 
 def written(value: Any) -> str:
     """A default as it is typed on the command line; text with spaces at an end is quoted."""
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, dict):
         return " ".join(f"{name}={written(item)}" for name, item in value.items())
     if isinstance(value, list):
         return " ".join(map(written, value))
-    bare = not isinstance(value, str) or (value.isprintable() and value == value.strip())
-    return str(value) if bare else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if text.isprintable() and text == text.strip() else repr(text)
 
 
-def program() -> str:
-    """How this program was started: "python train.py", "python -m experiments.recall"."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
-
-
-def wrap(text: str, width: int, indent: int = 0) -> list[str]:
-    """Lines of at most `width`, all but the first indented; names with hyphens stay whole."""
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
-
-
-def fitted(text: str, width: int) -> list[str]:
-    """The lines of a text, as written where they fit. A paragraph that does not is filled anew.
-
-    Indented lines are examples: what stands behind two spaces explains the example, and moves below
-    it if need be.
-    """
-    lines = []
-    for prose, block in itertools.groupby(text.splitlines(), lambda line: line[:1].strip() != ""):
-        block = list(block)
-        if max(map(len, block)) <= width:
-            lines += block
-            continue
-        for line in [" ".join(map(str.strip, block))] if prose else block:
-            match = re.match(r" *(\S.*? {2,}(?=\S))?", line)
-            column = 0 if prose else match.end() if match[1] else match.end() + 4
-            if column > width // 3:  # too far right for an explanation of several lines
-                lines += wrap(line[:column], width, 8)
-                line, column = " " * 8 + line[column:], 8
-            lines += wrap(line, width, column) or [""]
-    return lines
-
-
-def help_of(default: Any, description: str, first: str) -> str:
-    width = min(max(shutil.get_terminal_size().columns, 40), 100)
-    column = min(28, width // 3 + 2)  # where the sentences begin
-    sentences, groups, order = documented(type(default))
-    usage = f"usage: {program()} {f'[{first.upper()}] ' if first else ''}[--flag value ...]"
-    lines = fitted(f"{usage}\n\n{inspect.cleandoc(description)}", width)
-    flags = flags_of(default)
-    for title in dict.fromkeys(order):
-        members = [name for name in flags if groups.get(name, OWN) == title]
-        lines += ["", f"{title}:"] if members else []
-        for name in members:
-            value = written(getattr(default, name))
-            shown = f"(default:\xa0{value})" if value else ""  # \xa0: a space that ends no line
-            rows = wrap(f"{sentences.get(name, '')} {shown}".strip(), width - column)
-            flag = f"  --{name} {KINDS[flags[name]][0]}"
-            if rows and len(flag) <= column - 2:
-                flag = flag.ljust(column) + rows.pop(0)
-            lines += [flag, *(" " * column + row for row in rows)]
-    return "\n".join(lines).replace("\xa0", " ")
+def fitted(paragraph: str, width: int) -> str:
+    """A paragraph as it is, or filled anew if it is too wide. In examples, which are indented, the
+    words behind two spaces explain the example, and move below it."""
+    lines = paragraph.split("\n")
+    if max(map(len, lines)) > width:
+        joined = re.sub(r" *\n(?=\S)|\n {9,}", " ", paragraph)
+        lines = re.sub(r"(?<=\S) {2,}", "\n" + " " * 8, joined).split("\n")
+    fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
+    return "\n".join(fill(line, subsequent_indent=" " * 8 * line.startswith(" ")) for line in lines)

@@ -322,7 +322,7 @@ class Derived(Middle):
         ["one"],
     )
     folded: float = (
-        1.0  # a sentence so long that the formatter folds the field, and puts the sentence inside
+        1.0  # a sentence so long that the formatter folds the field, and puts the sentence inside parentheses
     )
     silent: int = 5
     prompt: str = "def "  # how the sample begins
@@ -363,11 +363,9 @@ def test_the_sentence_of_a_field_is_the_comment_behind_it(capsys):
     assert entries["steps"] == "INT optimiser steps of this experiment (default: 20)"  # its own
     assert entries["lr"] == "FLOAT how fast it learns (default: 0.002)"  # a base's, its own default
     assert entries["text"] == "TEXT where the text is, 100% (default: # no comment)"
-    assert entries["arms"].startswith("TEXT ... rows of the table, on the last line (default: zero")
-    assert entries["rows"] == "TEXT ... columns of the table, on the first line (default: one)"
-    assert entries["folded"].startswith(
-        "FLOAT a sentence so long that the formatter folds the field"
-    )
+    assert entries["arms"].startswith("TEXT [TEXT ...] rows of the table, on the last line (default: zero")
+    assert entries["rows"] == "TEXT [TEXT ...] columns of the table, on the first line (default: one)"
+    assert entries["folded"].startswith("FLOAT a sentence so long that the formatter folds the field")
     assert entries["silent"] == "INT (default: 5)"
     assert entries["width"] == "INT how wide it is (default: 30)"
 
@@ -377,10 +375,10 @@ def test_defaults_are_shown_as_they_are_typed(capsys):
     entries = {name: rest for group in entries_of(text).values() for name, rest in group.items()}
     assert entries["prompt"].endswith("(default: 'def ')")  # else nobody sees the space
     assert entries["folder"] == "TEXT nothing by default"
-    assert entries["nothing"] == "INT ... no numbers at first"
+    assert entries["nothing"] == "INT [INT ...] no numbers at first"
     assert entries["going"] == "[true|false] whether it goes on (default: true)"
     assert entries["options"].endswith("(default: init=random t=1.5 on=true)")
-    assert entries["options"].startswith("NAME=VALUE ... of the attention")
+    assert entries["options"].startswith("NAME=VALUE [NAME=VALUE ...] of the attention")
     assert "--lr FLOAT" in text and "(default: 0.5)" in help_of(Derived(lr=0.5), capsys)
 
 
@@ -415,9 +413,7 @@ def test_flags_stay_in_the_order_of_declaration(capsys):
 @pytest.mark.parametrize("config", [Flags, Derived, Base, Tagged])
 def test_help_fits_the_terminal(config, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = help_of(
-        config(), capsys, f"{__doc__}\n{'word ' * 60}\n    {'example ' * 20}\n{'x' * 150}"
-    )
+    text = help_of(config(), capsys, f"{__doc__}\n{'word ' * 60}\n    {'example ' * 20}\n{'x' * 150}")
     widths = [len(line) for line in text.splitlines()]
     assert max(widths) <= columns
     assert max(widths) > min(columns, 100) - 10  # and uses it; longer lines than 100 nobody reads
@@ -432,7 +428,7 @@ def test_help_does_without_source(monkeypatch, capsys):
         "from dataclasses import dataclass\n@dataclass\nclass Typed:\n    lr: float = 1.0  # a\n",
         space,
     )
-    assert "--lr FLOAT                (default: 1.0)" in help_of(space["Typed"](), capsys)
+    assert "--lr FLOAT  (default: 1.0)" in help_of(space["Typed"](), capsys)
 
 
 def test_help_is_there_wherever_it_stands(capsys):
@@ -481,6 +477,7 @@ of this terminal.
     python it.py --more     more of it
 
     teach       train the teacher, unless there is one
+                already
 
 Short.
 """
@@ -497,26 +494,23 @@ of this terminal.
 
     teach
         train the teacher, unless there
-        is one
+        is one already
 
 Short.
 """)
     monkeypatch.setenv("COLUMNS", "60")
-    text = help_of(
-        Flags(), capsys, f"{'many words ' * 8}\nand more\n\n    teach       {'ab ' * 20}"
-    )
+    text = help_of(Flags(), capsys, f"{'many words ' * 8}\nand more\n\n    teach       {'ab ' * 20}")
     assert text.partition("\n\n")[2].startswith(
         "many words many words many words many words many words many\n"
         "words many words many words and more\n\n"
-        "    teach       ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab\n"
-        "                ab ab ab ab ab\n"
+        "    teach\n"
+        "        ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab\n"
+        "        ab ab ab\n"
     )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_groups_and_a_sentence_for_every_flag(
-    name, monkeypatch, capsys
-):
+def test_every_command_has_help_with_groups_and_a_sentence_for_every_flag(name, monkeypatch, capsys):
     if name.startswith("experiments."):
         pytest.importorskip("transformers")
     module = importlib.import_module(name)
@@ -528,9 +522,10 @@ def test_every_command_has_help_with_groups_and_a_sentence_for_every_flag(
         text = capsys.readouterr().out
         assert not e.value.code and max(map(len, text.splitlines())) <= columns
         assert "--no-" not in text and "--no_" not in text
+        assert columns == 40 or not re.search(r"\w-$", text, re.MULTILINE)  # names with hyphens stay whole
     groups = entries_of(text)
     assert groups
-    value = re.compile(r"^(NAME=VALUE|[A-Z]+|\[true\|false\])( \.\.\.)?")  # behind the flag
+    value = re.compile(r"^(NAME=VALUE|[A-Z]+|\[true\|false\])( \[\S+ \.\.\.\])?")  # behind the flag
     sentences = {
         flag: value.sub("", entry).partition("(default:")[0]
         for group in groups.values()
