@@ -3,17 +3,16 @@
     python data/NAME.py [FOLDER]    prepares a data set; so does the first train.py that needs it
 
 The file of a data set has
-    TOKENIZER          "bytes" or "gpt2": the tokenizer that is used by default
+    TOKENIZER          the tokenizer by default: "bytes" or "gpt2"
     files(data_dir)    the local files that the data set is made from, if any
-    splits(data_dir)   {split: pieces of text}; the pieces of a split, joined, are its text.
-                       Splits are "train", "validation" and perhaps "test".
+    splits(data_dir)   {split: pieces of text, which joined are its text}: train, validation, perhaps test
 
-tokenizer.py has the tokenizers, reading.py reads files and the Hugging Face hub. glue.py and
-dialogue.py have examples for finetuning; they are not text for language modelling.
+glue.py and dialogue.py have examples for finetuning, and are not text for language modelling.
 """
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -27,33 +26,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.reading import hub, read_lines, read_text, split_file, split_files
-from data.tokenizer import (
-    TOKENIZERS,
-    ByteTokenizer,
-    GPT2Tokenizer,
-    files_of_tokenizer,
-    get_tokenizer,
-)
+from data.reading import hub, read_text, split_files  # noqa: F401  a part of this package's interface
+from data.tokenizer import TOKENIZERS, ByteTokenizer, GPT2Tokenizer, files_of_tokenizer, get_tokenizer  # noqa: F401
 from support.cli import UserError, parse, run
 from support.devices import step_seed
-
-__all__ = [
-    "DATASETS",
-    "PREPARED",
-    "TOKENIZERS",
-    "ByteTokenizer",
-    "GPT2Tokenizer",
-    "Tokens",
-    "batch_of",
-    "get_tokenizer",
-    "hub",
-    "prepare",
-    "read_lines",
-    "read_text",
-    "split_file",
-    "split_files",
-]
 
 DATASETS = ("stdlib", "shakespeare", "wikitext2", "wikitext103", "text")
 PREPARED = Path(os.environ.get("HEDGEHOG_DATA", Path(__file__).parent / "prepared"))
@@ -64,17 +40,13 @@ BLOCK = 1 << 20  # characters that are encoded at a time
 
 
 class Tokens:
-    """A prepared data set: memory-mapped token ids by split, and the tokenizer.
-
-    Raises UserError for a folder that is damaged.
-    """
+    """A prepared data set: memory-mapped token ids by split, and the tokenizer."""
 
     def __init__(self, folder: Path):
         try:
             meta = json.loads((folder / "meta.json").read_text())
             self.splits = {
-                name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r")
-                for name in meta["tokens"]
+                name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["tokens"]
             }
             self.tokenizer = get_tokenizer(meta["tokenizer"])
             self.vocab_size = self.tokenizer.vocab_size
@@ -82,16 +54,12 @@ class Tokens:
                 if len(ids) != meta["tokens"][name] or ids.max() >= self.vocab_size:
                     raise ValueError(f"{name}.bin is not what was written")
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"{folder} is damaged ({e}): delete it, and it will be prepared again"
-            ) from e
+            raise UserError(f"{folder} is damaged ({e}): delete it, and it will be prepared again") from e
 
     def split(self, name: str, block_size: int) -> np.ndarray:
         """The token ids (N,) of a split. Raises UserError unless block_size + 1 tokens fit."""
         if name not in self.splits:
-            raise UserError(
-                f"this data set has no split {name!r}: choose one of {', '.join(self.splits)}"
-            )
+            raise UserError(f"this data set has no split {name!r}: choose one of {', '.join(self.splits)}")
         if len(self.splits[name]) <= block_size:
             raise UserError(
                 f"the {name} split has {len(self.splits[name])} tokens, too few for --block_size "
@@ -105,12 +73,9 @@ def batch_of(
 ) -> tuple[Tensor, Tensor]:
     """The batch of a step: (x, y), each (batch_size, block_size); y is x one token later.
 
-    The windows are at random places that depend on (seed, step) alone. So all processes, and a run
-    that is resumed, draw the same ones.
+    The windows are at random places that depend on (seed, step) alone, as a resumed run needs.
     """
-    starts = np.random.default_rng(step_seed(seed, step)).integers(
-        0, len(ids) - block_size, batch_size
-    )
+    starts = np.random.default_rng(step_seed(seed, step)).integers(0, len(ids) - block_size, batch_size)
     windows = np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64)
     windows = torch.from_numpy(windows)  # (batch_size, block_size + 1)
     return windows[:, :-1], windows[:, 1:]
@@ -119,15 +84,12 @@ def batch_of(
 # ---------------------------------------------------------------- preparing
 
 
-def prepare(
-    name: str, data_dir: str = "", tokenizer: str = "auto", say: Callable = print
-) -> Tokens:
+def prepare(name: str, data_dir: str = "", tokenizer: str = "auto", say: Callable = print) -> Tokens:
     """The tokens of the data set `name`. The first call encodes them into the folder PREPARED.
 
-    data_dir: a file or folder with the original text, for data sets that take one.
-    tokenizer: a name for get_tokenizer; "auto" is the data set's own.    say: prints a line.
-    Raises UserError for an unknown name, a file that is missing, empty or not text, and a hub that
-    cannot be reached.
+    data_dir: a file or folder with the original text.
+    tokenizer: a name for get_tokenizer; "auto" is the data set's own.
+    Raises UserError for an unknown name, a file that is missing, empty or not text, and without a hub.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -138,22 +100,16 @@ def prepare(
 
     # The name of the folder depends on the text and on the tokenizer: a new text gets a new folder.
     files = [*module.files(data_dir), *files_of_tokenizer(tokenizer)]
-    key = hashlib.sha256(f"{name} {tokenizer} {fingerprint(files)}".encode()).hexdigest()[:12]
+    facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(f"{name} {tokenizer} {facts}".encode()).hexdigest()[:12]
     folder = PREPARED / f"{name}-{tokenizer.partition(':')[0]}-{key}"
     if not (folder / "meta.json").exists():
         encode(folder, module.splits(data_dir), get_tokenizer(tokenizer), name, say)
     return Tokens(folder)
 
 
-def fingerprint(files: list[Path]) -> str:
-    """Names, sizes and times of files: changes when one of the files does."""
-    return repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
-
-
-def encode(
-    folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str, say: Callable
-) -> None:
-    """Write one file of token ids a split. The folder appears when all files are written."""
+def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str, say: Callable) -> None:
+    """Write one file of token ids for each split. The folder appears when all are written."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     counts = {}
@@ -168,12 +124,10 @@ def encode(
                     for ids in tokenizer.encode_many(blocks):
                         f.write(np.asarray(ids, dtype).tobytes())
                     bar.update(sum(map(len, blocks)))
-                counts[split] = f.tell() // np.dtype(dtype).itemsize
+                counts[split] = f.tell() // dtype.itemsize
             if not counts[split]:
-                raise UserError(
-                    f"the {split} split of {name} is empty: give a file or folder with more text"
-                )
-        meta = {"name": name, "tokenizer": tokenizer.name, "dtype": np.dtype(dtype).name}
+                raise UserError(f"the {split} split of {name} is empty: give a file or folder with more text")
+        meta = {"name": name, "tokenizer": tokenizer.name, "dtype": dtype.name}
         (beside / "meta.json").write_text(json.dumps({**meta, "tokens": counts}))
         if not (folder / "meta.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # the rest of a damaged one
@@ -190,8 +144,8 @@ def encode(
 def batched(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
     """Regroup pieces of text into lists of blocks of about `size` characters.
 
-    A block ends only before white space that follows other text. GPT-2's pattern always ends a word
-    there, so the tokens of the blocks are the tokens of the whole text.
+    A block ends only before white space that follows other text. GPT-2's pattern ends a word there, so the
+    tokens of the blocks are those of the text.
     """
 
     def ends_a_word(text: str, i: int) -> bool:
@@ -201,9 +155,8 @@ def batched(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
     for piece in pieces:
         rest += piece
         while len(rest) > size:
-            cut = next((i for i in range(size, 0, -1) if ends_a_word(rest, i)), 0)
-            if not cut:  # no word ends in this block: look ahead
-                cut = next((i for i in range(size, len(rest)) if ends_a_word(rest, i)), 0)
+            places = itertools.chain(range(size, 0, -1), range(size + 1, len(rest)))  # back, then ahead
+            cut = next((i for i in places if ends_a_word(rest, i)), 0)
             if not cut:
                 break
             blocks.append(rest[:cut])
@@ -224,7 +177,6 @@ class PrepareConfig:
 
 
 def main(name: str) -> None:
-    """`python data/NAME.py [FOLDER]`: prepare the data set now."""
 
     def command() -> None:
         description = f"Prepare {name}: python data/{name}.py [FOLDER]"

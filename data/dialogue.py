@@ -1,7 +1,7 @@
 """Dialogues and their summaries: SAMSum (Gliwa et al., 2019) and DialogSum (Chen et al., 2021).
 
-They come from the hub, or from local .json or .jsonl files with the fields `dialogue` and
-`summary`. `python -m experiments.llama --task dialogue` reads them.
+`python -m experiments.llama --task dialogue` reads them. They come from the hub, or from .json or .jsonl
+files with the fields `dialogue` and `summary`.
 """
 
 import json
@@ -9,17 +9,14 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports, which fail when this folder is first on the path
-    print(
-        "error: data/dialogue.py is not a command: see python -m experiments.llama --help",
-        file=sys.stderr,
-    )
+    print("error: data/dialogue.py is not a command: see python -m experiments.llama --help", file=sys.stderr)
     sys.exit(2)
 
 from data.reading import hub, read_text  # noqa: E402
 from support.cli import UserError  # noqa: E402
 
 SETS = {"samsum": "knkarthick/samsum", "dialogsum": "knkarthick/dialogsum"}
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+SPLITS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
 
 
 def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
@@ -39,12 +36,10 @@ def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
     files = [p for p in sorted(Path(data_dir).iterdir()) if p.suffix in (".json", ".jsonl")]
     splits = {}
     for split, words in SPLITS.items():
-        mine = [p for p in files if any(word in p.stem for word in words)]
-        if mine:
+        if mine := [p for p in files if any(word in p.stem for word in words)]:
             splits[split] = pairs(rows(mine[0]), str(mine[0]))
     if missing := {"train", "validation"} - set(splits):
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{data_dir} holds no .json or .jsonl file for: {names}")
+        raise UserError(f"{data_dir} holds no .json or .jsonl file for: {', '.join(sorted(missing))}")
     return splits
 
 
@@ -70,19 +65,14 @@ def pairs(rows: list[dict], where: str) -> list[tuple[str, str]]:
     found = [pair(row, where) for row in rows]
     kept = [(dialogue, summary) for dialogue, summary in found if dialogue and summary]
     if len(kept) < len(found):
-        print(
-            f"{where}: {len(found) - len(kept)} of {len(found):,} rows are empty and are left out"
-        )
+        print(f"{where}: {len(found) - len(kept)} of {len(found):,} rows are empty and are left out")
     return kept
 
 
 def pair(row: dict, where: str) -> tuple[str, str]:
-    texts = []
-    if isinstance(row, dict) and {"dialogue", "summary"} <= set(row):
-        texts = [row["dialogue"] or "", row["summary"] or ""]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{where} has a row without the texts dialogue and summary: {str(row)[:80]}"
-        )
-    dialogue, summary = texts
-    return dialogue.replace("\r\n", "\n").strip(), summary.strip()
+    try:
+        dialogue, summary = row["dialogue"] or "", row["summary"] or ""
+        return dialogue.replace("\r\n", "\n").strip(), summary.strip()
+    except (KeyError, TypeError, AttributeError):  # no such field, no row, no text
+        text = f"{where} has a row without the texts dialogue and summary: {str(row)[:80]}"
+        raise UserError(text) from None

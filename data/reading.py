@@ -36,20 +36,19 @@ def split_file(text: str) -> dict[str, list[str]]:
 
 
 def split_files(files: list[Path], root: Path) -> dict[str, Iterator[str]]:
-    """About every 20th file is validation.
+    """About every 20th file is validation: a checksum of its name below `root` decides.
 
-    A checksum of the file's name below `root` decides, so the split is the same on every machine.
     A text that occurs twice is used once, so that no text is in both splits.
     """
     split: dict[str, list[str]] = {"train": [], "validation": []}
     seen = set()
-    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+    paths = {path.relative_to(root).as_posix(): path for path in files}
+    for name, path in sorted(paths.items()):
         text = read_text(path)
-        if not text.strip() or text in seen:
-            continue
-        seen.add(text)
-        held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % 20 == 0
-        split["validation" if held_out else "train"].append(text)
+        if text.strip() and text not in seen:
+            seen.add(text)
+            held_out = zlib.crc32(name.encode()) % 20 == 0
+            split["validation" if held_out else "train"].append(text)
     # With few files one split may be empty: it gets the last file of the other.
     for empty, full in (("validation", "train"), ("train", "validation")):
         if not split[empty] and len(split[full]) > 1:
@@ -58,10 +57,7 @@ def split_files(files: list[Path], root: Path) -> dict[str, Iterator[str]]:
 
 
 def hub(path: str, *args: str, remedy: str, **kwargs) -> Iterable[dict]:
-    """A data set of the Hugging Face hub, as rows.
-
-    remedy: what to do without the hub. The UserError for a hub that cannot be reached ends with it.
-    """
+    """A data set of the Hugging Face hub. remedy: what to do if the hub cannot be reached."""
     import datasets
 
     what = " ".join([path, *args])
@@ -70,6 +66,4 @@ def hub(path: str, *args: str, remedy: str, **kwargs) -> Iterable[dict]:
         with quiet("huggingface_hub"):  # it reports each retry
             return datasets.load_dataset(path, *args, **kwargs)
     except Exception as e:  # network errors are of a dozen types, from four packages
-        raise UserError(
-            f"cannot get {what} from the Hugging Face hub ({reason(e, 120)}): {remedy}"
-        ) from e
+        raise UserError(f"cannot get {what} from the Hugging Face hub ({reason(e, 120)}): {remedy}") from e

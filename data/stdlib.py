@@ -19,9 +19,7 @@ def root(data_dir: str) -> Path:
 def files(data_dir: str) -> list[Path]:
     top = root(data_dir)
     return sorted(
-        p
-        for p in top.rglob("*.py")
-        if p.is_file() and LEFT_OUT.isdisjoint(p.relative_to(top).parts)
+        p for p in top.rglob("*.py") if p.is_file() and LEFT_OUT.isdisjoint(p.relative_to(top).parts)
     )
 
 

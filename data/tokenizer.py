@@ -1,7 +1,6 @@
-"""Tokenizers: text to token ids and back.
+"""Tokenizers: text to token ids (one list for each text) and back.
 
-Each has `encode_many(texts)`, which gives one list of ids for each text, `decode_bytes(ids)`, and
-`vocab_size`. Prepared data and checkpoints remember a tokenizer by its `name`.
+Prepared data and checkpoints remember a tokenizer by its `name`.
 """
 
 import os
@@ -36,9 +35,7 @@ class GPT2Tokenizer:
 
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except (
-            Exception
-        ) as e:  # errors of requests, of the disk, of a checksum: the advice is the same
+        except Exception as e:  # errors of requests, of the disk, of a checksum: the advice is the same
             raise UserError(
                 "cannot download GPT-2's tokenizer: connect once, or point TIKTOKEN_CACHE_DIR at a "
                 f"copy of tiktoken's cache, or use --tokenizer bytes ({type(e).__name__})"
@@ -52,10 +49,7 @@ class GPT2Tokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of transformers, `self.hf`. source: a hub name, a folder or a .gguf file.
-
-    Raises UserError if there is no tokenizer.
-    """
+    """A tokenizer of transformers, `self.hf`. source: a hub name, a folder or a .gguf file."""
 
     def __init__(self, source: str):
         try:
@@ -83,12 +77,8 @@ class HuggingFaceTokenizer:
         return self.hf.decode(list(ids), clean_up_tokenization_spaces=False).encode()
 
 
-# By the part of the name before the colon; the part after it is the argument.
-TOKENIZERS: dict[str, Callable] = {
-    "bytes": ByteTokenizer,
-    "gpt2": GPT2Tokenizer,
-    "hf": HuggingFaceTokenizer,
-}
+# By the part of a name before the colon. The part after it is the argument.
+TOKENIZERS: dict[str, Callable] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer, "hf": HuggingFaceTokenizer}
 
 
 def get_tokenizer(name: str):
@@ -101,9 +91,8 @@ def get_tokenizer(name: str):
 
 def files_of_tokenizer(name: str) -> list[Path]:
     """The local files of an "hf:" tokenizer: text is encoded again when they change."""
-    path = Path(name.removeprefix("hf:"))
-    if not name.startswith("hf:") or not path.exists():
+    if not name.startswith("hf:"):
         return []
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.iterdir() if p.suffix in (".json", ".txt", ".model"))
+    path = Path(name.removeprefix("hf:"))
+    inside = sorted(p for p in path.glob("*") if p.suffix in (".json", ".txt", ".model"))
+    return [path] if path.is_file() else inside

@@ -3,8 +3,8 @@
 python data/wikitext103.py [FOLDER]
 
 From the hub (`Salesforce/wikitext`, raw), or from a folder with the original files: wiki.train.raw,
-wiki.valid.raw and perhaps wiki.test.raw. Names that end in .tokens instead are the variant in which
-rare words are <unk>. The rows of the hub, joined, are the original raw file, letter by letter.
+wiki.valid.raw and perhaps wiki.test.raw. Names that end in .tokens are the variant in which rare words are
+<unk>. The rows of the hub, joined, are the original raw file, letter by letter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,8 +40,7 @@ def splits(data_dir: str, config: str = "wikitext-103-raw-v1") -> dict[str, Iter
     from data.reading import hub, read_lines
 
     if local := files(data_dir):
-        path_of = {p.name.split(".")[1]: p for p in local}  # "train", "valid", "test"
-        return {split: read_lines(path_of[n]) for split, n in NAMES.items() if n in path_of}
+        return {split: read_lines(path) for split, path in zip(NAMES, local)}
     remedy = (
         "put the original wiki.train.raw and wiki.valid.raw (or wiki.train.tokens and "
         "wiki.valid.tokens) into a folder and pass --data_dir FOLDER"

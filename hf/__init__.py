@@ -3,30 +3,25 @@
     from hf import linearize, save_linearized, load_linearized, set_mode
 
 The files of this folder:
-    convert.py   linearize: a feature map beside each attention; the function transformers calls
-    cache.py     the state of linear attention as a layer of transformers' cache
+    convert.py   linearize: a feature map beside each attention
+    cache.py     the state of linear attention in transformers' cache
     saving.py    save_linearized and load_linearized
-    models.py    load a model; language models, classifiers, tokenizers with our own interfaces
+    models.py    models and tokenizers with our own interfaces
     lora.py      LoRA beside the attention of a model
-    gpt2.py      our GPT-2 as a folder for transformers; this file works without transformers
+    gpt2.py      our GPT-2 as a folder for transformers; works without transformers
 """
 
 import importlib
 
 from swap import set_mode  # noqa: F401  a part of this package's interface
 
-HOME = {
-    "linearize": "hf.convert",
-    "save_linearized": "hf.saving",
-    "load_linearized": "hf.saving",
-}
+HOME = {"linearize": "hf.convert", "save_linearized": "hf.saving", "load_linearized": "hf.saving"}
 
 
 def __getattr__(name: str):
     """Import a function when it is first used: its file needs transformers, hf/gpt2.py does not.
 
-    No file of this folder may have the name of a function in HOME: as soon as somebody imported
-    that file, Python would put the file in the place of the function.
+    No file here may have the name of a function in HOME: importing it would replace the function.
     """
     if name not in HOME:
         raise AttributeError(f"module 'hf' has no attribute {name!r}")

@@ -1,8 +1,7 @@
 """The state of linear attention as a layer of transformers' cache: generation in constant memory.
 
-transformers keeps the keys and values of all tokens in a Cache, with one layer for each attention
-module. A linearized module needs S and z instead. `prepare_cache` runs before each forward pass of
-such a module. It puts a StateLayer into the cache and hands it to convert.attention.
+transformers keeps the keys and values of all tokens in a Cache, with one layer for each attention module.
+`prepare_cache` puts a StateLayer there and hands it to convert.attention.
 """
 
 from torch import Tensor, nn
@@ -15,10 +14,7 @@ NAME = "hedgehog"  # of the attention implementation in transformers, and of the
 
 
 class StateLayer(CacheLayerMixin):
-    """A layer of a transformers Cache with S (B, H, F, D) and z (B, H, F), not keys and values.
-
-    The size of the layer does not depend on the length of the text.
-    """
+    """A layer of a transformers Cache with S (B, H, F, D) and z (B, H, F), not keys and values."""
 
     is_sliding = False
 
@@ -29,10 +25,8 @@ class StateLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values: the attention function adds them to the state."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The new keys and values. The attention function adds them to the state."""
         self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
@@ -49,7 +43,6 @@ class StateLayer(CacheLayerMixin):
         self.state = {}
 
     def each(self, change) -> None:
-        """Apply `change` to S and to z. The first dimension of both is the batch."""
         if "state" in self.state:
             self.state["state"] = State(*map(change, self.state["state"]))
 
@@ -73,12 +66,11 @@ class StateLayer(CacheLayerMixin):
 
 
 def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """A forward pre-hook of attention modules: put a StateLayer into the cache in mode "linear".
+    """A forward pre-hook of attention modules. In mode "linear", put a StateLayer into the cache.
 
-    It replaces the empty layer of the module, and becomes the keyword argument `state_layer` of the
-    call. The layer travels with the call, not with the module: threads may share one model.
-    Raises ValueError for a cache that the current mode cannot continue, and if another attention
-    implementation has been set, which would ignore the sockets.
+    The layer becomes the argument `state_layer` of this call: in the module, threads would share it.
+    Raises ValueError for a cache that the mode cannot continue, and if another attention implementation has
+    been set, which would ignore the sockets.
     """
     attend, cache = getattr(module, NAME).attend, kwargs.get("past_key_values")
     if module.config._attn_implementation != NAME:
@@ -105,8 +97,7 @@ def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     if not holds_state:
         if type(layer) is not DynamicLayer or layer.get_seq_length():
             raise ValueError(
-                f"linear attention cannot continue a {type(layer).__name__}: "
-                "start with an empty DynamicCache"
+                f"linear attention cannot continue a {type(layer).__name__}: start with an empty DynamicCache"
             )
         layer = cache.layers[module.layer_idx] = StateLayer()
     return args, {**kwargs, "state_layer": layer}

@@ -6,11 +6,9 @@
     set_mode(model, "linear")           # model.generate() now has a state of constant size
     save_linearized(model, "linear.safetensors")
 
-`attention` serves Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa, ELECTRA and ViT. transformers
-calls it in place of softmax attention, with queries and keys as they enter softmax (after RoPE).
-With grouped-query attention, keys and values are repeated first. So each query head has one feature
-map. Each attention module gets a Socket with the name `hedgehog`, whose `attend.phi` is the map.
-No mode has attention dropout. Tested with transformers 5.23.0.
+transformers calls `attention` in place of softmax attention, with queries and keys as they enter softmax
+(after RoPE). With grouped-query attention, keys and values are repeated first: each query head has one map,
+`hedgehog.attend.phi` in the attention module. No mode has attention dropout. Tested with transformers 5.23.0.
 """
 
 import json
@@ -45,7 +43,7 @@ KNOWN = (  # classes of attention modules that compute softmax(scale q.k) v, and
 
 
 class Socket(nn.Module):
-    """Holds the linear attention of one attention module; `set_mode` exchanges it."""
+    """The attention of one module; `set_mode` exchanges it."""
 
     def __init__(self, attend: LinearAttention):
         super().__init__()
@@ -59,30 +57,26 @@ def linearize(
     tie: bool = True,
     **options,
 ) -> nn.Module:
-    """Give the attention modules of a transformers model linear attention, in place.
+    """Give the attention modules of a transformers model linear attention, in place, and return the model.
 
-    Returns the model, in mode "linear". swap.set_mode switches the mode of all its sockets.
-    feature_map: a name in FEATURE_MAPS.
+    feature_map: a name in FEATURE_MAPS.    options: further arguments of make_feature_map, such as init.
     layers: the layers to convert, from 0; None converts all. The other layers keep softmax.
-    tie: True gives queries and keys one map; False gives them one each.
-    options: further arguments of make_feature_map, such as init. A map's W is (H, D, F), float32.
-    Raises ValueError for a model that has been linearized before, for attention modules that are
-    not known to compute softmax(scale q.k) v, and for sliding windows and soft caps: a feature map
-    would ignore these without a word.
+    tie: queries and keys have one map, not one each.
+    Raises ValueError for a model that has been linearized before, and for attention that is not known to
+    be softmax(scale q.k) v, or has a window or a cap, which a feature map would ignore without a word.
     """
     if sockets(model):
         raise ValueError("this model has been linearized before: load it again, or use set_mode")
     modules = attention_modules(model)
     if not modules:
-        known = ", ".join(KNOWN)
-        raise ValueError(f"{type(model).__name__} has no attention of a known kind ({known})")
+        raise ValueError(f"{type(model).__name__} has no attention of a known kind ({', '.join(KNOWN)})")
     wanted = range(len(modules)) if layers is None else layers
     if wrong := [i for i in wanted if not 0 <= i < len(modules)]:
         raise ValueError(f"layers must be in 0 .. {len(modules) - 1}, not {wrong}")
     for module in modules:
         check_plain(module)
 
-    # What saving.py needs: which weights have changed since, and how to do this again.
+    # For saving.py: which weights have changed since, and how to do this again.
     base = model.hedgehog_base = fingerprints(model)
     model.hedgehog = {
         "class": type(model).__name__,
@@ -98,9 +92,8 @@ def linearize(
         config, device = modules[i].config, next(modules[i].parameters()).device
         n_head = config.num_attention_heads
         head_dim = getattr(modules[i], "head_dim", None) or config.hidden_size // n_head
-        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
-        phi = phi.to(device)  # the map stays float32, whatever the dtype of the model
-        attend = LinearAttention(phi, causal=is_causal(modules[i]))
+        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)  # float32 in any case
+        attend = LinearAttention(phi.to(device), causal=is_causal(modules[i]))
         modules[i].add_module(NAME, Socket(attend))
         modules[i].register_forward_pre_hook(prepare_cache, with_kwargs=True)
     model.set_attn_implementation(NAME)
@@ -108,7 +101,7 @@ def linearize(
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """A checksum of each weight, by name. Later checksums tell which weights have changed."""
+    """A checksum of each weight, by name."""
     tensors = unique_tensors(model, frozen_too=True)
     return {name: checksum({"": t.detach().cpu().contiguous()}, "") for name, t in tensors.items()}
 
@@ -116,14 +109,11 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a model, by layer. Raises ValueError for one of an unknown kind."""
     found = [m for m in model.modules() if type(m).__name__ in KNOWN]
-    for m in model.modules():
-        inside = any(m is part for known in found for part in known.modules())
-        around = any(part is known for known in found for part in m.modules())
-        if "attention" in type(m).__name__.lower() and not inside and not around:
-            known = ", ".join(KNOWN)
-            raise ValueError(
-                f"{type(m).__name__} is attention of a kind that is not known here ({known})"
-            )
+    parts = {part for m in found for part in m.modules()}
+    for m in model.modules():  # one that is inside or around a known one shares parts with it
+        if "attention" in type(m).__name__.lower() and parts.isdisjoint(m.modules()):
+            name = type(m).__name__
+            raise ValueError(f"{name} is attention of a kind that is not known here ({', '.join(KNOWN)})")
     return found
 
 
@@ -134,7 +124,7 @@ def is_causal(module: nn.Module) -> bool:
 
 
 def check_plain(module: nn.Module) -> None:
-    """Raise ValueError if a module does more than softmax(scale q.k) v, causal or with padding."""
+    """Raise ValueError if a module does more than softmax(scale q.k) v, causal or not."""
     config, name = module.config, type(module).__name__
     window = getattr(config if name == "MistralAttention" else module, "sliding_window", None)
     if window is not None:
@@ -149,9 +139,7 @@ def check_plain(module: nn.Module) -> None:
                     f"{name} has {cap}, which linear attention would ignore: it cannot be converted"
                 )
     if getattr(config, "add_cross_attention", False):
-        raise ValueError(
-            f"{name} belongs to a model with cross-attention, which is not converted here"
-        )
+        raise ValueError(f"{name} belongs to a model with cross-attention, which is not converted here")
 
 
 # ---------------------------------------------------------------- what transformers calls
@@ -168,32 +156,28 @@ def attention(
     state_layer: StateLayer | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: (y (B, T, H, D), None).
+    """transformers' attention function: (y (B, T, H, D), None in place of the attention weights).
 
     query (B, H, T, D); key and value (B, groups, T, D), where a group of heads shares its keys.
     attention_mask: (B, T) from padding_mask.    state_layer: from prepare_cache.
-    None stands for the attention weights, which are never made.
     Raises ValueError for a window, a soft cap or a mask of another shape.
     """
     for name in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"attention with {name} cannot be linear: "
-                f"{type(module).__name__} passes {kwargs[name]}"
+                f"attention with {name} cannot be linear: {type(module).__name__} passes {kwargs[name]}"
             )
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"give a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}"
-        )
+        raise ValueError(f"give a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}")
     groups = query.size(1) // key.size(1)  # query heads that share one key head
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))  # (B, H, T, D)
-    if scaling is not None and abs(scaling * query.size(-1) ** 0.5 - 1) > 1e-6:
-        # softmax_attention divides by sqrt(D): the model's own scale goes into the queries.
-        query = query * (scaling * query.size(-1) ** 0.5)
-    mask = attention_mask
-    if mask is not None:
-        mask = mask[:, -key.size(2) :]  # the state holds the tokens before these keys
+    factor = 1.0 if scaling is None else scaling * query.size(-1) ** 0.5
+    if abs(factor - 1) > 1e-6:  # softmax_attention divides by sqrt(D)
+        query = query * factor
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask[:, -key.size(2) :]  # the state holds the tokens before these keys
         mask = None if bool(mask.all()) else mask
 
     socket = getattr(module, NAME, None)
@@ -216,12 +200,11 @@ def padding_mask(
 ) -> Tensor | None:
     """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
 
-    The attention function itself is causal or not. Raises ValueError for other patterns of masks.
+    Raises ValueError for other masks.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
         raise ValueError(
-            "linear attention is causal or bidirectional: packed sequences and other masks "
-            "cannot be kept"
+            "linear attention is causal or bidirectional: packed sequences and other masks cannot be kept"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None

@@ -3,8 +3,7 @@
     from hf.gpt2 import to_hf
     to_hf(model, "out/mine")        GPT2LMHeadModel.from_pretrained("out/mine") loads it
 
-convert_gpt2.from_pretrained is the way back. Our names of the weights are GPT-2's. GPT-2 keeps its
-matrices as (in, out), nn.Linear as (out, in): four matrices in each block are transposed.
+convert_gpt2.from_pretrained is the way back. Our names of the weights are GPT-2's.
 """
 
 import json
@@ -23,25 +22,21 @@ from support.gpt2_folder import NEEDED, SIZES, TRANSPOSED
 
 
 def to_hf(model: GPT, path: str | Path) -> None:
-    """Write a GPT that is a GPT-2 as a new folder for transformers.
+    """Write a GPT that is a GPT-2 as a new folder for transformers, which appears when all is written.
 
-    The folder appears when all of it is written. Raises UserError for a model that GPT-2 cannot
-    represent, for a path that exists and is not an empty folder, and if the disk refuses.
+    Raises UserError for a model that GPT-2 cannot represent, and for a path that is taken or not writable.
     """
     path, config = Path(path), model.config
     check_is_gpt2(model)
 
-    # <|endoftext|> begins and ends a text, but only GPT-2's vocabulary has it. Without these two
-    # tokens in config.json, transformers takes 50256, whatever the vocabulary.
+    # <|endoftext|> is in GPT-2's vocabulary alone. Without a word, transformers takes 50256 in any case.
     end = 50256 if config.vocab_size == 50257 else None
     options = {name: values[0] for name, values in NEEDED.items()}
     options |= {name: getattr(config, ours) for name, ours in SIZES.items()}
     options |= dict(n_inner=None, resid_pdrop=config.dropout, embd_pdrop=config.dropout)
     options |= dict(attn_pdrop=0.0)  # our attention drops no weights
     options |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
-    tensors = {
-        name: t.t() if name.endswith(TRANSPOSED) else t for name, t in unique_tensors(model).items()
-    }
+    tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in unique_tensors(model).items()}
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already: name a new folder, or delete it")
@@ -50,9 +45,7 @@ def to_hf(model: GPT, path: str | Path) -> None:
     try:
         beside.mkdir(parents=True)
         write_atomically(beside / "config.json", lambda p: p.write_text(text))
-        write_tensors(
-            beside / "model.safetensors", tensors, {"format": "pt"}
-        )  # transformers 4 asks for it
+        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 asks for it
         if path.exists():
             path.rmdir()
         beside.rename(path)

@@ -13,8 +13,8 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
     """Add LoRA to the projections of q, k, v and o, in place, and return the parameters of LoRA.
 
     r: rank of the update.    alpha: the update is scaled by alpha / r.
-    Afterwards only these parameters and the feature maps are trainable. In the control without
-    attention (mode "zero") LoRA goes to the MLP: q, k, v and o have no effect there.
+    Only these parameters and the maps stay trainable. In mode "zero", where q, k, v and o have no effect,
+    LoRA goes to the MLP.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -31,7 +31,7 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add the update of LoRA to the weights, and remove the adapters. Returns the model."""
+    """Add the update of LoRA to the weights, remove the adapters, and return the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]

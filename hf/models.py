@@ -12,11 +12,9 @@ from support.hub import quiet, reason, where
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal language model with the interface of our GPT.
+    """A transformers causal language model as our GPT: model(idx, targets) -> (logits (B, T, V), loss).
 
-    model(idx, targets) -> (logits, loss):
-    idx, targets (B, T); targets of -100 are ignored. logits (B, T, V); loss is a number, or None
-    without targets. mask (B, T) of a padded batch is 1 at real tokens.
+    idx, targets (B, T); targets of -100 are ignored. mask (B, T) of a padded batch is 1 at real tokens.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,10 +32,8 @@ class LanguageModel(nn.Module):
 class Classifier(nn.Module):
     """A transformers sequence classifier: model(ids, segments, mask), all (B, T) -> outputs (B, n).
 
-    pooling: how the outputs are made from the tokens. "model" is the model's own way. "mean" takes
-    the mean of all real tokens in place of the model's pooler. The model's config keeps the choice
-    as `pooling`, and that is the default. A model with "mean" needs this class, because its own
-    forward pass knows only its pooler.
+    pooling: "model" for the model's own way from tokens to outputs, or "mean" of all real tokens in place of
+    the pooler, which the model's own forward pass does not know. The model's config keeps the choice.
     """
 
     def __init__(self, model: nn.Module, pooling: str = ""):
@@ -90,13 +86,12 @@ def load(
     """A model by hub name, folder or .gguf file; `model.source` remembers which.
 
     kind: a class of transformers.    changes: fields of the model's config.
-    new: names of modules whose weights may be missing; they begin at random.
+    new: names of modules whose weights may be missing.
     Raises UserError if there is no such model, or if other weights are missing.
     """
     name, options = where(source)
     try:
-        # transformers has a long report of missing weights; one line below says the same.
-        with quiet("transformers"):
+        with quiet("transformers"):  # a long report of missing weights, as one line below
             model, found = kind.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, **options, **changes
             )
@@ -105,11 +100,9 @@ def load(
             f"cannot load a {kind.__name__} from {source} ({reason(e)}): give a hub name, "
             "a folder with config.json and safetensors, or a .gguf file"
         ) from e
-    missing = sorted(key for key in found["missing_keys"] if not set(key.split(".")) & set(new))
+    missing = sorted(key for key in found["missing_keys"] if set(new).isdisjoint(key.split(".")))
     if missing:
         names = ", ".join(missing[:3])
-        raise UserError(
-            f"{source} lacks weights ({names} ...): it is damaged, or another kind of model"
-        )
+        raise UserError(f"{source} lacks weights ({names} ...): it is damaged, or another kind of model")
     model.source = source
     return model

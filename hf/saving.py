@@ -17,7 +17,7 @@ from swap import sockets
 
 @contextlib.contextmanager
 def only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Freeze all parameters but these for a while: a checkpoint leaves out what is frozen."""
+    """Freeze all parameters but these: a checkpoint leaves out what is frozen."""
     before = {p: p.requires_grad for p in model.parameters()}
     try:
         for name, p in model.named_parameters():
@@ -29,11 +29,9 @@ def only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
 
 
 def save_linearized(model: nn.Module, path: str | Path) -> None:
-    """Write the weights that differ from the model before linearize, and the name of that base.
+    """Write the maps, all weights that have changed since linearize, and the name of the base.
 
-    These are the maps and all other weights that have been trained since, in one safetensors file.
-    Raises ValueError for a model that is not linearized, and for one with LoRA adapters: merge them
-    with hf.lora.merge_lora first.
+    Raises ValueError for a model that is not linearized, and for one with LoRA adapters: merge them first.
     """
     if not sockets(model):
         raise ValueError("there is nothing to save: linearize(model) first")
@@ -48,7 +46,7 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
 def load_linearized(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model of a file from save_linearized, in mode "linear" and ready for evaluation.
 
-    model: the base that was linearized, just loaded. Without it, the file names the base to load.
+    model: the base, just loaded. By default the file names it.
     Raises UserError for a file of another kind, and for a base with other weights.
     """
     tensors, meta = load_checkpoint(path)

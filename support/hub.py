@@ -16,10 +16,7 @@ def where(source: str) -> tuple[str, dict]:
 
 @contextlib.contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Hold back the warnings of an imported library, such as "transformers", for a while.
-
-    The commands say what went wrong in one line of their own.
-    """
+    """Hold back the warnings of an imported library. The commands have one line of their own."""
     logger = logging.getLogger(library)
     before = logger.level
     logger.setLevel(logging.ERROR)
