@@ -286,9 +286,11 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 
 def unknown(what: str, name: str, known) -> str:
     """What to say of a name that is none of `known`."""
-    near = "".join(f" (did you mean {n}?)" for n in difflib.get_close_matches(name, known, n=1))
+    likeness = {n: difflib.SequenceMatcher(None, n, name).ratio() for n in known}
+    near = max(likeness, key=likeness.get)  # of equals the first
+    hint = f" (did you mean {near}?)" if likeness[near] > 0.6 else ""
     names = ", ".join(known)
-    return f"unknown {what} {name!r}{near}: choose one of {names}, or give your own a line in FEATURE_MAPS"
+    return f"unknown {what} {name!r}{hint}: choose one of {names}, or give your own a line in FEATURE_MAPS"
 
 
 def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True, **options) -> nn.Module:

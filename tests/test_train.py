@@ -545,6 +545,8 @@ def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
         ("--beta2 1", "beta2 must be below 1"), ("--seed -1", "seed must be zero or more"),
         ("--dropout 1.5", "dropout must be in [0, 1)"), ("--block_size 100000", "too few for --block_size"),
         ("--attention hedgehock", "unknown attention 'hedgehock' (did you mean hedgehog?): choose one of softmax"),
+        ("--attention exp", "unknown attention 'exp' (did you mean exp_t1?)"),
+        ("--attention lstm", "unknown attention 'lstm': choose one of softmax"),
         ("--dataset foo", "unknown data set 'foo'"), ("--data_dir /nowhere", "/nowhere does not exist"),
         ("--tokenizer foo", "unknown tokenizer"), ("--dtype float16", "dtype must be auto, float32 or bfloat16"),
         ("--device cuda:7", "device 'cuda:7' is not available"), ("--device gpu", "device 'gpu' is not available"),
