@@ -31,7 +31,7 @@ class EncoderConfig:
     # -- what is measured
     lengths: list[int] = setting(LENGTHS)  # Numbers of tokens in a text.
     feature_map: str = "hedgehog"  # Name of the feature map of the converted model.
-    n_layer: int = 6  # Number of layers.
+    n_layer: int = 6  # Number of layers (blocks).
     n_head: int = 12  # Number of heads in each layer.
     n_embd: int = 384  # Width of the model.
     batch_size: int = 1  # Number of texts in a batch.

@@ -60,7 +60,7 @@ class CompareConfig(TrainConfig):
     jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
     setting: str = "ours"  # ours, or paper: as published, where the paper says anything
     # -- training
-    max_steps: int = 1200  # optimiser steps
+    max_steps: int = 1200  # number of optimiser steps
     # -- output
     out_dir: str = ""  # table, picture and a folder for each run; default out/compare-DATASET-SETTING
 

@@ -59,7 +59,7 @@ class RecallConfig(GPTConfig, FitConfig):
     block_size: int = 128  # tokens of a sequence
     attention: str = setting("hedgehog", hidden=True)  # one of the attentions
     vocab_size: int = setting(2 * N_KEYS, hidden=True)  # keys and values
-    n_layer: int = 4  # number of blocks
+    n_layer: int = 4  # number of blocks (layers)
     n_head: int = 4  # heads of each attention
     n_embd: int = 128  # width of the model, n_head times the head dimension
     embd_std: float = 0.3  # standard deviation of the first embeddings
@@ -73,7 +73,7 @@ class RecallConfig(GPTConfig, FitConfig):
     warmup_steps: int = 50  # linear warm-up of the learning rate, then cosine decay to zero
     beta2: float = 0.98  # AdamW's memory of the squared gradient
     eval_interval: int = 50  # steps between points of the learning curve
-    save_interval: int = 50  # steps between checkpoints
+    save_interval: int = 50  # optimiser steps between two checkpoints
     # -- output
     out_dir: str = "out/recall"  # where the table, the picture and a folder for each run go
 

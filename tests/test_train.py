@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, start
 
+import data
 import train as train_module
 from data import ByteTokenizer
 from model import GPT, GPTConfig
@@ -559,7 +560,8 @@ def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
         ("--compile perhaps", "--compile takes true or false"),
     ],
 )  # fmt: skip
-def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, flags, line):
+def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, text, flags, line):
+    data.prepare("text", str(text), say=lambda _: None)  # whose progress would be more lines
     code, stdout, stderr = train("--out_dir", tmp_path / "run", *flags.split())
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert stderr.startswith("error: ") and line in stderr
