@@ -560,8 +560,9 @@ def test_every_recipe_is_a_valid_configuration_and_the_papers_numbers_stand():
         ("--compile perhaps", "--compile takes true or false"),
     ],
 )  # fmt: skip
-def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, text, flags, line):
-    data.prepare("text", str(text), say=lambda _: None)  # whose progress would be more lines
+def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, text, capsys, flags, line):
+    data.prepare("text", str(text))
+    capsys.readouterr()  # the first use of the text prints its progress
     code, stdout, stderr = train("--out_dir", tmp_path / "run", *flags.split())
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert stderr.startswith("error: ") and line in stderr
