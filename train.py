@@ -10,7 +10,6 @@
 config.py has the recipes and every setting. Any setting can be given on the command line.
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -29,10 +28,10 @@ from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from perplexity import perplexity
 from support.checkpoints import load_checkpoint, restore
-from support.cli import RunError, UserError, as_user_error, run
+from support.cli import UserError, as_user_error, run
 from support.devices import World, join_world, pick_dtype, pieces_of_a_batch, step_seed
-from support.log import progress_bar, report
-from support.resuming import StopSignal, begin, diverged, make_writable
+from support.log import Watch, report
+from support.resuming import StopSignal, begin, make_writable, require_finite
 
 
 def fit(
@@ -60,81 +59,58 @@ def fit(
     """
     out, device = Path(config.out_dir), world.device
     n_pieces = pieces_of_a_batch(config.batch_size, config.grad_accum, world.size)
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=pick_dtype(config.dtype, device) == torch.bfloat16
-    )
-    model.to(device)
+    bfloat16 = pick_dtype(config.dtype, device) == torch.bfloat16
+    model.to(device).train()
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     progress, log = begin(out, model, optimizer, config, world, meta, changes)
     if config.compile:
         model.compile()
-    parallel, result, tokens = world.wrap(model), {}, 0
-    clock = time.perf_counter()
-    bar = progress_bar(config.max_steps, progress.step, world)
-    model.train()
+    parallel, watch = world.wrap(model), Watch(log, config, progress.step, world)
+
     with StopSignal() as stop:
-        while progress.step < config.max_steps and not progress.enough(config.stop_loss, config.patience):
-            step = progress.step
+        while progress.step < config.max_steps and not progress.enough(config):
+            step, rows = progress.step, batch(progress.step)
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * lr_factor(step, config)
             torch.manual_seed(step_seed(config.seed, step, world.rank))  # dropout
-            rows = [x.chunk(world.size)[world.rank] for x in batch(step)]  # those of this process
             total = torch.zeros((), device=device)
 
-            # one step: forward and backward, piece by piece; clip the gradient; update; forget the gradient
-            for i, piece in enumerate(zip(*(x.chunk(n_pieces) for x in rows)), 1):
-                with world.gradients_stay(parallel) if i < n_pieces else contextlib.nullcontext():
-                    with autocast:
-                        mean_loss = (
-                            loss(parallel, *(x.to(device, non_blocking=True) for x in piece)) / n_pieces
-                        )
+            # the step: forward and backward, piece by piece; clip the gradient; update
+            for piece, exchange in world.pieces(rows, n_pieces, parallel):
+                with exchange:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                        mean_loss = loss(parallel, *piece) / n_pieces
                     mean_loss.backward()
                 total += mean_loss.detach()
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             total = world.mean(total)
-            if not torch.isfinite(total + norm):
-                raise RunError(diverged(step + 1, total, norm, optimizer, out))
+            require_finite(step + 1, total, norm, optimizer, out)
             torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip or math.inf, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             # beside the step: log, validate, save, stop
             progress.step = done = step + 1
-            at_end, tokens = done == config.max_steps, tokens + rows[0].numel() * world.size
-            bar.update()
-            if world.is_main and (done % config.log_interval == 0 or at_end):
-                now = time.perf_counter()
-                speed, clock, tokens, lr = tokens / (now - clock), now, 0, optimizer.param_groups[0]["lr"]
-                log.write(
-                    step=done, loss=total.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed)
-                )
-                bar.set_postfix_str(f"loss {total.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-            if done % config.eval_interval == 0 or at_end:
+            watch.step(done, total, norm, optimizer.param_groups[0]["lr"], rows[0].numel())
+            if done % config.eval_interval == 0 or done == config.max_steps:
                 if world.is_main:
-                    model.eval()
-                    result = evaluate(model)
+                    watch.validation(done, evaluate(model.eval()))
                     model.train()
-                    name = result.pop("loss_name", "validation loss")
-                    log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
-                    bar.write(f"step {done}: {name} {result['loss']:.4f}")
-                    if progress.validated(result["loss"]):
+                    if progress.validated(watch.result["loss"]):
                         progress.save(out / "best.safetensors", model, optimizer, meta)
-                    clock, tokens = time.perf_counter(), 0
                 progress.best, progress.since = world.shared([progress.best, progress.since])
             stopping = world.mean(torch.tensor(float(bool(stop.asked)), device=device)).item() > 0
-            at_end = at_end or progress.enough(config.stop_loss, config.patience)
+            at_end = done == config.max_steps or progress.enough(config)
             if world.is_main and (done % config.save_interval == 0 or at_end or stopping):
                 progress.save(out / "last.safetensors", model, optimizer, meta)
             if stopping and not at_end:
-                bar.close()
+                watch.close()
                 why = f"stopped by {stop.asked or 'a signal'} after step {done}, saved in {out}"
-                raise KeyboardInterrupt(
-                    f"{why}: go on with the same command and --resume" if world.is_main else ""
-                )
-    bar.close()
-    return result
+                raise KeyboardInterrupt(world.is_main * f"{why}: go on with the same command and --resume")
+    watch.close()
+    return watch.result
 
 
 # ---------------------------------------------------------------- beside the loop

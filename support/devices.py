@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,14 @@ class World(NamedTuple):
         """The model to call in training: its gradients are averaged over processes."""
         return DistributedDataParallel(model) if self.size > 1 else model
 
-    def gradients_stay(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
-        """Context in which a backward pass exchanges no gradients: for all pieces of a batch but the last."""
-        return wrapped.no_sync() if self.size > 1 else contextlib.nullcontext()
+    def pieces(self, rows: tuple[Tensor, ...], n: int, wrapped: nn.Module) -> Iterator[tuple]:
+        """The rows of this process in n pieces: (piece, the context of its forward and backward pass). Processes
+        exchange gradients in the last piece only."""
+        mine = (x.chunk(self.size)[self.rank] for x in rows)
+        for i, piece in enumerate(zip(*(x.chunk(n) for x in mine)), 1):
+            alone = self.size > 1 and i < n
+            piece = [x.to(self.device, non_blocking=True) for x in piece]
+            yield piece, wrapped.no_sync() if alone else contextlib.nullcontext()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a number over all processes."""

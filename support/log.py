@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import plots
@@ -77,11 +77,37 @@ class Log:
             f.write(json.dumps(entry) + "\n")
 
 
-def progress_bar(max_steps: int, done: int, world: World) -> tqdm:
-    """Shown by the main process only."""
-    bar = tqdm(total=max_steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True)
-    bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
-    return bar
+class Watch:
+    """What the main process of a run shows and logs: a bar, the loss, tokens a second, validations."""
+
+    def __init__(self, log: Log, config: Any, done: int, world: World):
+        self.log, self.config, self.shown, self.result = log, config, world.is_main, {}
+        self.clock, self.tokens = time.perf_counter(), 0
+        self.bar = tqdm(
+            total=config.max_steps, initial=done, unit="step", disable=not self.shown, dynamic_ncols=True
+        )
+        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
+
+    def step(self, done: int, loss: Tensor, norm: Tensor, lr: float, tokens: int) -> None:
+        self.bar.update()
+        self.tokens += tokens
+        if self.shown and (done % self.config.log_interval == 0 or done == self.config.max_steps):
+            speed = self.tokens / (time.perf_counter() - self.clock)
+            numbers = dict(loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens_per_s=round(speed))
+            self.log.write(step=done, **numbers)
+            self.bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.clock, self.tokens = time.perf_counter(), 0
+
+    def validation(self, done: int, result: dict) -> None:
+        """result["loss_name"] says what the loss is, if it is not that of the text."""
+        name = result.pop("loss_name", "validation loss")
+        self.result = result
+        self.log.write(step=done, **{f"val_{key}": value for key, value in result.items()})
+        self.bar.write(f"step {done}: {name} {result['loss']:.4f}")
+        self.clock, self.tokens = time.perf_counter(), 0
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def report(

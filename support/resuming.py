@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -49,9 +50,9 @@ class Progress:
         self.best, self.since = (loss, 0) if better else (self.best, self.since + 1)
         return better
 
-    def enough(self, stop_loss: float, patience: int) -> bool:
+    def enough(self, config: Any) -> bool:
         """Whether the validation loss is at most stop_loss, or has not improved for `patience` validations."""
-        return self.best <= stop_loss > 0 or 0 < patience <= self.since
+        return self.best <= config.stop_loss > 0 or 0 < config.patience <= self.since
 
     def save(self, path: Path, model: nn.Module, optimizer: Optimizer, meta: dict) -> None:
         """Write a checkpoint that a run can go on from. Raises RunError if a weight is not finite."""
@@ -72,12 +73,13 @@ def broken_group(optimizer: Optimizer) -> str:
     return "not finite: " + (", ".join(found) or "the loss alone")
 
 
-def diverged(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: Path) -> str:
-    """What to say when a loss or a gradient is not finite."""
-    return (
-        f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
-        f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
-    )
+def require_finite(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: Path) -> None:
+    """Raise RunError if a loss or the norm of the gradient is not finite, and say where to look."""
+    if not torch.isfinite(loss + norm):
+        raise RunError(
+            f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
+            f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
+        )
 
 
 class StopSignal:
