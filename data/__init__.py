@@ -177,6 +177,7 @@ class PrepareConfig:
 
 
 def main(name: str) -> None:
+    """Prepare the data set of the file that runs."""
 
     def command() -> None:
         description = f"Prepare {name}: python data/{name}.py [FOLDER]"

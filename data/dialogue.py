@@ -63,7 +63,7 @@ def rows(path: Path) -> list[dict]:
 def pairs(rows: list[dict], where: str) -> list[tuple[str, str]]:
     """(dialogue, summary) of all rows in which neither is empty. One row of SAMSum is empty."""
     found = [pair(row, where) for row in rows]
-    kept = [(dialogue, summary) for dialogue, summary in found if dialogue and summary]
+    kept = [texts for texts in found if all(texts)]
     if len(kept) < len(found):
         print(f"{where}: {len(found) - len(kept)} of {len(found):,} rows are empty and are left out")
     return kept

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from support.cli import UserError
-from support.hub import quiet, reason
+from support.hub import one_line
 
 
 def read_text(path: Path) -> str:
@@ -62,8 +62,6 @@ def hub(path: str, *args: str, remedy: str, **kwargs) -> Iterable[dict]:
 
     what = " ".join([path, *args])
     print(f"getting {what} from the Hugging Face hub")
-    try:
-        with quiet("huggingface_hub"):  # it reports each retry
-            return datasets.load_dataset(path, *args, **kwargs)
-    except Exception as e:  # network errors are of a dozen types, from four packages
-        raise UserError(f"cannot get {what} from the Hugging Face hub ({reason(e, 120)}): {remedy}") from e
+    task = f"get {what} from the Hugging Face hub"
+    with one_line("huggingface_hub", task, remedy, Exception):  # a dozen types, from four packages
+        return datasets.load_dataset(path, *args, **kwargs)

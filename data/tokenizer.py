@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from support.cli import UserError
-from support.hub import quiet, reason, where
+from support.hub import one_line, where
 
 
 class ByteTokenizer:
@@ -61,13 +61,8 @@ class HuggingFaceTokenizer:
 
         self.name = f"hf:{source}"
         name, options = where(source)
-        try:
-            with quiet("transformers"):
-                self.hf = transformers.AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as e:
-            raise UserError(
-                f"cannot load a tokenizer from {source} ({reason(e)}): give a hub name or a folder"
-            ) from e
+        with one_line("transformers", f"load a tokenizer from {source}", "give a hub name or a folder"):
+            self.hf = transformers.AutoTokenizer.from_pretrained(name, **options)
         self.vocab_size = len(self.hf)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:

@@ -46,23 +46,21 @@ class StateLayer(CacheLayerMixin):
         if "state" in self.state:
             self.state["state"] = State(*map(change, self.state["state"]))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.each(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.each(lambda x: x[indices])
+        self.each(lambda x: x[indices.to(x.device)])
+
+    reorder_cache = batch_select_indices  # the rows of a batch are beams
 
     def crop(self, *args) -> None:
         raise ValueError("a state cannot forget its last tokens: assisted generation needs softmax")
 
     def offload(self) -> None:
-        pass  # an offloaded cache moves large layers off the device; a state is small and stays
+        """Do nothing: an offloaded cache moves large layers off the device. A state is small and stays."""
 
-    def prefetch(self) -> None:
-        pass
+    prefetch = offload
 
 
 def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -26,17 +26,9 @@ from support.checkpoints import checksum, unique_tensors
 from swap import sockets
 
 KNOWN = (  # classes of attention modules that compute softmax(scale q.k) v, and nothing more
-    "LlamaAttention",
-    "MistralAttention",
-    "Qwen2Attention",
-    "Qwen3Attention",
-    "GPT2Attention",
-    "BertSelfAttention",
-    "RobertaSelfAttention",
-    "ElectraSelfAttention",
-    "ViTAttention",
-    "ViTSelfAttention",
-)
+    "LlamaAttention MistralAttention Qwen2Attention Qwen3Attention GPT2Attention BertSelfAttention "
+    "RobertaSelfAttention ElectraSelfAttention ViTAttention ViTSelfAttention"
+).split()
 
 
 # ---------------------------------------------------------------- linearize
@@ -119,8 +111,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 def is_causal(module: nn.Module) -> bool:
     """Whether an attention module is a decoder's."""
-    config_says_no = getattr(module.config, "is_causal", None) is False
-    return bool(getattr(module, "is_causal", False)) and not config_says_no
+    return bool(
+        getattr(module, "is_causal", False) and getattr(module.config, "is_causal", None) is not False
+    )
 
 
 def check_plain(module: nn.Module) -> None:
@@ -152,7 +145,6 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     state_layer: StateLayer | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -190,14 +182,7 @@ def attention(
     return y.transpose(1, 2), None
 
 
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function=None,
-    attention_mask: Tensor | None = None,
-    **kwargs,
-) -> Tensor | None:
+def padding_mask(mask_function=None, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
     """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
 
     Raises ValueError for other masks.

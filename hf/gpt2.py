@@ -6,7 +6,6 @@
 convert_gpt2.from_pretrained is the way back. Our names of the weights are GPT-2's.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from attention import SoftmaxAttention
 from convert_gpt2 import OURS
 from model import GPT
-from support.checkpoints import unique_tensors, write_atomically, write_tensors
+from support.checkpoints import unique_tensors, write_json, write_tensors
 from support.cli import UserError
 from support.gpt2_folder import NEEDED, SIZES, TRANSPOSED
 
@@ -33,18 +32,16 @@ def to_hf(model: GPT, path: str | Path) -> None:
     end = 50256 if config.vocab_size == 50257 else None
     options = {name: values[0] for name, values in NEEDED.items()}
     options |= {name: getattr(config, ours) for name, ours in SIZES.items()}
-    options |= dict(n_inner=None, resid_pdrop=config.dropout, embd_pdrop=config.dropout)
-    options |= dict(attn_pdrop=0.0)  # our attention drops no weights
-    options |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    options |= dict(n_inner=None, architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    options |= dict(resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=0.0)
     tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in unique_tensors(model).items()}
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already: name a new folder, or delete it")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(options, indent=2) + "\n"
     try:
         beside.mkdir(parents=True)
-        write_atomically(beside / "config.json", lambda p: p.write_text(text))
+        write_json(beside / "config.json", options)
         write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 asks for it
         if path.exists():
             path.rmdir()
@@ -63,11 +60,9 @@ def check_is_gpt2(model: GPT) -> None:
         for name, value in OURS.items()
         if getattr(config, name) != value
     ]
-    exchanged = [type(block.attn.attend) is not SoftmaxAttention for block in model.transformer.h]
-    if not wrong and any(exchanged):
+    if not wrong and any(type(block.attn.attend) is not SoftmaxAttention for block in model.transformer.h):
         wrong.append("another attention than its configuration says")
-    tied = model.lm_head.weight is wte
-    if wte.shape != (config.vocab_size, config.n_embd) or not tied:
+    if wte.shape != (config.vocab_size, config.n_embd) or model.lm_head.weight is not wte:
         wrong.append(
             f"an embedding {tuple(wte.shape)} that is not the head's, "
             f"or not of vocab_size {config.vocab_size}"

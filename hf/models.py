@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import HuggingFaceTokenizer as Tokenizer  # noqa: F401  beside the models
 from support.cli import UserError
-from support.hub import quiet, reason, where
+from support.hub import one_line, where
 
 
 class LanguageModel(nn.Module):
@@ -66,14 +66,9 @@ class ImageClassifier(nn.Module):
 def read_config(source: str) -> transformers.PreTrainedConfig:
     """The configuration of a model, without the weights. Raises UserError if there is none."""
     name, options = where(source)
-    try:
-        with quiet("transformers"):
-            return transformers.AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(
-            f"cannot load {source} ({reason(e)}): give a hub name, which needs a network once, "
-            "or a folder with config.json and weights"
-        ) from e
+    advice = "give a hub name, which needs a network once, or a folder with config.json and weights"
+    with one_line("transformers", f"load {source}", advice, (OSError, ValueError, TypeError)):
+        return transformers.AutoConfig.from_pretrained(name, **options)
 
 
 def load(
@@ -90,16 +85,11 @@ def load(
     Raises UserError if there is no such model, or if other weights are missing.
     """
     name, options = where(source)
-    try:
-        with quiet("transformers"):  # a long report of missing weights, as one line below
-            model, found = kind.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, **options, **changes
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(
-            f"cannot load a {kind.__name__} from {source} ({reason(e)}): give a hub name, "
-            "a folder with config.json and safetensors, or a .gguf file"
-        ) from e
+    options |= dict(dtype=dtype, output_loading_info=True)
+    advice = "give a hub name, a folder with config.json and safetensors, or a .gguf file"
+    errors = (OSError, ValueError, RuntimeError, SafetensorError)
+    with one_line("transformers", f"load a {kind.__name__} from {source}", advice, errors):
+        model, found = kind.from_pretrained(name, **options, **changes)
     missing = sorted(key for key in found["missing_keys"] if set(new).isdisjoint(key.split(".")))
     if missing:
         names = ", ".join(missing[:3])

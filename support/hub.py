@@ -1,9 +1,11 @@
-"""For files that call the libraries of Hugging Face: where a model is, and fewer messages."""
+"""For files that call the libraries of Hugging Face: where a model is, and one line if it is not there."""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+
+from support.cli import UserError
 
 
 def where(source: str) -> tuple[str, dict]:
@@ -24,6 +26,16 @@ def quiet(library: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def one_line(library: str, what: str, advice: str, errors=(OSError, ValueError)) -> Iterator[None]:
+    """`quiet`, and an error of the library becomes the UserError "cannot {what} (the reason): {advice}"."""
+    with quiet(library):
+        try:
+            yield
+        except errors as e:
+            raise UserError(f"cannot {what} ({reason(e)}): {advice}") from e
 
 
 def reason(e: Exception, length: int = 160) -> str:
