@@ -124,9 +124,7 @@ class Examples(NamedTuple):
 class Model(NamedTuple):
     """How to load and save the models of one task."""
 
-    load: Callable[
-        [str], nn.Module
-    ]  # folder or hub name -> a model around a transformers model `hf`
+    load: Callable[[str], nn.Module]  # folder or hub name -> a model around a transformers model `hf`
     save: Callable[[nn.Module, Path], None]  # write a softmax model into a folder for `load`
     taught: bool  # whether config.model is finetuned on the task already
     tokenizer: str

@@ -46,9 +46,7 @@ def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
     """
     name = next(iter(runs[0]["final"]["sets"]))
     labels = np.asarray(runs[0]["final"]["sets"][name]["labels"])
-    found = {
-        (r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs
-    }
+    found = {(r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs}
     seeds = [seed for arm, seed in found if arm == "teacher_finetuned"]
     rng, n = np.random.default_rng(0), len(labels)
     picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(DRAWS))]  # first the set itself
@@ -121,9 +119,7 @@ def progress(runs: list[dict]) -> str:
         kl = "" if r["kl"] is None else f"{r['kl']:.3f}"
         lr = f"{r['config']['lr']:g}" if ARMS[r["arm"]].finetuned else ""
         minutes = f"{sum(r['minutes'].values()):.1f}"
-        rows.append(
-            [r["label"], r["config"]["seed"], f"{r['final']['score']:.1f}", kl, lr, minutes]
-        )
+        rows.append([r["label"], r["config"]["seed"], f"{r['final']['score']:.1f}", kl, lr, minutes])
     return markdown(["arm", "seed", "score", "KL", "lr", "minutes"], rows)
 
 

@@ -52,7 +52,7 @@ class BertConfig(RecoverConfig):
     # -- training
     epochs: float = 5.0  # epochs of finetuning, for every arm, also the teacher
     # -- data
-    dataset: str = "glue"  # always glue
+    dataset: str = "glue"  # always glue in this command
     data_dir: str = ""  # folder with GLUE's original TSV files, instead of the hub
     block_size: int = 512  # most tokens of an example; longer ones need --truncate
     truncate: bool = setting(False, shapes=(MAPS, TEACHER))  # cut longer examples at block_size
@@ -114,10 +114,7 @@ def examples_of(config: BertConfig) -> Examples:
     found, order = glue.load(config.task, config.data_dir), label_order(config)
     sets = {split: encode(rows, tokenizer, config, split) for split, rows in found.items()}
     if order:
-        sets = {
-            split: [(*row, order[int(label)]) for *row, label in rows]
-            for split, rows in sets.items()
-        }
+        sets = {split: [(*row, order[int(label)]) for *row, label in rows] for split, rows in sets.items()}
     regression, pad = not task.labels, tokenizer.pad_token_id or 0
 
     def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
@@ -185,9 +182,7 @@ def check_encoder(config: BertConfig) -> bool:
         positions -= of_model.pad_token_id + 1  # RoBERTa does not use its first positions
     config.block_size = min(config.block_size, positions)
     if not taught and config.pooling == "mean" and of_model.model_type != "bert":
-        raise UserError(
-            f"--pooling mean is for BERT: {of_model.model_type} has a classifier of another form"
-        )
+        raise UserError(f"--pooling mean is for BERT: {of_model.model_type} has a classifier of another form")
     return taught
 
 

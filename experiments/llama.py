@@ -52,9 +52,7 @@ from swap import sockets
 class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
     task: str = setting("lm", shapes=(MAPS, TEACHER))  # lm: perplexity; dialogue: ROUGE
-    weights: str = setting(
-        "float32", shapes=(MAPS,)
-    )  # float32, or with lora bfloat16: half the memory
+    weights: str = setting("float32", shapes=(MAPS,))  # float32, or with lora bfloat16: half the memory
     # -- training
     finetune: str = "lora"  # lora, or all parameters
     lora_r: int = 8  # rank of LoRA's update of q, k, v and o
@@ -69,7 +67,7 @@ class LlamaConfig(ConvertConfig):
     loss_on: str = "summary"  # finetune on the summary, or on the text (dialogue and summary)
     test_dialogues: int = setting(200, may_change=True)  # dialogues that ROUGE is measured on
     new_tokens: int = setting(64, may_change=True)  # tokens of the longest summary
-    examples: int = setting(3, may_change=True)  # summaries to print
+    examples: int = setting(3, may_change=True)  # number of summaries to print
     # -- output
     eval_interval: int = 50
     save_interval: int = 200
@@ -119,9 +117,7 @@ def check_model(config: LlamaConfig) -> None:
     check_vocabulary(config.model, tokenizer, model)
     positions = getattr(model.config, "max_position_embeddings", None) or config.block_size
     if config.block_size > positions:
-        raise UserError(
-            f"--block_size {config.block_size}: {config.model} has {positions} positions"
-        )
+        raise UserError(f"--block_size {config.block_size}: {config.model} has {positions} positions")
     if config.task == "dialogue" and tokenizer.hf.eos_token_id is None:
         raise UserError(f"the tokenizer of {config.model} has no eos_token, which ends a summary")
     names = [name for name, _ in model.named_modules()]

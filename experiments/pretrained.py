@@ -9,10 +9,7 @@ import sys
 
 for package in ("transformers", "peft", "rouge_score", "sklearn"):
     if importlib.util.find_spec(package) is None:
-        print(
-            f"error: there is no {package} here: pip install -r requirements-hf.txt",
-            file=sys.stderr,
-        )
+        print(f"error: there is no {package} here: pip install -r requirements-hf.txt", file=sys.stderr)
         sys.exit(2)
 
 # ruff: noqa: E402  the line above is worth more than imports at the top
@@ -36,9 +33,7 @@ def check_shape(source: str, kind, what: str) -> nn.Module:
         with torch.device("meta"):
             model = kind.from_config(of_model)
     except ValueError as e:
-        raise UserError(
-            f"{source} is not {what} ({reason(e)}): give a hub name or a folder of one"
-        ) from e
+        raise UserError(f"{source} is not {what} ({reason(e)}): give a hub name or a folder of one") from e
     try:
         modules = attention_modules(model)
         for module in modules:

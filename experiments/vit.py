@@ -81,9 +81,7 @@ class ViTConfig(RecoverConfig):
 
 
 # For imagenet: the model is finetuned already; one epoch of each stage, with the paper's rate.
-IMAGENET = dict(
-    lrs=[1e-5], distil_epochs=1.0, epochs=1.0, batch_size=64, dev_share=0.01, eval_interval=500
-)
+IMAGENET = dict(lrs=[1e-5], distil_epochs=1.0, epochs=1.0, batch_size=64, dev_share=0.01, eval_interval=500)
 
 
 # ---------------------------------------------------------------- examples
@@ -244,9 +242,7 @@ def main() -> None:
         trained_for = classes_of(config)
         examples, classes = imagenet(config)
         if trained_for not in (None, classes):
-            raise UserError(
-                f"{config.model} is for {trained_for} classes, and these images have {classes}"
-            )
+            raise UserError(f"{config.model} is for {trained_for} classes, and these images have {classes}")
         model, paper = models_of(config, trained_for is not None, classes), PAPER
     facts = recover(config, examples, model, config.dataset, paper)
     if any(r["arm"] == "hedgehog" for r in facts.get("runs", [])):
