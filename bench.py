@@ -13,7 +13,6 @@ faster. The time of a contender includes the feature map. The clock is in suppor
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +25,13 @@ from support import timing
 from support.cli import UserError, parse, run, setting
 from support.devices import peak_gib, pick_device
 from support.log import provenance
-from support.timing import Report, say
+from support.peers import fast_transformers, flash_linear_attention
+from support.timing import Report, progress, say
 
 PARTS = ["forward", "training", "memory", "decode", "model"]
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CONTEXTS = [1024, 8192, 102400]  # decode: tokens before the new one
 SEQUENCES = [256, 1024, 4096, 16384]  # model: tokens of a sequence in training
-GPTS = ("softmax", "hedgehog")  # model: the attention of each
 PROMPTS = {1: [128, 4096], 8: [128]}  # model: for each batch size, tokens before the generated ones
 
 
@@ -108,6 +107,8 @@ CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {  # name: (heads, head
     "triton": linear("hedgehog"),  # chunked, in Triton
     "elu": linear("elu"),
     "taylor": linear("taylor"),
+    "fla": lambda H, D: OfFeatures(flash_linear_attention, H, D),
+    "fast": lambda H, D: OfFeatures(fast_transformers, H, D),
 }
 IMPLEMENTATIONS = ("torch", "cpp", "triton")  # of the same function, in fused/
 
@@ -117,41 +118,29 @@ def choose(name: str, device: torch.device) -> None:
     fused.use(name if name in IMPLEMENTATIONS else "auto", device)
 
 
-def available(config: BenchConfig, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The contenders that work here, and why each of the others does not."""
-    names, missing = [], {}
-    for name in config.contenders or CONTENDERS:
-        try:
-            choose(name, device)
-            attend = CONTENDERS[name](1, config.head_dim).to(device)
-            attend(*torch.zeros(3, 1, 1, 1, config.head_dim, device=device))
-            names.append(name)
-        except fused.Unavailable as e:
-            missing[name] = str(e)
-    return names, missing
-
-
 # ---------------------------------------------------------------- what is measured
 
 
-def random(n: int, T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
-    """n of q, k, v and the gradient of y, at random: (n, 1, H, T, D)."""
-    return torch.randn(n, 1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
+def random(T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
+    """Random q, k, v, or gradient of y: (1, H, T, D)."""
+    return torch.randn(1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
 
 
 def calls_of(part: str, names: list[str], T: int, config: BenchConfig, device) -> dict[str, Callable]:
     """What is timed: the forward pass of attention alone, or forward and backward."""
     H, calls = config.heads(T), {}
-    q, k, v, dy = random(4, T, H, config, device)
+    q, k, v, dy = (random(T, H, config, device) for _ in range(4))
     for name in names:
         attend = CONTENDERS[name](H, config.head_dim).to(device)
         leaves = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attend.parameters()]
 
-        def call(attend=attend, leaves=leaves) -> Tensor | tuple[Tensor, ...]:
-            y = attend(q, k, v)
-            return y if part == "forward" else torch.autograd.grad(y, leaves, dy)
+        def forward(attend=attend) -> Tensor:
+            return attend(q, k, v)
 
-        calls[name] = call
+        def forward_and_backward(attend=attend, leaves=leaves) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(attend(q, k, v), leaves, dy)
+
+        calls[name] = forward if part == "forward" else forward_and_backward
     return calls
 
 
@@ -159,7 +148,7 @@ def time_attention(part: str, names: list[str], report: Report, config: BenchCon
     what = "Forward pass" if part == "forward" else "Forward and backward pass"
     fewer = " (2 above 8,192 tokens)" if max(config.lengths) > 8192 else ""
     report.begin(part, f"{what} of attention, {config.n_head} heads{fewer}")
-    for T in config.lengths:
+    for T in progress(config.lengths, part):
         fitting = report.affordable(names, T, config.heads(T), config)
         with torch.set_grad_enabled(part == "training"):
             calls = calls_of(part, fitting, T, config, report.device)
@@ -171,15 +160,16 @@ def extra_mib(config: BenchConfig, name: str, T: int, device: torch.device) -> f
     torch.set_num_threads(config.threads)
     choose(name, device)
     for length in (256, T):  # the first call also loads and builds; the second one counts
-        mib = timing.extra_mib(calls_of("memory", [name], length, config, device)[name], device)
+        call = calls_of("memory", [name], length, config, device)[name]
+        mib = timing.extra_mib(call, device)
     return mib
 
 
 def measure_memory(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
     report.begin(part, "Memory that the forward and backward pass of attention adds")
-    for T in [T for T in config.lengths if T >= 512]:
+    for T in progress([T for T in config.lengths if T >= 512], "memory"):
         for name in report.affordable(names, T, config.heads(T), config):
-            report.memory(T, config.heads(T), name, extra_mib, config)
+            report.memory(T, config.heads(T), name, extra_mib, config, name, T, report.device)
 
 
 def time_decoding(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
@@ -187,11 +177,11 @@ def time_decoding(part: str, names: list[str], report: Report, config: BenchConf
     H, D = config.n_head, config.head_dim
     title, baselines = f"Decoding: one more token after a context, {H} heads", ("softmax", "matmul")
     report.begin(part, title, baselines, label="best KV cache")
-    q, k, v = random(3, 1, H, config, report.device)
+    q, k, v = (random(1, H, config, report.device) for _ in range(3))
     for T in config.bounded(CONTEXTS):
-        K, V = random(2, T, H, config, report.device)
+        K, V = (random(T, H, config, report.device) for _ in range(2))
         calls: dict[str, Callable] = {
-            "softmax": partial(attention.softmax_attention, q, K, V),
+            "softmax": lambda K=K, V=V: attention.softmax_attention(q, K, V),
             "matmul": lambda K=K, V=V: (q @ K.mT / D**0.5).softmax(-1) @ V,
         }
         sizes = {"kv_bytes": K.nbytes + V.nbytes, "state_bytes": 0}
@@ -201,7 +191,7 @@ def time_decoding(part: str, names: list[str], report: Report, config: BenchConf
                 attn, cache = linear("hedgehog")(H, D).to(report.device), {}
                 attn.extend(q, k, v, cache)  # The state after T tokens is as large as after one.
                 sizes["state_bytes"] = sum(x.nbytes for x in cache["state"])
-                calls[name] = partial(attn.extend, q, k, v, cache)
+                calls[name] = lambda attn=attn, cache=cache: attn.extend(q, k, v, cache)
             report.time(T, H, calls, config.rounds)
         report.rows[-1].update(sizes)
         say(f"{'':11}KV cache {sizes['kv_bytes']:,} bytes, state {sizes['state_bytes']:,} bytes")
@@ -209,37 +199,40 @@ def time_decoding(part: str, names: list[str], report: Report, config: BenchConf
 
 def time_model(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
     """A whole GPT with each attention: forward and backward, then generation."""
-    device = report.device
+    device, bfloat16 = report.device, config.dtype == "bfloat16"
     fused.use("auto", device)
 
     def gpt(name: str, **shape) -> GPT:
         torch.manual_seed(0)
         return GPT(GPTConfig(attention=name, **shape)).to(device)
 
-    def step(model: GPT, idx: Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss = model(idx, idx)[1]
-        torch.autograd.grad(loss, list(model.parameters()))
-
     lengths = config.bounded(SEQUENCES)
     tokens = max(lengths)  # in a batch, whatever the length of the sequences
     small = dict(vocab_size=256, n_layer=2, n_head=6, n_embd=384)
     report.begin(part, f"A GPT of 2 layers: forward and backward pass, {tokens:,} tokens in a batch")
     for T in lengths:
-        idx = torch.randint(256, (tokens // T, T), device=device)
-        calls = {name: partial(step, gpt(name, block_size=T, **small), idx) for name in GPTS}
+        calls, idx = {}, torch.randint(256, (tokens // T, T), device=device)
+        for name in ("softmax", "hedgehog"):
+            model = gpt(name, block_size=T, **small)
+
+            def step(model=model, idx=idx) -> None:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    loss = model(idx, idx)[1]
+                torch.autograd.grad(loss, list(model.parameters()))
+
+            calls[name] = step
         report.time(T, 6, calls, rounds=3, tokens=idx.numel())
     for batch, prompts in PROMPTS.items():
         title = f"A GPT of GPT-2's size: one more token after a prompt, batch size {batch}"
         report.begin(f"generate{batch}", title)
         for T in config.bounded(prompts):
-            idx = torch.randint(50257, (batch, T), device=device)
-            models = {name: gpt(name, block_size=T + 32).eval() for name in GPTS}
-            texts = {name: model.stream(idx, 10**9, temperature=0) for name, model in models.items()}
-            for text in texts.values():
-                next(text)  # reads the prompt
-            calls = {name: partial(next, text) for name, text in texts.items()}
-            report.time(T, 12, calls, rounds=3, tokens=batch)
+            calls, idx = {}, torch.randint(50257, (batch, T), device=device)
+            for name in ("softmax", "hedgehog"):
+                generated = gpt(name, block_size=T + 32).eval().stream(idx, 10**9, temperature=0)
+                next(generated)  # reads the prompt
+                calls[name] = generated.__next__
+            with torch.no_grad():
+                report.time(T, 12, calls, rounds=3, tokens=batch)
 
 
 MEASURE = {"memory": measure_memory, "decode": time_decoding, "model": time_model}
@@ -248,10 +241,17 @@ MEASURE = {"memory": measure_memory, "decode": time_decoding, "model": time_mode
 def main() -> None:
     config, _ = parse(BenchConfig(), sys.argv[1:], __doc__)
     config.check()
-    no_gpu = config.device == "auto" and not torch.cuda.is_available()
-    device, dtype = pick_device("cpu" if no_gpu else config.device), getattr(torch, config.dtype)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(auto if config.device == "auto" else config.device)
+    dtype = getattr(torch, config.dtype)
     torch.set_num_threads(config.threads)
-    names, missing = available(config, device)
+
+    def once(name: str) -> None:
+        choose(name, device)
+        attend = CONTENDERS[name](1, config.head_dim).to(device)
+        attend(*torch.zeros(3, 1, 1, 1, config.head_dim, device=device))
+
+    names, missing = timing.available(config.contenders or CONTENDERS, once)
     report = Report(device, before=lambda name: choose(name, device))
     facts = {"bench": 1, **provenance(), "config": asdict(config), "missing": missing}
     facts["speed"] = timing.machine_speed(device, dtype)

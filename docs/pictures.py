@@ -39,9 +39,7 @@ def orders(axes, T: int = 512, F: int = 128, D: int = 64) -> None:
     box(bottom, 0, 0, F, T, ACTIVATIONS, "Kᵀ: F x T")
     box(bottom, 550, 0, T, D, ACTIVATIONS, "V")
     box(bottom, 860, 0, F, D, STATE, "S")
-    bottom.text(
-        860 + D / 2, F + 20, f"F x D:\n{F * D:,}\nnumbers", ha="center", va="top", fontsize=9
-    )
+    bottom.text(860 + D / 2, F + 20, f"F x D:\n{F * D:,}\nnumbers", ha="center", va="top", fontsize=9)
     box(bottom, 1180, 0, T, F, ACTIVATIONS, "Q")
     box(bottom, 1345, 0, F, D, STATE, "S")
     box(bottom, 1640, 0, T, D, ACTIVATIONS, "y")
@@ -103,9 +101,7 @@ def chunks(figure, axes, T: int = 16, n: int = 4) -> None:
     right.minorticks_off()
     right.grid(alpha=0.3)
     right.legend()
-    right.set_title(
-        f"Beyond {equal:.0f} tokens softmax costs more (D = {D}, F = {2 * D})", fontsize=10
-    )
+    right.set_title(f"Beyond {equal:.0f} tokens softmax costs more (D = {D}, F = {2 * D})", fontsize=10)
 
 
 def backward(axis, n_chunks: int = 4) -> None:
@@ -114,9 +110,7 @@ def backward(axis, n_chunks: int = 4) -> None:
     for c in range(n_chunks):
         x = 3 * c
         box(axis, x, 0, 1, 2, ACTIVATIONS, "")
-        axis.text(
-            x + 1, 0.5, f"chunk {c + 1}\nQ, K, U: n tokens", ha="center", va="center", fontsize=9
-        )
+        axis.text(x + 1, 0.5, f"chunk {c + 1}\nQ, K, U: n tokens", ha="center", va="center", fontsize=9)
         axis.annotate("", (x + 1, -0.5), (x + 1, 0), arrowprops=arrow)
         axis.text(x + 1, -0.55, "[N d]", ha="center", va="bottom", fontsize=9)
         axis.annotate("", (x + 1, 1), (x + 1, 1.5), arrowprops=arrow)
@@ -127,9 +121,7 @@ def backward(axis, n_chunks: int = 4) -> None:
             axis.annotate("", (x - 1, 0.7), (x, 0.7), arrowprops={**arrow, "color": "#d55e00"})
             axis.text(x - 0.5, 0.78, "dR", color="#d55e00", ha="center", va="top", fontsize=11)
     axis.set(xlim=(-0.3, 3 * n_chunks - 0.7), ylim=(2.1, -1.05))
-    axis.set_title(
-        "R, F x (D + 1): the sum over earlier chunks. dR: the gradient from later chunks"
-    )
+    axis.set_title("R, F x (D + 1): the sum over earlier chunks. dR: the gradient from later chunks")
     axis.axis("off")
 
 
@@ -137,9 +129,7 @@ def main() -> None:
     out = HERE / "figures"
     plots.plot(out / "derivation-order.png", COMMAND, lambda f, axes: orders(axes), 2, 1, (9, 6.4))
     plots.plot(out / "derivation-chunks.png", COMMAND, chunks, 1, 2, (10, 4.6))
-    plots.plot(
-        out / "derivation-backward.png", COMMAND, lambda f, axis: backward(axis), size=(10, 2.9)
-    )
+    plots.plot(out / "derivation-backward.png", COMMAND, lambda f, axis: backward(axis), size=(10, 2.9))
 
 
 if __name__ == "__main__":

@@ -105,9 +105,7 @@ def the_map_is_a_feature_map(my):
     for scale in (0.0, 1.0, 100.0, 1e30):
         q, k, v = scale * torch.randn(3, 1, 2, 20, 8)
         features = attn.phi(q)
-        assert features.shape == (1, 2, 20, attn.phi.feature_dim), (
-            "set self.feature_dim in __init__"
-        )
+        assert features.shape == (1, 2, 20, attn.phi.feature_dim), "set self.feature_dim in __init__"
         assert (features > 0).all() and (features <= 1.001e15).all(), (
             "features are not between FLOOR and CEIL"
         )
@@ -228,9 +226,7 @@ def grouped_queries_read_their_own_keys(my):
     q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
     k, v = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
     y = my.grouped(attend, q, k, v)
-    one = LinearAttention(
-        make_feature_map("hedgehog", 1, 4)
-    ).double()  # all heads start with the same map
+    one = LinearAttention(make_feature_map("hedgehog", 1, 4)).double()  # all heads start with the same map
     want = torch.cat([one(q[:, [h]], k[:, [h // 2]], v[:, [h // 2]]) for h in range(6)], 1)
     torch.testing.assert_close(y, want)
     for a, b in zip(torch.autograd.grad(y.sum(), (k, v)), torch.autograd.grad(want.sum(), (k, v))):
@@ -259,13 +255,9 @@ def predicted_which_weights_are_relative(my):
     measured = {}
     for name in ("softmax", "elu", "relu", "taylor", "hedgehog"):
         attn = make_attention(name, 2, 8).double()
-        A, moved = (
-            attn.weights(my.rotate(x[0], offset), my.rotate(x[1], offset)) for offset in (0, 7)
-        )
+        A, moved = (attn.weights(my.rotate(x[0], offset), my.rotate(x[1], offset)) for offset in (0, 7))
         measured[name] = (A - moved).abs().max().item()
-    assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, (
-        f"measured: {measured}"
-    )
+    assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, f"measured: {measured}"
 
 
 # ---------------------------------------------------------------- task 9: decode cost
@@ -300,9 +292,7 @@ def softmax_slows_down_with_the_context_and_hedgehog_does_not(my):
     """The cache grows 64 times; the limits are loose, for busy machines."""
     times = {T: my.measure(T) for T in (128, 8192)}
     softmax, hedgehog = (times[8192][i] / times[128][i] for i in (0, 1))
-    assert softmax > 5 and hedgehog < softmax / 4, (
-        f"seconds (softmax, Hedgehog) after T tokens: {times}"
-    )
+    assert softmax > 5 and hedgehog < softmax / 4, f"seconds (softmax, Hedgehog) after T tokens: {times}"
     assert my.measured_crossover([8192]) == 8192
 
 
@@ -355,6 +345,4 @@ def more_features_break_later_and_none_beyond_the_bound(my):
     found = {F: my.breaks_at(F) for F in (64, 1024)}
     assert found[64] < found[1024], f"first n with less than half right: {found}"
     for F, n in found.items():
-        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), (
-            f"F = {F}: more than half right at n = {n // 2}"
-        )
+        assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), f"F = {F}: more than half right at n = {n // 2}"

@@ -25,7 +25,6 @@ import difflib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +36,7 @@ from tqdm import tqdm
 import data
 import fused
 from attention import LinearAttention, learns_map, softmax_attention
-from config import FitConfig, may_change
-from convert_gpt2 import texts
+from config import FitConfig
 from distill import distill, mimicry, write_heads
 from experiments.runs import finished
 from experiments.tables import markdown
@@ -84,12 +82,19 @@ ARMS = {
     "t2r": Arm("T2R: learned map, finetuned", "t2r"),
     "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
     "shared": Arm(
-        "Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", distilled=True, shared=True
+        "Hedgehog, one map for all heads: distilled, finetuned",
+        "hedgehog",
+        distilled=True,
+        shared=True,
     ),
     "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
     "worst_heads": Arm(
-        "Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", distilled=True, finetuned=False, kept=2
+        "Hedgehog, distilled only, 2 worst heads softmax",
+        "hedgehog",
+        distilled=True,
+        finetuned=False,
+        kept=2,
     ),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
 }
@@ -97,6 +102,14 @@ LADDER = "teacher teacher_finetuned zero swap elu relu exp_t1 t2r t2r_hh distill
 HELP = __doc__.split("\n\n", 2)[2] + f"\nArms: {', '.join(ARMS)}."  # for --help of the commands
 RENAMED = {"exp": "exp_t1", "exp2": "exp_t2"}  # how earlier results call two of the arms
 STAGES = ("measure", "distil", "finetune", "evaluate")
+
+
+def check_arms(names: list[str]) -> None:
+    """Raise UserError, with the nearest name, if a name is no arm."""
+    for name in (name for name in names if name not in ARMS):
+        alike = {arm: difflib.SequenceMatcher(None, name, arm).ratio() for arm in ARMS}
+        near = max(alike, key=alike.get)
+        raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
 
 
 def with_new_names(facts: dict) -> dict:
@@ -112,37 +125,37 @@ def with_new_names(facts: dict) -> dict:
 # ---------------------------------------------------------------- settings
 
 
-# What must be made again when a setting changes: distilled maps, or also a teacher
-shapes_maps = partial(setting, shapes=("maps",))
-shapes_both = partial(setting, shapes=("maps", "teacher"))
+MAPS, TEACHER = "maps", "teacher"  # what a setting shapes
 
 
 @dataclass
 class ConvertConfig(FitConfig):
     # -- this command
-    model: str = shapes_both("")  # the pretrained model
+    model: str = setting("", shapes=(MAPS, TEACHER))  # the pretrained model
     arms: list[str] = setting(LADDER)  # rows of the table
     stage: str = "evaluate"  # the last stage: measure, distil, finetune or evaluate
     # -- model
-    tie: bool = shapes_maps(True)  # one map for queries and keys (Sec. 3); false: two
-    map_features: int = shapes_maps(0)  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
+    tie: bool = setting(True, shapes=(MAPS,))  # one map for queries and keys (Sec. 3); false: two
+    map_features: int = setting(  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
+        0, shapes=(MAPS,)
+    )
     # -- distillation
     distil_steps: int = 400  # optimiser steps of distillation
     distil_lr: float = 1e-2  # peak learning rate of distillation (App. C.2)
     distil_patience: int = 5  # stop after so many validations without a better one; 0: never
-    held_out: int = shapes_maps(8)  # validation sequences that Eq. 3 is measured on
+    held_out: int = setting(8, shapes=(MAPS,))  # validation sequences that Eq. 3 is measured on
     # -- training
     max_steps: int = 400  # optimiser steps of finetuning
     weight_decay: float = 0.01  # of matrices and embeddings in finetuning (App. C.2)
     same_time: bool = True  # finetune arms without distillation longer, for equal time
     map_lr_scale: float = 1.0  # the learning rate of feature maps in finetuning is this times lr
     # -- data
-    dataset: str = shapes_both("wikitext2")  # finetune and evaluate on this
-    data_dir: str = may_change("")  # local file or folder, instead of the hub
-    block_size: int = shapes_both(256)  # tokens of context in every stage
-    dev_tokens: int = shapes_maps(4096)  # about so many tokens choose checkpoints
-    eval_tokens: int = may_change(20480)  # score about so many tokens; 0: all
-    eval_stride: int = may_change(0)  # tokens from window to window; 0: block_size
+    dataset: str = setting("wikitext2", shapes=(MAPS, TEACHER))  # finetune and evaluate on this
+    data_dir: str = setting("", may_change=True)  # local file or folder, instead of the hub
+    block_size: int = setting(256, shapes=(MAPS, TEACHER))  # tokens of context in every stage
+    dev_tokens: int = setting(4096, shapes=(MAPS,))  # about so many tokens choose checkpoints
+    eval_tokens: int = setting(20480, may_change=True)  # score about so many tokens; 0: all
+    eval_stride: int = setting(0, may_change=True)  # tokens from window to window; 0: block_size
     # -- output
     out_dir: str = ""  # the table, and a folder for each stage; by default out/MODEL-DATASET...
     distil_dir: str = ""  # distilled maps, if several out_dirs share them; by default out_dir
@@ -150,9 +163,7 @@ class ConvertConfig(FitConfig):
 
     def check(self) -> None:
         super().check()
-        for name in set(self.arms) - set(ARMS):
-            near = RENAMED.get(name) or difflib.get_close_matches(name, ARMS, 1, cutoff=0.0)[0]
-            raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
+        check_arms(self.arms)
         if not self.resume:
             raise UserError("stages always continue: to start again, name a new --out_dir")
         if self.stage not in STAGES:
@@ -211,7 +222,7 @@ class Subject(NamedTuple):
     """
 
     build: Callable[..., nn.Module]
-    groups: Callable  # groups(model, config): AdamW's groups in finetuning; LoRA is added here
+    groups: Callable[[nn.Module], list[dict]]  # AdamW's groups in finetuning; LoRA is added here
     batch: Callable[[int], tuple[Tensor, ...]]
     held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
     forward: Callable  # forward(model, *rows): runs the model, for distillation
@@ -246,14 +257,13 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     torch.manual_seed(config.seed)
     model = subject.build(arm.feature_map, **map_options(config, arm))
     minutes: dict[str, float] = {}
-    kl, dev_loss, trained = None, None, 0  # KL(softmax, linear): (L, H)
+    kl = dev_loss = None
+    trained = 0
     if arm.distilled and "distil" in stages:
-        kl, minutes["distil"] = distil_maps(model, arm, config, subject)
+        found, minutes["distil"] = distil_maps(model, arm, config, subject)
+        kl = found["kl"]  # (L, H)
     elif arm.feature_map and arm.mode == "linear":
-        set_mode(model, "mimic")
-        device = pick_device(config.device)
-        held_out = ([x.to(device) for x in rows] for rows in subject.held_out)
-        kl = mimicry(model.eval(), held_out, subject.forward)["kl"]
+        kl = kl_of(model, config, subject)
     if arm.feature_map:
         set_mode(model, arm.mode)
     if arm.kept and "distil" in stages:
@@ -291,8 +301,10 @@ def world_of(config: ConvertConfig) -> World:
     return World(0, 1, pick_device(config.device))
 
 
-def distil_maps(model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subject) -> tuple[Tensor, float]:
-    """Distil the maps of an arm: (KL(softmax, linear) (L, H) on held_out, minutes)."""
+def distil_maps(
+    model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subject
+) -> tuple[dict[str, Tensor], float]:
+    """Distil the maps of an arm: (mimicry on held_out, minutes)."""
     stage = stage_in(
         Path(config.distil_dir or config.out_dir) / arm.maps,
         config,
@@ -302,46 +314,58 @@ def distil_maps(model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subj
         patience=config.distil_patience,
         map_lr_scale=1.0,  # a setting of finetuning alone
     )
-    meta = meta_of(settings_of(stage, "maps"), subject)
-    batch, held_out, forward = subject.batch, subject.held_out, subject.forward
-    found = distill(model, batch, held_out, forward, stage, world_of(config), meta)
+    settings = {**settings_of(stage, "maps"), "data": subject.data}
+    found = distill(
+        model,
+        batch=subject.batch,
+        held_out=subject.held_out,
+        forward=subject.forward,
+        config=stage,
+        world=world_of(config),
+        meta={"config": settings, "tokenizer": subject.tokenizer},
+    )
     minutes = minutes_of(stage)
     write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes)
-    return found["kl"], minutes
+    return found, minutes
+
+
+def kl_of(model: nn.Module, config: ConvertConfig, subject: Subject) -> Tensor:
+    """KL(softmax, linear) (L, H) of maps that are not distilled."""
+    set_mode(model, "mimic")
+    device = pick_device(config.device)
+    held_out = ([x.to(device) for x in rows] for rows in subject.held_out)
+    return mimicry(model.eval(), held_out, subject.forward)["kl"]
 
 
 def finetune(
     model: nn.Module, name: str, config: ConvertConfig, subject: Subject
 ) -> tuple[int, float, float]:
-    """Finetune an arm: (trained parameters, least development loss, minutes)."""
+    """Finetune an arm: (trained parameters, least development loss, minutes).
+
+    The model then has the weights of its best checkpoint.
+    """
     arm, steps = ARMS[name], config.max_steps
     if config.same_time and arm.feature_map and arm.mode == "linear" and not arm.distilled:
         steps += config.distil_steps // 2  # a step of distillation has half of the backward pass
     folder = Path(config.out_dir) / name / "finetune"
     stage = stage_in(folder, of_arm(name, config), max_steps=steps, stage="finetune")
     torch.manual_seed(config.seed)  # LoRA starts the same in every arm, and after an interruption
-    groups = subject.groups(model, config)
+    groups = subject.groups(model)
+    settings = {**asdict(stage), "data": subject.data}
+    fit(
+        model,
+        groups,
+        batch=subject.batch,
+        loss=subject.loss,
+        evaluate=subject.evaluate,
+        config=stage,
+        world=world_of(config),
+        meta={"config": settings, "tokenizer": subject.tokenizer},
+    )
+    tensors, saved = load_checkpoint(folder / "best.safetensors")
+    restore(tensors, model, path=folder)
     trained = sum(p.numel() for group in groups for p in group["params"])
-    return trained, *fit_stage(model, groups, stage, asdict(stage), subject)
-
-
-def fit_stage(
-    model: nn.Module, groups: list[dict], stage: ConvertConfig, settings: dict, subject: Subject
-) -> tuple[float, float]:
-    """Train the whole model or `groups` of it: (least development loss, minutes).
-
-    The model then has the weights of its best checkpoint.
-    """
-    batch, loss, evaluate = subject.batch, subject.loss, subject.evaluate
-    fit(model, groups, batch, loss, evaluate, stage, world_of(stage), meta_of(settings, subject))
-    tensors, saved = load_checkpoint(Path(stage.out_dir) / "best.safetensors")
-    restore(tensors, model, path=stage.out_dir)
-    return saved["best"], minutes_of(stage)
-
-
-def meta_of(settings: dict, subject: Subject) -> dict:
-    """What the checkpoints of a stage say beside the weights."""
-    return {"config": {**settings, "data": subject.data}, "tokenizer": subject.tokenizer}
+    return trained, saved["best"], minutes_of(stage)
 
 
 def minutes_of(stage: FitConfig) -> float:
@@ -440,7 +464,15 @@ def language_modelling(
     tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
     T, dtype = config.block_size, pick_dtype(config.dtype, device)
     stride = config.eval_stride or T
-    train, dev, test = texts(config, tokens)
+    ids = tokens.split("train", T)
+    test = tokens.split("test" if "test" in tokens.splits else "validation", T)
+    kept = max(config.dev_tokens, len(ids) // 50, 2 * T)
+    if len(ids) < 2 * kept + T:
+        raise UserError(
+            f"the training text has {len(ids)} tokens, too few to keep {kept} for development: "
+            "lower --dev_tokens or --block_size, or give more text"
+        )
+    ids, dev = ids[:-kept], ids[-kept:]
 
     def measured_on(ids: np.ndarray, limit: int) -> Callable[[nn.Module], dict]:
         return lambda model: perplexity(model, ids, tokens.tokenizer, T, stride, limit, dtype)
@@ -449,7 +481,7 @@ def language_modelling(
     return Subject(
         build=build,
         groups=groups,
-        batch=lambda step: data.batch_of(train, step, config.batch_size, T, config.seed),
+        batch=lambda step: data.batch_of(ids, step, config.batch_size, T, config.seed),
         held_out=[(x[None], y[None]) for x, y in zip(x, y)],
         forward=lambda model, x, y: model(x),
         loss=lambda model, x, y: model(x, y)[1],
@@ -457,7 +489,7 @@ def language_modelling(
         final=measured_on(test, config.eval_tokens),
         save=save,
         tokenizer=tokens.tokenizer.name,
-        data=checksum({"train": torch.from_numpy(np.array(train))}, ""),
+        data=checksum({"train": torch.from_numpy(np.array(ids))}, ""),
     )
 
 

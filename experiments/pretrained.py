@@ -9,7 +9,10 @@ import sys
 
 for package in ("transformers", "peft", "rouge_score", "sklearn"):
     if importlib.util.find_spec(package) is None:
-        print(f"error: there is no {package} here: pip install -r requirements-hf.txt", file=sys.stderr)
+        print(
+            f"error: there is no {package} here: pip install -r requirements-hf.txt",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 # ruff: noqa: E402  the line above is worth more than imports at the top

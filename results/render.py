@@ -86,9 +86,7 @@ def first_runs() -> dict[str, list[dict]]:
     for path in sorted(HERE.glob("stdlib-*.json")):
         result = read(path.stem)
         groups.setdefault(result["config"]["attention"], []).append(result)
-    return dict(
-        sorted(groups.items(), key=lambda item: statistics.mean(loss_of(r) for r in item[1]))
-    )
+    return dict(sorted(groups.items(), key=lambda item: statistics.mean(loss_of(r) for r in item[1])))
 
 
 def tasks_of(kind: str) -> list[dict]:
@@ -100,9 +98,7 @@ def loss_of(run: dict) -> float:
     return run["final"]["loss"]
 
 
-def shares(
-    groups: dict[str, list[dict]], prior: str = "elu", measure: Callable = float
-) -> list[float]:
+def shares(groups: dict[str, list[dict]], prior: str = "elu", measure: Callable = float) -> list[float]:
     """How much of the gap between `prior` and softmax Hedgehog closes, in percent, for each seed.
 
     measure: float for a share of nats, exp for a share of perplexities."""
@@ -129,9 +125,7 @@ def by_attention(name: str) -> dict[str, list[dict]]:
 
 def conditions(results: list[dict]) -> str:
     """Machine, threads and commit of the runs."""
-    machines = [
-        m.replace(" 1 threads", " 1 thread") for m in sorted({r["machine"] for r in results})
-    ]
+    machines = [m.replace(" 1 threads", " 1 thread") for m in sorted({r["machine"] for r in results})]
     commits = sorted({r["commit"] for r in results})
     return f"{' and '.join(machines)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
@@ -182,16 +176,12 @@ def glance() -> str:
     rouge = {r["arm"]: r["final"]["rouge1"] for r in read("convert-smollm2-dialogue")["runs"]}
     digits = finetuned_tables.recovered(read("vit-digits"), "hedgehog")
     of_bench = {
-        (r["part"], r["T"], r["contender"]): r["ratio"]
-        for r in read("bench-cpu")["rows"]
-        if "ratio" in r
+        (r["part"], r["T"], r["contender"]): r["ratio"] for r in read("bench-cpu")["rows"] if "ratio" in r
     }
     closed = shares(by_attention("compare-stdlib-paper"))
     paper = {name: log(value) for name, value in PAPER_PPL.items()}
     paper_nats = (paper["elu"] - paper["hedgehog"]) / (paper["elu"] - paper["softmax"])
-    paper_ppl = (PAPER_PPL["elu"] - PAPER_PPL["hedgehog"]) / (
-        PAPER_PPL["elu"] - PAPER_PPL["softmax"]
-    )
+    paper_ppl = (PAPER_PPL["elu"] - PAPER_PPL["hedgehog"]) / (PAPER_PPL["elu"] - PAPER_PPL["softmax"])
     rows = [
         [
             "Table 1, WikiText-103 from scratch, 125M parameters: perplexity",
@@ -215,23 +205,19 @@ def glance() -> str:
         [
             "Table 2, GLUE: share of the teacher's score that Hedgehog recovers, mean of tasks",
             "99.3% (BERT, 8 tasks)",
-            f"{recovered('glue')} with 64 features a head, {recovered('wide')} with 256 "
-            "(MiniLM, 4 tasks)",
+            f"{recovered('glue')} with 64 features a head, {recovered('wide')} with 256 (MiniLM, 4 tasks)",
             "`python -m experiments.glue cola`",
         ],
         [
-            "Table 3, a pretrained language model: "
-            "perplexity over that of the equally finetuned teacher",
+            "Table 3, a pretrained language model: perplexity over that of the equally finetuned teacher",
             "1.06 (GPT-2; second-hand)",
-            f"{ratio('convert-stdlib')} (small GPT), "
-            f"{ratio('convert-smollm2-long')} (SmolLM2-135M)",
+            f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-long')} (SmolLM2-135M)",
             "`python -m experiments.gpt2 out/stdlib-softmax`",
         ],
         [
             "summaries with LoRA: ROUGE-1 of Hedgehog and of softmax",
             "47.4 and 51.1 (Llama-2, SAMSum; second-hand)",
-            f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} "
-            "(SmolLM2-135M, DialogSum)",
+            f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M, DialogSum)",
             "`python -m experiments.llama HuggingFaceTB/SmolLM2-135M --task dialogue`",
         ],
         [
@@ -272,12 +258,8 @@ def gaps() -> str:
     for name, groups in measured.items():
         found = shares(groups)
         in_ppl = shares(groups, measure=exp)
-        rows.append(
-            [name, f"{mean_sd(found, '.1f')}%", f"{mean_sd(in_ppl, '.1f')}%", str(len(found))]
-        )
-    return markdown(
-        ["share of the gap that Hedgehog closes", "in nats", "in perplexity", "seeds"], rows
-    )
+        rows.append([name, f"{mean_sd(found, '.1f')}%", f"{mean_sd(in_ppl, '.1f')}%", str(len(found))])
+    return markdown(["share of the gap that Hedgehog closes", "in nats", "in perplexity", "seeds"], rows)
 
 
 def ablated(runs: list[dict]) -> str:
@@ -328,9 +310,7 @@ def tasks(kind: str) -> str:
     found = tasks_of(kind)
     commands = [f"- `{f['command']}`, {f['minutes']:.0f} minutes" for f in found]
     where = conditions([r for f in found for r in f["runs"]])
-    return "\n".join(
-        [finetuned_tables.tasks_table(found), "", f"The commands; {where}:", "", *commands]
-    )
+    return "\n".join([finetuned_tables.tasks_table(found), "", f"The commands; {where}:", "", *commands])
 
 
 # ---------------------------------------------------------------- results/speed.md
@@ -352,9 +332,7 @@ def speed() -> str:
         return f"{T:,}" if heads == bench["config"]["n_head"] else f"{T:,} ({heads} heads)"
 
     def faster_from(name: str) -> str:
-        forward, training = (
-            bench["crossover"][f"{part} {name}"] for part in ("forward", "training")
-        )
+        forward, training = (bench["crossover"][f"{part} {name}"] for part in ("forward", "training"))
         if forward == training:
             return f"from {forward:,} tokens on in both tables"
         return f"from {forward:,} tokens on (forward) and {training:,} (forward and backward)"
@@ -370,10 +348,7 @@ def speed() -> str:
         text.append(f"Times softmax, {what}:\n\n" + markdown(["tokens", *heads], rows))
 
     names = ["softmax", "cpp", "torch"]
-    rows = [
-        [tokens("memory", T), *cells("memory", T, "median", ",.0f", names)]
-        for T in (2048, 8192, 32768)
-    ]
+    rows = [[tokens("memory", T), *cells("memory", T, "median", ",.0f", names)] for T in (2048, 8192, 32768)]
     text.append(
         "Additional memory of forward and backward, in MiB:\n\n"
         + markdown(["tokens", "softmax", "Hedgehog, C++", "Hedgehog, PyTorch"], rows)
@@ -402,17 +377,13 @@ def speed() -> str:
     )
 
     rows = []
-    for part, T in sorted(
-        {(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}
-    ):
+    for part, T in sorted({(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}):
         if part == "model":
             what = f"forward and backward at {T:,} tokens"
         else:
             what = f"generation, batch {part.removeprefix('generate')}, after {T:,} tokens"
         rows.append([what, *cells(part, T, "tokens_per_s", ",.0f", ["softmax", "hedgehog"])])
-    text.append(
-        "A whole GPT, in tokens a second:\n\n" + markdown(["", "softmax", "Hedgehog"], rows)
-    )
+    text.append("A whole GPT, in tokens a second:\n\n" + markdown(["", "softmax", "Hedgehog"], rows))
 
     fast = bench["speed"]
     peak = max(value for name, value in fast.items() if name.endswith("gflops"))
@@ -445,11 +416,7 @@ def taylor() -> str:
     rows = [
         [
             f"{T:,}",
-            *(
-                f"{found[part, T]:.2f}"
-                for part in ("forward", "training")
-                for found in (before, after)
-            ),
+            *(f"{found[part, T]:.2f}" for part in ("forward", "training") for found in (before, after)),
         ]
         for T in (128, 256, 512, 1024)
     ]
@@ -506,9 +473,7 @@ def draw() -> None:
     """The figures that need nothing but the results."""
     title = "On Python's standard library, Hedgehog learns nearly as well as softmax"
     command = "python train.py --attention NAME --seed 1, 2, 3"
-    figures.curves(
-        FIGURES / "curves.png", first_runs(), title, "validation loss (nats per byte)", command
-    )
+    figures.curves(FIGURES / "curves.png", first_runs(), title, "validation loss (nats per byte)", command)
     from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib"))
     facts = read("recall")
     figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])

@@ -1,6 +1,12 @@
 """Configurations that earlier versions wrote, in the fields of today: checkpoints, logs and results keep being read."""
 
-LEARNED = ("t2r", "hedgehog", "hedgehog_exp", "hedgehog_window", "softmax_window")  # maps that took options then
+LEARNED = (
+    "t2r",
+    "hedgehog",
+    "hedgehog_exp",
+    "hedgehog_window",
+    "softmax_window",
+)  # maps that took options then
 OPTIONS = {"map_init": ("init", "identity"), "map_scale": ("scale", 1.0), "map_features": ("n_features", 0)}
 
 

@@ -77,9 +77,7 @@ def check_command(line: str, monkeypatch) -> str:
     name, argv = split_command(line)
     if not name or "--help" in argv:
         return name
-    if "." in name and not name.startswith(
-        "experiments."
-    ):  # results/render.py, docs/pictures.py ...
+    if "." in name and not name.startswith("experiments."):  # results/render.py, docs/pictures.py ...
         assert importlib.util.find_spec(name), f"there is no module {name}: {line}"
         assert not argv, f"{name} takes no flags: {line}"
         return name

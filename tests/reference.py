@@ -20,7 +20,9 @@ def weights(scores, T: int, causal: bool, mask) -> list[list]:
 
 def attend(A: list[list], v: Tensor) -> Tensor:
     """y_i = sum_j A_ij v_j for one head: v (T, D)."""
-    return torch.stack([sum((A[i][j] * v[j] for j in range(len(v))), torch.zeros_like(v[0])) for i in range(len(v))])
+    return torch.stack(
+        [sum((A[i][j] * v[j] for j in range(len(v))), torch.zeros_like(v[0])) for i in range(len(v))]
+    )
 
 
 def over_heads(one_head, *tensors: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -28,7 +30,10 @@ def over_heads(one_head, *tensors: Tensor, key_mask: Tensor | None = None) -> Te
     B, H, T = tensors[0].shape[:3]
     mask = torch.ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
     return torch.stack(
-        [torch.stack([one_head(*(t[b, h] for t in tensors), mask[b].tolist()) for h in range(H)]) for b in range(B)]
+        [
+            torch.stack([one_head(*(t[b, h] for t in tensors), mask[b].tolist()) for h in range(H)])
+            for b in range(B)
+        ]
     )
 
 

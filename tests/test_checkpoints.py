@@ -19,9 +19,7 @@ from support.log import Log
 
 def small(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return GPT(
-        GPTConfig(**{**dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), **kwargs})
-    )
+    return GPT(GPTConfig(**{**dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), **kwargs}))
 
 
 def trained(seed=0):
@@ -51,9 +49,7 @@ def test_a_checkpoint_returns_weights_optimiser_and_meta_bitwise(tmp_path):
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, other_optimizer.state[q][key]), key
     assert other.lm_head.weight is other.transformer.wte.weight
-    assert (
-        sum(t.numel() for n, t in tensors.items() if n.startswith("model.")) == model.num_params()
-    )
+    assert sum(t.numel() for n, t in tensors.items() if n.startswith("model.")) == model.num_params()
 
 
 def test_a_compiled_model_has_the_same_names():
@@ -67,9 +63,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
     path, bad = tmp_path / "c.safetensors", tmp_path / "bad.safetensors"
     save_checkpoint(path, *trained(), step=100, config={}, best=1.0)
     whole = path.read_bytes()
-    places = random.Random(0).sample(range(len(whole)), 300) + list(
-        range(0, 1200, 7)
-    )  # the header's too
+    places = random.Random(0).sample(range(len(whole)), 300) + list(range(0, 1200, 7))  # the header's too
     for place in places:
         broken = bytearray(whole)
         broken[place] ^= 1 << (place % 8)

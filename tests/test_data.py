@@ -20,9 +20,7 @@ def quiet(*_):
 def write_files(folder, **texts):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
-        (folder / f"{name}.txt").write_bytes(
-            content.encode() if isinstance(content, str) else content
-        )
+        (folder / f"{name}.txt").write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
 
 
@@ -42,15 +40,10 @@ def test_the_standard_library_is_split_by_file_without_overlap():
 
 
 def test_a_folder_is_split_by_name_and_a_text_that_occurs_twice_is_used_once(tmp_path):
-    folder = write_files(
-        tmp_path / "many", **{f"f{i}": f"text {i} " * 5 for i in range(100)}, empty=" \n"
-    )
+    folder = write_files(tmp_path / "many", **{f"f{i}": f"text {i} " * 5 for i in range(100)}, empty=" \n")
     write_files(folder / "copy", **{f"g{i}": f"text {i} " * 5 for i in range(100)})
     first = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt")), folder).items()}
-    again = {
-        k: list(v)
-        for k, v in split_files(sorted(folder.rglob("*.txt"), reverse=True), folder).items()
-    }
+    again = {k: list(v) for k, v in split_files(sorted(folder.rglob("*.txt"), reverse=True), folder).items()}
     assert first == again
     assert (
         len(first["train"]) + len(first["validation"])
@@ -156,9 +149,7 @@ def test_missing_data_is_one_clear_line(name, folder, complaint, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["wikitext2", "wikitext103", "shakespeare"])
 def test_without_a_network_the_hub_error_says_which_files_go_where(name):
-    with pytest.raises(
-        UserError, match=r"cannot get .* from the Hugging Face hub .*--data_dir FOLDER"
-    ):
+    with pytest.raises(UserError, match=r"cannot get .* from the Hugging Face hub .*--data_dir FOLDER"):
         prepare(name, tokenizer="bytes", say=quiet)
 
 
@@ -203,14 +194,10 @@ def test_blocks_of_text_have_the_tokens_of_the_whole_text(monkeypatch):
     """With the pattern of GPT-2's tokenizer itself, here as a plain regular expression."""
     regex = pytest.importorskip("regex", reason="comes with tiktoken")
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    text = "".join(
-        f" = Title {i} = \n \n It's  {i}.5 \t km ;\n\n  they'll  go \n" for i in range(200)
-    )
+    text = "".join(f" = Title {i} = \n \n It's  {i}.5 \t km ;\n\n  they'll  go \n" for i in range(200))
     whole = regex.findall(pattern, text)
     for size in (5, 64, 1000):
-        assert [
-            t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)
-        ] == whole
+        assert [t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)] == whole
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
@@ -255,9 +242,7 @@ def run_file(name, *flags):
 def test_the_file_of_a_data_set_is_a_command_that_prepares_it(tmp_path):
     write_files(tmp_path, a="one " * 50, b="two " * 50)
     code, stdout, stderr = run_file("text", tmp_path)
-    assert code == 0 and stdout == "prepared text: 200 train tokens, 200 validation tokens\n", (
-        stderr
-    )
+    assert code == 0 and stdout == "prepared text: 200 train tokens, 200 validation tokens\n", stderr
     assert len(prepare("text", str(tmp_path), say=pytest.fail).splits["train"]) == 200
     code, _, stderr = run_file("stdlib", "--tokenzier", "bytes")
     assert code == 2 and stderr.count("\n") == 1 and "did you mean --tokenizer" in stderr
@@ -278,9 +263,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     x, y = batch_of(ids, 5, 8, 20, seed=3)
     assert x.shape == y.shape == (8, 20) and (y == x + 1).all()
     assert (batch_of(ids, 5, 8, 20, seed=3)[0] == x).all()
-    assert (batch_of(ids, 6, 8, 20, seed=3)[0] != x).any() and (
-        batch_of(ids, 5, 8, 20, seed=4)[0] != x
-    ).any()
+    assert (batch_of(ids, 6, 8, 20, seed=3)[0] != x).any() and (batch_of(ids, 5, 8, 20, seed=4)[0] != x).any()
     x, y = batch_of(np.arange(21), 0, 3, 20, seed=0)  # just one window fits
     assert (x[:, 0] == 0).all() and (y[:, -1] == 20).all()
     ends = {batch_of(np.arange(22), s, 1, 20, seed=0)[1][0, -1].item() for s in range(40)}

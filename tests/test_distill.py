@@ -211,7 +211,10 @@ def test_distillation_trains_the_maps_of_all_layers_and_nothing_else(tmp_path):
     torch.testing.assert_close(found["kl"], found["cross_entropy"] - found["entropy"])
     assert (found["kl"] < start["kl"]).all() and torch.equal(found["entropy"], start["entropy"])
     assert type(sockets(pupil)[0].attend) is LinearAttention
-    assert not pupil.transformer.wte.weight.requires_grad and pupil.lm_head.weight is pupil.transformer.wte.weight
+    assert (
+        not pupil.transformer.wte.weight.requires_grad
+        and pupil.lm_head.weight is pupil.transformer.wte.weight
+    )
     assert all(p.requires_grad for n, p in pupil.named_parameters() if "wte" not in n)
     tensors, _ = load_checkpoint(tmp_path / "best.safetensors")
     assert {n.split(".")[-1] for n in tensors if n.startswith("model.")} == {"weight", "bias"}
@@ -248,12 +251,26 @@ def test_the_command_writes_a_linear_checkpoint_that_other_commands_take(teacher
     assert len(facts["kl"]) == 1 and len(facts["kl"][0]) == 2 and facts["commit"]
     assert (tmp_path / "pupil" / "kl.png").stat().st_size > 5000
     assert command("sample", tmp_path / "pupil", "--max_new_tokens", 5, "--device", "cpu")[0] == 0
-    resumed = command("distill", teacher, *flags, "--out_dir", tmp_path / "pupil", "--resume", "--max_steps", 6)
+    resumed = command(
+        "distill", teacher, *flags, "--out_dir", tmp_path / "pupil", "--resume", "--max_steps", 6
+    )
     assert resumed[0] == 0 and "resuming" in resumed[1] + resumed[2]
 
 
 def test_distillation_stops_when_patience_is_over(train, tmp_path):
-    flags = [*TINY, "--out_dir", tmp_path, "--lr", 1e-30, "--eval_interval", 1, "--max_steps", 40, "--patience", 3]
+    flags = [
+        *TINY,
+        "--out_dir",
+        tmp_path,
+        "--lr",
+        1e-30,
+        "--eval_interval",
+        1,
+        "--max_steps",
+        40,
+        "--patience",
+        3,
+    ]
     code, _, stderr = train(*flags)
     assert code == 0, stderr
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["step"] <= 5  # the first is the best, or nearly

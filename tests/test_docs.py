@@ -109,10 +109,7 @@ def test_table_1_has_an_anchor_with_its_hours_and_memory():
     )
     one, four, gigabytes = row
     text = " ".join(section.split())
-    assert (
-        f"{one} hours and {gigabytes} GB for each of the four attentions, {four} hours for all"
-        in text
-    )
+    assert f"{one} hours and {gigabytes} GB for each of the four attentions, {four} hours for all" in text
 
 
 def test_the_pictures_are_drawn(tmp_path, monkeypatch):
@@ -152,14 +149,10 @@ def test_links_of_the_guide_lead_somewhere():
     assert not broken_links(CONTRIBUTING, ROOT)
 
 
-def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(
-    tmp_path, monkeypatch
-):
+def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(tmp_path, monkeypatch):
     """In a copy of the repository with the ten lines in feature_maps.py, with tiny models."""
     tree = tmp_path / "tree"
-    left_out = shutil.ignore_patterns(
-        "out", "prepared", ".*", "__pycache__", "*.json", "*.png", "tests"
-    )
+    left_out = shutil.ignore_patterns("out", "prepared", ".*", "__pycache__", "*.json", "*.png", "tests")
     shutil.copytree(ROOT, tree, ignore=left_out)
     (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
     with open(tree / "feature_maps.py", "a") as f:

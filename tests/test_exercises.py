@@ -19,9 +19,7 @@ from feature_maps import FEATURE_MAPS
 
 STUDENT, FOLDER = conftest.student, ROOT / "exercises"
 STUBS = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
-ours = pytest.mark.skipif(
-    STUDENT is not None, reason="with --attention, that file alone is checked"
-)
+ours = pytest.mark.skipif(STUDENT is not None, reason="with --attention, that file alone is checked")
 # tasks 1 to 3: a function, and theorems of tests/test_attention.py, each at one size
 BY_OUR_TESTS = {
     "01_recurrent.py": (
@@ -65,22 +63,14 @@ def load(path) -> types.ModuleType:
 def theorems(module) -> list[str]:
     """The theorems of exercises/check.py about functions that the module has."""
     return [
-        name
-        for name, (needs, _) in check.THEOREMS.items()
-        if all(hasattr(module, need) for need in needs)
+        name for name, (needs, _) in check.THEOREMS.items() if all(hasattr(module, need) for need in needs)
     ]
 
 
 def cases() -> list:
     """(module, theorem): the student's file, or else every solution."""
-    modules = (
-        {"": STUDENT}
-        if STUDENT
-        else {f"{stub}-": load(FOLDER / "solutions" / stub) for stub in STUBS}
-    )
-    return [
-        pytest.param(m, name, id=stub + name) for stub, m in modules.items() for name in theorems(m)
-    ]
+    modules = {"": STUDENT} if STUDENT else {f"{stub}-": load(FOLDER / "solutions" / stub) for stub in STUBS}
+    return [pytest.param(m, name, id=stub + name) for stub, m in modules.items() for name in theorems(m)]
 
 
 @pytest.mark.parametrize("module, theorem", cases())
@@ -99,9 +89,7 @@ def test_the_students_file_has_something_to_check():
 @pytest.mark.parametrize("stub", STUBS)
 def test_every_theorem_says_that_the_stub_is_not_implemented(stub):
     module, solution = load(FOLDER / stub), load(FOLDER / "solutions" / stub)
-    assert theorems(module) == theorems(solution) and bool(theorems(module)) == (
-        stub not in BY_OUR_TESTS
-    )
+    assert theorems(module) == theorems(solution) and bool(theorems(module)) == (stub not in BY_OUR_TESTS)
     for theorem in theorems(module):
         with pytest.raises(NotImplementedError, match=f"^task {int(stub[:2])}: "):
             check.THEOREMS[theorem][1](module)
@@ -109,9 +97,7 @@ def test_every_theorem_says_that_the_stub_is_not_implemented(stub):
 
 @ours
 @pytest.mark.parametrize("stub", BY_OUR_TESTS)
-def test_tasks_1_to_3_solutions_obey_our_own_theorems_and_stubs_are_not_implemented(
-    stub, monkeypatch
-):
+def test_tasks_1_to_3_solutions_obey_our_own_theorems_and_stubs_are_not_implemented(stub, monkeypatch):
     name, *checks = BY_OUR_TESTS[stub]
     for path in (FOLDER / "solutions" / stub, FOLDER / stub):
         form = getattr(load(path), name)
@@ -138,9 +124,7 @@ def test_the_option_puts_the_files_functions_into_our_tests_and_says_so():
         which,
     )
     out = run.communicate()[0]
-    assert out.startswith(
-        "--attention exercises/01_recurrent.py: linear_attention_recurrent replaced\n"
-    )
+    assert out.startswith("--attention exercises/01_recurrent.py: linear_attention_recurrent replaced\n")
     assert "NotImplementedError: task 1: " in out and "1 failed, 3 passed" in out
 
 
@@ -200,9 +184,7 @@ def test_no_task_has_the_file_with_its_answer_read_first():
         first, after = tasks[number - 1].split("**Read after:**")
         assert f"The answer is in {file}" in " ".join(first.split()), number
         assert f"](../{file})" not in first and f"](../{file})" in after, number
-        assert (
-            f"The answer is in {file}: keep it closed." in (FOLDER / STUBS[number - 1]).read_text()
-        )
+        assert f"The answer is in {file}: keep it closed." in (FOLDER / STUBS[number - 1]).read_text()
 
 
 @ours

@@ -173,7 +173,10 @@ def test_untied_maps_differ_by_role_and_fixed_maps_cannot_be_untied():
     "features, message",
     [
         (lambda self, x, offset: x.square().sum(-1), r"has shape \(1, 2, 5\), and must have \(1, 2, 5, 4\)"),
-        (lambda self, x, offset: torch.cat([x, -x], -1).exp(), r"\(1, 2, 5, 8\), and must have \(1, 2, 5, 4\)"),
+        (
+            lambda self, x, offset: torch.cat([x, -x], -1).exp(),
+            r"\(1, 2, 5, 8\), and must have \(1, 2, 5, 4\)",
+        ),
         (lambda self, x, offset: x.tanh(), "must not be negative or NaN"),
         (lambda self, x, offset: x.log(), "must not be negative or NaN"),
     ],

@@ -80,11 +80,7 @@ def test_every_epoch_has_every_example_once_and_batches_have_like_with_like():
     assert (
         all(len(set(s)) == len(s) == 200 for s in seen) and len({tuple(s) for s in seen}) > 1
     )  # 3 others left over
-    assert (
-        batch(30)
-        == batches_of(list(enumerate(rows)), lambda row: row[1], 8, seed=1)(30)
-        != batch(5)
-    )
+    assert batch(30) == batches_of(list(enumerate(rows)), lambda row: row[1], 8, seed=1)(30) != batch(5)
     waste = sum(max(n for _, n in b) * 8 - sum(n for _, n in b) for epoch in epochs for b in epoch)
     assert waste < 0.1 * 3 * sum(rows)  # in random batches it is near all of it
 
@@ -163,28 +159,19 @@ def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(conver
         assert runs[arm]["weights"]["kl"] == pytest.approx(
             runs[arm]["kl"], rel=0.05
         )  # measured twice, by other code
-    assert (
-        runs["hedgehog"]["map_parameters"]
-        == 2 * 4 * (8 * 8 + 8)
-        == 4 * runs["shared"]["map_parameters"]
-    )
+    assert runs["hedgehog"]["map_parameters"] == 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
     finetuned = [arm for arm in ARMS if ARMS[arm].finetuned]
     last = [
-        tmp_path / "out" / "seed1" / "lr0.002" / arm / "finetune" / "last.safetensors"
-        for arm in finetuned
+        tmp_path / "out" / "seed1" / "lr0.002" / arm / "finetune" / "last.safetensors" for arm in finetuned
     ]
-    assert {load_checkpoint(path)[1]["step"] for path in last} == {
-        13
-    }  # 108 // 8, for all of them alike
+    assert {load_checkpoint(path)[1]["step"] for path in last} == {13}  # 108 // 8, for all of them alike
     fair = runs["teacher_finetuned"]["final"]["score"]
     for arm, run in runs.items():
         assert finetuned_tables.recovered(facts, arm) == pytest.approx(
             [100 * run["final"]["score"] / fair] if fair else []
         )
         if arm != "teacher_finetuned":
-            assert facts["differences"][arm][0] == pytest.approx(
-                run["final"]["score"] - fair, abs=2e-3
-            )
+            assert facts["differences"][arm][0] == pytest.approx(run["final"]["score"] - fair, abs=2e-3)
         assert ARMS[arm].label in stdout
     assert (tmp_path / "out" / "recover.png").exists()
 
@@ -199,9 +186,7 @@ def test_learned_maps_can_have_more_features_than_a_head_has_dimensions(convert,
     assert runs["hedgehog"]["weights"]["kl"] == pytest.approx(
         runs["hedgehog"]["kl"], rel=0.05
     )  # built a second time
-    model = load_linearized(
-        tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors"
-    )
+    model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
     assert {socket.attend.phi.feature_dim for socket in sockets(model)} == {48}
     code, _, stderr = convert("cola", "--arms", "hedgehog", "--map_features", 16)
     assert code == 2 and "map_features 24 -> 16" in stderr
@@ -229,9 +214,7 @@ def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
         r["final"]["sets"] for r in two[:2]
     ]  # in one go, or stage by stage
     assert [r["config"]["seed"] for r in two] == [1, 1, 2, 2]
-    assert (
-        convert("cola", "--arms", "elu")[0] == 0
-    )  # one seed: the others of that seed were finished before
+    assert convert("cola", "--arms", "elu")[0] == 0  # one seed: the others of that seed were finished before
     runs = runs_in(tmp_path / "out")
     assert [(r["arm"], r["config"]["seed"]) for r in runs] == [
         ("elu", 1),
@@ -246,15 +229,11 @@ def test_the_same_command_goes_on_and_keeps_what_it_finished(convert, tmp_path):
         (["--pooling", "mean"], "pooling model -> mean"),
         (["--dev_share", 0.3], "dev_share 0.1 -> 0.3"),
     ):
-        code, _, stderr = convert(
-            "cola", "--arms", "teacher", *flags
-        )  # refused by the teacher itself
+        code, _, stderr = convert("cola", "--arms", "teacher", *flags)  # refused by the teacher itself
         assert code == 2 and message in stderr
 
 
-def test_learning_rates_are_chosen_by_examples_of_the_training_set_with_the_first_seed(
-    convert, tmp_path
-):
+def test_learning_rates_are_chosen_by_examples_of_the_training_set_with_the_first_seed(convert, tmp_path):
     code, _, stderr = convert("cola", "--arms", "hedgehog", "--lrs", "1e-6", "1e-2", "--seeds", 2)
     assert code == 0, stderr
     runs = runs_in(tmp_path / "out")
@@ -270,9 +249,7 @@ def test_a_converted_model_is_what_its_files_give_back(convert, encoder, files, 
     code, _, stderr = convert("cola", "--arms", "hedgehog", "--pooling", pooling)
     assert code == 0, stderr
     (result,) = runs_in(tmp_path / "out")
-    model = load_linearized(
-        tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors"
-    )
+    model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
     examples = examples_of(config_of(encoder, files))
     outputs, labels = outputs_of(
         Classifier(model), examples.tests["validation"], examples, torch.device("cpu")
@@ -321,9 +298,7 @@ def test_a_finetuned_model_may_have_its_labels_in_another_order(tmp_path, files)
     model = save_encoder(tmp_path / "others", *kind, num_labels=3, id2label=others)
     with pytest.raises(UserError, match="tells yes, no, maybe apart, and mnli entailment"):
         examples_of(replace(config, model=str(model)))
-    model = save_encoder(
-        tmp_path / "none", *kind, num_labels=3
-    )  # LABEL_0 ...: as the task has them
+    model = save_encoder(tmp_path / "none", *kind, num_labels=3)  # LABEL_0 ...: as the task has them
     examples = examples_of(replace(config, model=str(model)))
     assert [label for *_, label in examples.train[:3]] == [0, 1, 2]
 
@@ -332,9 +307,7 @@ def test_performers_weights_are_those_of_the_arm(encoder, files):
     config = config_of(encoder, files)
     examples = examples_of(config)
     subject = subject_of(config, examples, models_of(config, taught=False), str(encoder))
-    once, again, other = (
-        weights_of("performer", replace(config, seed=seed), subject) for seed in (1, 1, 2)
-    )
+    once, again, other = (weights_of("performer", replace(config, seed=seed), subject) for seed in (1, 1, 2))
     assert once == again and once["kl"] != other["kl"]
 
 
@@ -388,8 +361,7 @@ def test_recovered_is_the_share_of_the_equally_finetuned_teacher_with_the_same_s
         ("hedgehog", 3): 7,
     }
     runs = [
-        {"arm": arm, "config": {"seed": seed}, "final": {"score": x}}
-        for (arm, seed), x in scores.items()
+        {"arm": arm, "config": {"seed": seed}, "final": {"score": x}} for (arm, seed), x in scores.items()
     ]
     assert finetuned_tables.recovered({"runs": runs}, "hedgehog") == [50, 100]
     assert finetuned_tables.recovered({"runs": runs}, "teacher") == pytest.approx([800 / 9])
@@ -412,9 +384,7 @@ def test_the_table_has_every_metric_of_every_set():
         "paper": {},
     }
     head, _, row = finetuned_tables.table(facts).splitlines()
-    assert head.startswith(
-        "| arm | accuracy, mean ± sd (seeds) | mismatched accuracy | recovered, % |"
-    )
+    assert head.startswith("| arm | accuracy, mean ± sd (seeds) | mismatched accuracy | recovered, % |")
     assert row.startswith("| teacher, finetuned | 80.0 (1) | 70.2 | 100.0 |")
     assert head.count("|") == row.count("|")
 
@@ -466,12 +436,9 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monke
         run("hedgehog", 2, 0.8),
     ]
     runs.append({**runs[0], "arm": "t2r"})
-    found = finetuned_tables.differences(
-        runs, lambda y, x: {"accuracy": 100 * float((x == y).mean())}
-    )
+    found = finetuned_tables.differences(runs, lambda y, x: {"accuracy": 100 * float((x == y).mean())})
     right = {
-        (r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels
-        for r in runs
+        (r["arm"], r["config"]["seed"]): r["final"]["sets"]["validation"]["found"] == labels for r in runs
     }
     d = 50 * sum(right["hedgehog", s].astype(float) - right["teacher_finetuned", s] for s in (1, 2))
     assert found["hedgehog"][0] == pytest.approx(d.mean(), abs=1e-3)
@@ -526,9 +493,7 @@ def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
     shutil.rmtree(tmp_path / "images" / "validation" / "dog")
     code, _, stderr = command("experiments.vit", tmp_path / "vit", *flags)
     assert code == 2 and "has images of one class" in stderr
-    config = transformers.ResNetConfig(
-        embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_labels=2
-    )
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_labels=2)
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
     code, _, stderr = command("experiments.vit", tmp_path / "resnet", *flags)
     assert code == 2 and "resnet has no attention of a known kind" in stderr

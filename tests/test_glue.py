@@ -56,9 +56,7 @@ def test_original_files_are_read_with_and_without_header_quotes_byte_order_marks
     wanted = [Row(PAIR[: len(task.columns) - 1], value) for _, value in LABELS[name]]
     for where in (tmp_path, folder):
         found = load(name, str(where))
-        assert (
-            list(found) == ["train", "validation", "validation_mismatched"][: len(files_of(name))]
-        )
+        assert list(found) == ["train", "validation", "validation_mismatched"][: len(files_of(name))]
         assert all(rows == wanted for rows in found.values())
 
 
@@ -163,17 +161,13 @@ def correlation(x: list[float], y: list[float]) -> float:
 def test_metrics_are_their_formulas():
     rng = np.random.default_rng(0)
     labels, found = rng.integers(0, 2, 40), rng.integers(0, 2, 40)
-    tp, tn, fp, fn = (
-        sum((labels == a) & (found == b)) for a, b in ((1, 1), (0, 0), (0, 1), (1, 0))
-    )
+    tp, tn, fp, fn = (sum((labels == a) & (found == b)) for a, b in ((1, 1), (0, 0), (0, 1), (1, 0)))
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     f1, right = 2 * tp / (2 * tp + fp + fn), (tp + tn) / 40
     assert scores(TASKS["cola"], labels, found) == pytest.approx(
         {"matthews": 100 * matthews, "accuracy": 100 * right}
     )
-    assert scores(TASKS["mrpc"], labels, found) == pytest.approx(
-        {"f1": 100 * f1, "accuracy": 100 * right}
-    )
+    assert scores(TASKS["mrpc"], labels, found) == pytest.approx({"f1": 100 * f1, "accuracy": 100 * right})
     x, y = rng.random(30).round(1), rng.random(30)
     wanted = {
         "pearson": 100 * correlation(list(x), list(y)),

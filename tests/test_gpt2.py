@@ -42,9 +42,7 @@ SIZES = {
 def hugging_face(**options):
     """A random GPT-2 of transformers, without a weight, bias or gain near the usual start."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        bos_token_id=None, eos_token_id=None, initializer_range=0.2, **options
-    )
+    config = transformers.GPT2Config(bos_token_id=None, eos_token_id=None, initializer_range=0.2, **options)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -60,9 +58,7 @@ def logits(model, idx):
 def assert_one_function(one, other, atol=1e-4):
     """Equal logits at all positions, for random ids. The logits differ by more than atol."""
     config = next(m.config for m in (one, other) if isinstance(m, GPT))
-    idx = torch.randint(
-        config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(1)
-    )
+    idx = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(1))
     want = logits(one, idx)
     assert want.std() > 0.5
     torch.testing.assert_close(logits(other, idx), want, atol=atol, rtol=0)
@@ -153,17 +149,12 @@ def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
     gpt2_folder.check_tokenizer(ours, tokenizer)
     prompt = torch.tensor(tokenizer.encode_many(["The hedgehog sleeps in winter."]))
     mask = torch.ones_like(prompt)
-    want = theirs.generate(
-        prompt, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0
-    )
+    want = theirs.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
     texts = [
-        tokenizer.decode_bytes(ids[0].tolist())
-        for ids in (ours.generate(prompt, 20, temperature=0), want)
+        tokenizer.decode_bytes(ids[0].tolist()) for ids in (ours.generate(prompt, 20, temperature=0), want)
     ]
     assert (
-        texts[0] == texts[1]
-        and texts[0].startswith(b"The hedgehog sleeps in winter.")
-        and len(texts[0]) > 40
+        texts[0] == texts[1] and texts[0].startswith(b"The hedgehog sleeps in winter.") and len(texts[0]) > 40
     )
 
 
@@ -208,9 +199,7 @@ def with_the_head_only(tensors):
     tensors["lm_head.weight"] = tensors.pop(gpt2_folder.WTE)
 
 
-@pytest.mark.parametrize(
-    "layout", [without_prefix, with_masks, with_the_head_too, with_the_head_only]
-)
+@pytest.mark.parametrize("layout", [without_prefix, with_masks, with_the_head_too, with_the_head_only])
 def test_old_and_new_names_are_the_same_weights(layout, original, folder):
     edit_tensors(folder, layout)
     assert_one_function(original, convert_gpt2.from_pretrained(folder))
@@ -247,9 +236,7 @@ def test_shards_are_the_whole_and_the_whole_goes_first(original, tmp_path):
     assert_one_function(original, convert_gpt2.from_pretrained(tmp_path))
 
 
-def test_a_name_is_a_model_of_the_hub_of_which_only_safetensors_are_taken(
-    original, saved, monkeypatch
-):
+def test_a_name_is_a_model_of_the_hub_of_which_only_safetensors_are_taken(original, saved, monkeypatch):
     import huggingface_hub
 
     asked = []
@@ -317,9 +304,7 @@ def test_an_option_that_our_gpt_cannot_do_is_named_with_its_value(option, value,
     assert f"{option} is {value!r}; our GPT can only" in message and "config.json" in message
 
 
-def test_refused_options_change_transformers_logits_and_accepted_ones_do_not(
-    original, saved, tmp_path
-):
+def test_refused_options_change_transformers_logits_and_accepted_ones_do_not(original, saved, tmp_path):
     idx = torch.randint(97, (2, 48))
     for i, (options, change) in enumerate(
         [
@@ -349,12 +334,8 @@ def test_refused_options_change_transformers_logits_and_accepted_ones_do_not(
     ):
         folder = shutil.copytree(saved, tmp_path / str(i))
         edit_config(folder, **options)
-        other = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, attn_implementation="eager"
-        ).eval()
-        assert torch.allclose(logits(other, idx), logits(original, idx), atol=1e-4) != change, (
-            options
-        )
+        other = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
+        assert torch.allclose(logits(other, idx), logits(original, idx), atol=1e-4) != change, options
         if change:
             assert next(iter(options)) in refusal(folder)
         else:
@@ -394,10 +375,7 @@ def test_options_that_are_left_out_are_gpt2s(folder):
     }
     default = transformers.GPT2Config()
     assert all(getattr(default, name) == values[0] for name, values in gpt2_folder.NEEDED.items())
-    assert all(
-        getattr(default, name) == getattr(GPTConfig, ours)
-        for name, ours in gpt2_folder.SIZES.items()
-    )
+    assert all(getattr(default, name) == getattr(GPTConfig, ours) for name, ours in gpt2_folder.SIZES.items())
     (folder / "config.json").write_text("{}")
     assert "model_type is None" in refusal(folder)
 
@@ -428,10 +406,7 @@ def test_the_first_three_tensors_that_do_not_fit_are_named(folder):
     edit_tensors(folder, spoil)
     message = refusal(folder)
     assert "transformer.h.0.ln_1.bias is missing; transformer.score.weight is unknown; " in message
-    assert (
-        "transformer.h.1.mlp.c_fc.weight has shape (32, 128, 1), not (128, 32) (and 1 more)"
-        in message
-    )
+    assert "transformer.h.1.mlp.c_fc.weight has shape (32, 128, 1), not (128, 32) (and 1 more)" in message
 
 
 def test_a_vocabulary_or_length_that_the_weights_do_not_have_is_refused(folder):
@@ -444,9 +419,7 @@ def test_a_vocabulary_or_length_that_the_weights_do_not_have_is_refused(folder):
 
 
 def test_a_head_of_its_own_is_refused(folder):
-    edit_tensors(
-        folder, lambda tensors: tensors.update({"lm_head.weight": tensors[gpt2_folder.WTE] + 1e-3})
-    )
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[gpt2_folder.WTE] + 1e-3}))
     assert "lm_head.weight that differs" in refusal(folder)
     edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(98, 32)}))
     assert "lm_head.weight that differs" in refusal(folder)
@@ -492,24 +465,13 @@ def test_our_model_is_transformers_model_and_comes_back_bit_for_bit(tmp_path):
     model, path = ours(dropout=0.3), tmp_path / "new" / "mine"
     to_hf(model, path)
     theirs, report = transformers.GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
-    assert not any(report.values()), (
-        report
-    )  # no key missing, none unexpected, none of another shape
+    assert not any(report.values()), report  # no key missing, none unexpected, none of another shape
     assert_one_function(model, theirs.eval())
-    assert (
-        type(transformers.AutoModelForCausalLM.from_pretrained(path))
-        is transformers.GPT2LMHeadModel
-    )
-    assert (
-        theirs.config.architectures
-        == json.loads((path / "config.json").read_text())["architectures"]
-    )
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(path)) is transformers.GPT2LMHeadModel
+    assert theirs.config.architectures == json.loads((path / "config.json").read_text())["architectures"]
     with safe_open(path / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
-    assert (
-        theirs.config.resid_pdrop == theirs.config.embd_pdrop == 0.3
-        and theirs.config.attn_pdrop == 0
-    )
+    assert theirs.config.resid_pdrop == theirs.config.embd_pdrop == 0.3 and theirs.config.attn_pdrop == 0
     back = convert_gpt2.from_pretrained(path).state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -557,9 +519,7 @@ def test_a_model_that_was_changed_after_it_was_made_is_not_written(tmp_path):
     exchanged.transformer.h[1].attn.attend = ours(attention="elu").transformer.h[1].attn.attend
     with pytest.raises(UserError, match="another attention than its configuration says"):
         to_hf(exchanged, tmp_path / "x")
-    resized.lm_head.weight = resized.transformer.wte.weight = torch.nn.Parameter(
-        torch.zeros(104, 32)
-    )
+    resized.lm_head.weight = resized.transformer.wte.weight = torch.nn.Parameter(torch.zeros(104, 32))
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() + 1)
     for model, shape in ((resized, "(104, 32)"), (untied, "(97, 32)")):
         with pytest.raises(UserError, match="not of vocab_size 97") as e:

@@ -128,10 +128,7 @@ def test_each_query_head_has_its_map_and_reads_the_keys_of_its_group(decoder):
         q = q * (scaling * D**0.5)
         for h in range(H):
             group = h // (H // k.size(1))
-            alone = [
-                phi(x[:, [i]].expand(-1, H, -1, -1)).double()[:, [h]]
-                for x, i in ((q, h), (k, group))
-            ]
+            alone = [phi(x[:, [i]].expand(-1, H, -1, -1)).double()[:, [h]] for x, i in ((q, h), (k, group))]
             wanted = reference.linear_attention(*alone, v[:, [group]].double())
             close(y[0, :, h].double(), wanted[0, 0], 1e-5)
     assert len(seen) == 2
@@ -264,10 +261,7 @@ def test_generation_equals_the_full_forward_pass_at_every_step_and_keeps_a_state
         return_dict_in_generate=True,
     )
     sizes = [sum(t.numel() for t in layer.state["state"]) for layer in made.past_key_values.layers]
-    assert all(
-        isinstance(layer, StateLayer) and layer.keys is None
-        for layer in made.past_key_values.layers
-    )
+    assert all(isinstance(layer, StateLayer) and layer.keys is None for layer in made.past_key_values.layers)
     H, D = sockets(decoder)[0].attend.phi.n_head, sockets(decoder)[0].attend.phi.head_dim
     assert sizes == [2 * H * 2 * D * (D + 1)] * 2
     for _ in range(12):
@@ -285,12 +279,8 @@ def test_generation_equals_the_full_forward_pass_at_every_step_and_keeps_a_state
 def test_beam_search_carries_states_with_their_beams(decoder):
     linearize(decoder)
     ids = torch.randint(50, (2, 6))
-    options = dict(
-        max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None
-    )
-    assert torch.equal(
-        decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options)
-    )
+    options = dict(max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options))
 
 
 def test_a_state_cannot_be_cropped_or_continue_keys(llama):
@@ -311,9 +301,7 @@ def test_generation_with_a_cache_equals_generation_without_in_every_mode(decoder
     set_mode(decoder, mode)
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     ids = torch.randint(50, (2, 7))
-    assert torch.equal(
-        decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options)
-    )
+    assert torch.equal(decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options))
 
 
 def test_a_cache_is_continued_in_its_own_mode_only(llama):
@@ -372,9 +360,7 @@ def test_saving_keeps_what_changed_and_loading_gives_the_same_model(tmp_path, na
     again = load_linearized(tmp_path / "linear.safetensors")
     ids = torch.randint(50, (1, 9))
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
-    onto = load_linearized(
-        tmp_path / "linear.safetensors", type(model).from_pretrained(tmp_path / "base")
-    )
+    onto = load_linearized(tmp_path / "linear.safetensors", type(model).from_pretrained(tmp_path / "base"))
     assert torch.equal(onto(ids).logits, again(ids).logits)
     with pytest.raises(UserError, match="other weights"):
         load_linearized(tmp_path / "linear.safetensors", build(*DECODERS[name], seed=5))
@@ -391,9 +377,7 @@ def test_encoders_are_saved_and_loaded_too(tmp_path, name):
         model.get_parameter(bias).add_(1.0)
     wanted = model(inputs).last_hidden_state
     save_linearized(model, tmp_path / "linear.safetensors")
-    assert torch.equal(
-        load_linearized(tmp_path / "linear.safetensors")(inputs).last_hidden_state, wanted
-    )
+    assert torch.equal(load_linearized(tmp_path / "linear.safetensors")(inputs).last_hidden_state, wanted)
     onto = linearize(type(base).from_pretrained(tmp_path / "base").eval())
     assert (onto(inputs).last_hidden_state - wanted).abs().max() > 1e-2
 
@@ -419,9 +403,7 @@ def test_loading_leaves_the_verbosity_of_transformers_as_it_was(llama, tmp_path,
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_info()
     try:
-        load(
-            str(tmp_path), transformers.AutoModel
-        )  # without the head: transformers has a report on it
+        load(str(tmp_path), transformers.AutoModel)  # without the head: transformers has a report on it
         with pytest.raises(UserError, match="lacks weights"):
             load(str(tmp_path), transformers.AutoModelForSequenceClassification)
         with pytest.raises(UserError, match="cannot load"):
@@ -458,9 +440,7 @@ def test_a_model_with_lora_is_merged_before_it_is_saved(llama, tmp_path):
 
     set_mode(llama, "zero")
     add_lora(llama, r=2, alpha=4)
-    adapted = {
-        n.split(".lora_")[0].split(".")[-1] for n, _ in llama.named_parameters() if "lora_" in n
-    }
+    adapted = {n.split(".lora_")[0].split(".")[-1] for n, _ in llama.named_parameters() if "lora_" in n}
     assert adapted == {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -539,9 +519,7 @@ def test_language_model_has_the_interface_of_our_gpt(llama):
     targets = ids.roll(-1, 1)
     targets[0, 3:] = -100
     logits, loss = LanguageModel(llama)(ids, targets)
-    wanted = (
-        -log_softmax(logits.double())[targets >= 0].gather(1, targets[targets >= 0][:, None]).mean()
-    )
+    wanted = -log_softmax(logits.double())[targets >= 0].gather(1, targets[targets >= 0][:, None]).mean()
     close(loss.double(), wanted, 1e-6)
     assert LanguageModel(llama)(ids)[1] is None
 

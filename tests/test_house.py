@@ -14,7 +14,9 @@ FOLDERS = "fused zoo support data hf experiments results docs exercises".split()
 PATHS = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))]
 FILES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in PATHS if not p.name.startswith("my_")}
 ROOMS = {name.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): name for name in FILES}
-LOWER = [name for name in FILES if name.split("/")[0] not in ("hf", "experiments", "results", "docs", "exercises")]
+LOWER = [
+    name for name in FILES if name.split("/")[0] not in ("hf", "experiments", "results", "docs", "exercises")
+]
 MAX_ROOT_FILES, MAX_ROOT_LINES = 12, 2300  # what a student reads in one evening
 
 
@@ -101,6 +103,15 @@ def test_lines_are_short_enough_to_read(name):
 
 
 def test_no_folder_or_module_shadows_a_package_of_the_field():
-    taken = {"evaluate", "kernels", "datasets", "transformers", "peft", "accelerate", "tokenizers", "safetensors"}
+    taken = {
+        "evaluate",
+        "kernels",
+        "datasets",
+        "transformers",
+        "peft",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+    }
     here = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in Path(ROOT).iterdir() if p.is_dir()}
     assert not here & taken

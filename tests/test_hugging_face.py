@@ -14,16 +14,10 @@ from experiments.attention_maps import hugging_face, queries_and_keys  # noqa: E
 from hf import save_linearized  # noqa: E402
 from swap import sockets  # noqa: E402
 
-SMALL = dict(
-    num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=300
-)
+SMALL = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=300)
 CONFIGS = {
-    "gpt2": lambda: transformers.GPT2Config(
-        n_layer=2, n_head=4, n_embd=32, n_positions=64, vocab_size=300
-    ),
-    "llama": lambda: transformers.LlamaConfig(
-        num_key_value_heads=2, max_position_embeddings=64, **SMALL
-    ),
+    "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=64, vocab_size=300),
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **SMALL),
     "bert": lambda: transformers.BertConfig(max_position_embeddings=64, **SMALL),
 }
 
@@ -45,9 +39,7 @@ def test_captured_queries_and_keys_give_the_models_own_attention_weights(folder)
     qk, causal = queries_and_keys(ours, idx), sockets(ours)[0].attend.causal
     assert causal == (name != "bert") and len(qk) == 2
     model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
-    ids = transformers.AutoTokenizer.from_pretrained(path)(
-        "Linear attention, measured.", return_tensors="pt"
-    )
+    ids = transformers.AutoTokenizer.from_pretrained(path)("Linear attention, measured.", return_tensors="pt")
     with torch.no_grad():
         wanted = model(input_ids=ids["input_ids"][:, :20], output_attentions=True).attentions
     for (q, k), A in zip(qk, wanted):
@@ -68,9 +60,7 @@ def test_encoders_read_their_special_tokens_and_decoders_the_text_alone(folder):
     tokenizer.save_pretrained(path)
     ids = hugging_face(str(path), "words", 20)[1][0].tolist()
     assert (
-        (ids[0] == ids[-1] == end and len(ids) == 7)
-        if name == "bert"
-        else (end not in ids and len(ids) == 5)
+        (ids[0] == ids[-1] == end and len(ids) == 7) if name == "bert" else (end not in ids and len(ids) == 5)
     )
     assert hugging_face(str(path), "words", 4)[1].shape == (1, 4)
 

@@ -93,9 +93,7 @@ def test_the_same_command_goes_on_and_makes_nothing_twice(convert, tmp_path):
     assert maps.stat().st_mtime_ns == made
     result = (tmp_path / "out" / "hedgehog" / "result.json").stat().st_mtime_ns
     code, second, _ = convert("--arms", "hedgehog")
-    assert (
-        code == 0 and (tmp_path / "out" / "hedgehog" / "result.json").stat().st_mtime_ns == result
-    )
+    assert code == 0 and (tmp_path / "out" / "hedgehog" / "result.json").stat().st_mtime_ns == result
     assert first.split("| arm |")[-1] == second.split("| arm |")[-1]
     code, _, stderr = convert("--arms", "hedgehog", "--distil_lr", 0.5)
     assert code == 2 and "lr 0.01 -> 0.5" in stderr
@@ -157,15 +155,11 @@ def test_a_conversion_stopped_in_the_middle_of_its_stages_ends_where_one_go_ends
     monkeypatch.setattr(data, "batch_of", interrupted)
     for stage in ("maps/distil-hedgehog", "out/hedgehog/finetune"):
         code, _, stderr = convert(*flags)
-        assert (
-            code == 130 and f"saved in {tmp_path / stage}" in stderr and "Traceback" not in stderr
-        )
+        assert code == 130 and f"saved in {tmp_path / stage}" in stderr and "Traceback" not in stderr
         assert 0 < load_checkpoint(tmp_path / stage / "last.safetensors")[1]["step"] < 4
     assert convert(*flags)[0] == 0
     monkeypatch.setattr(data, "batch_of", batch_of)
-    assert (
-        convert(*flags, "--out_dir", tmp_path / "once", "--distil_dir", tmp_path / "again")[0] == 0
-    )
+    assert convert(*flags, "--out_dir", tmp_path / "once", "--distil_dir", tmp_path / "again")[0] == 0
     stopped, once = (runs_in(tmp_path / out)[0] for out in ("out", "once"))
     assert stopped["final"] == once["final"] and stopped["kl"] == once["kl"]
 
@@ -175,19 +169,14 @@ def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
     assert convert("--arms", "elu")[0] == 0
     facts = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [r["arm"] for r in facts["runs"]] == ["teacher", "swap", "elu"]
-    code, stdout, _ = convert(
-        "--arms", "exp_t1", "teacher_finetuned", "--lr", 1e30, "--finetune", "all"
-    )
+    code, stdout, _ = convert("--arms", "exp_t1", "teacher_finetuned", "--lr", 1e30, "--finetune", "all")
     assert code == 0 and "exp(x), finetuned: step" in stdout  # said; the next arm is tried
 
 
 def test_a_teacher_does_not_depend_on_how_maps_are_distilled(convert, tmp_path):
     assert convert("--arms", "teacher_finetuned", "distilled")[0] == 0
     before = runs_in(tmp_path / "out")
-    assert (
-        convert("--arms", "distilled", "--distil_steps", 3, "--distil_dir", tmp_path / "others")[0]
-        == 0
-    )
+    assert convert("--arms", "distilled", "--distil_steps", 3, "--distil_dir", tmp_path / "others")[0] == 0
     after = runs_in(tmp_path / "out")
     assert [r["arm"] for r in after] == ["teacher_finetuned", "distilled"]
     assert after[0] == before[0] and after[1]["kl"] != before[1]["kl"]
@@ -197,12 +186,8 @@ def test_a_teacher_does_not_depend_on_how_maps_are_distilled(convert, tmp_path):
 
 def test_checkpoints_are_chosen_on_text_that_is_not_trained_on(monkeypatch, text):
     drawn_from, draw = [], data.batch_of
-    monkeypatch.setattr(
-        data, "batch_of", lambda ids, *a, **k: drawn_from.append(ids) or draw(ids, *a, **k)
-    )
-    config = ConvertConfig(
-        dataset="text", data_dir=str(text), block_size=32, dev_tokens=64, held_out=2
-    )
+    monkeypatch.setattr(data, "batch_of", lambda ids, *a, **k: drawn_from.append(ids) or draw(ids, *a, **k))
+    config = ConvertConfig(dataset="text", data_dir=str(text), block_size=32, dev_tokens=64, held_out=2)
     ladder.language_modelling(config, None, None, None, "bytes").batch(0)
     held_out, trained = drawn_from
     everything = data.prepare("text", str(text), "bytes").split("train", 32)
@@ -338,9 +323,7 @@ def without_queries(path: Path) -> None:
     save_file({n: t for n, t in load_file(path).items() if "q_proj" not in n}, path)
 
 
-@pytest.mark.parametrize(
-    "spoil, message", [(cut, "cannot load"), (without_queries, "lacks weights")]
-)
+@pytest.mark.parametrize("spoil, message", [(cut, "cannot load"), (without_queries, "lacks weights")])
 def test_damaged_and_partial_weights_are_refused(convert, llama, tmp_path, spoil, message):
     shutil.copytree(llama, tmp_path / "copy")
     spoil(tmp_path / "copy" / "model.safetensors")
@@ -516,9 +499,7 @@ def test_results_with_earlier_names_of_arms_have_todays():
     facts = {"runs": runs, "paper": {"exp": 45.9, "elu": 28.1}, "differences": {"exp2": [1, 2]}}
     found = ladder.with_new_names(facts)
     assert [r["arm"] for r in found["runs"]] == ["exp_t1", "exp_t2", "elu"]
-    assert found["paper"] == {"exp_t1": 45.9, "elu": 28.1} and list(found["differences"]) == [
-        "exp_t2"
-    ]
+    assert found["paper"] == {"exp_t1": 45.9, "elu": 28.1} and list(found["differences"]) == ["exp_t2"]
     assert found["runs"][0]["kl"] == 1.0 and ladder.with_new_names(found) == found
     assert set(ladder.RENAMED.values()) <= set(ARMS) and not set(ladder.RENAMED) & set(ARMS)
 

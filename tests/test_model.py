@@ -121,7 +121,9 @@ def test_the_head_is_tied_and_every_parameter_is_in_one_group_with_maps_apart():
     groups = {g["name"]: g for g in model.param_groups(1e-3, 0.1, 10.0)}
     ids = [id(p) for g in groups.values() for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    assert groups["matrices"]["weight_decay"] == 0.1 and all(p.dim() == 2 for p in groups["matrices"]["params"])
+    assert groups["matrices"]["weight_decay"] == 0.1 and all(
+        p.dim() == 2 for p in groups["matrices"]["params"]
+    )
     assert groups["vectors"]["weight_decay"] == 0
     maps = groups["feature maps"]
     assert (maps["lr"], maps["weight_decay"], len(maps["params"])) == (1e-2, 0, 4)
@@ -133,7 +135,12 @@ def test_initialisation_is_gpt2s_with_the_gain_on_queries_and_keys():
     model = GPT(GPTConfig(block_size=8, vocab_size=500, n_layer=2, n_head=2, n_embd=128, qk_gain=0.5))
     block = model.transformer.h[0]
     qk, v = block.attn.c_attn.weight[:256], block.attn.c_attn.weight[256:]
-    for weight, std in ((qk, 0.01), (v, 0.02), (block.attn.c_proj.weight, 0.01), (model.lm_head.weight, 0.02)):
+    for weight, std in (
+        (qk, 0.01),
+        (v, 0.02),
+        (block.attn.c_proj.weight, 0.01),
+        (model.lm_head.weight, 0.02),
+    ):
         assert abs(weight.std().item() / std - 1) < 0.03
     wide = GPT(GPTConfig(block_size=8, vocab_size=500, n_layer=1, n_head=2, n_embd=128))
     wide.init_weights(embd_std=0.1, init_std=0.05)
@@ -152,7 +159,11 @@ def test_equal_biases_of_queries_and_keys_make_attention_begin_nearby(attention)
     attn.attend.register_forward_pre_hook(lambda module, args: seen.update(q=args[0], k=args[1]))
     model(torch.randint(50, (1, 64)))
     q, k = seen["q"], seen["k"]
-    A = softmax_weights(q, k) if attention == "softmax" else linear_weights(attn.attend.phi(q), attn.attend.phi(k))
+    A = (
+        softmax_weights(q, k)
+        if attention == "softmax"
+        else linear_weights(attn.attend.phi(q), attn.attend.phi(k))
+    )
     near, far = A[0, 0, -1, -4:].mean(), A[0, 0, -1, :32].mean()
     assert near > 1.3 * far
 
@@ -163,7 +174,9 @@ def test_tie_false_gives_queries_and_keys_a_map_each():
 
 def test_sampling_obeys_temperature_top_k_top_p_and_seed():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
-    draw = lambda **kw: sample_token(logits, **{**dict(temperature=1.0, top_k=None, top_p=None, generator=None), **kw})  # noqa: E731
+    draw = lambda **kw: sample_token(
+        logits, **{**dict(temperature=1.0, top_k=None, top_p=None, generator=None), **kw}
+    )  # noqa: E731
     freq = lambda t: t.flatten().bincount(minlength=4) / len(t)  # noqa: E731
     torch.manual_seed(0)
     torch.testing.assert_close(freq(draw()), logits[0].softmax(0), atol=0.02, rtol=0)
@@ -180,7 +193,9 @@ def test_sampling_obeys_temperature_top_k_top_p_and_seed():
 def test_training_steps_lower_the_loss_with_every_attention():
     for attention in ATTENTIONS:
         torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attention=attention))
+        model = GPT(
+            GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attention=attention)
+        )
         optimizer = torch.optim.AdamW(model.param_groups(1e-2, 0.0, 1.0))
         idx = torch.arange(33).remainder(7).repeat(4, 1)
         losses = []
@@ -245,7 +260,9 @@ def test_configurations_of_earlier_versions_are_read():
     """Their fields become options where they mean something, and nothing where they do not."""
     size = dict(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)
     assert GPTConfig.of(OLD) == GPTConfig(**size)
-    first = {name: value for name, value in OLD.items() if not name.startswith(("map_", "init_", "conv", "window"))}
+    first = {
+        name: value for name, value in OLD.items() if not name.startswith(("map_", "init_", "conv", "window"))
+    }
     assert GPTConfig.of(first) == GPTConfig(**size)
     wide = GPTConfig.of({**OLD, "map_init": "random", "map_features": 12, "map_scale": 2.0})
     assert wide.options == {"init": "random", "n_features": 12, "scale": 2.0}
@@ -286,5 +303,7 @@ def test_the_options_of_learned_maps_reach_them():
     assert torch.equal(model.transformer.h[0].attn.attend.phi.weight[0], 3 * torch.eye(8))
     model = tiny(options=wide, n_layer=1)
     attn, (q, k) = model.transformer.h[0].attn.attend, torch.randn(2, 1, 2, 40, 8)
-    torch.testing.assert_close(attn(q, k, k), attn.weights(q, k) @ k)  # kernels take a square W, and get features here
+    torch.testing.assert_close(
+        attn(q, k, k), attn.weights(q, k) @ k
+    )  # kernels take a square W, and get features here
     assert model(torch.randint(50, (1, 40)))[0].isfinite().all()

@@ -14,9 +14,7 @@ from conftest import ROOT
 
 TEXT = (ROOT / "docs" / "notebook.py").read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)
-SPEC = importlib.util.spec_from_file_location(
-    "render_notebook", ROOT / "docs" / "render_notebook.py"
-)
+SPEC = importlib.util.spec_from_file_location("render_notebook", ROOT / "docs" / "render_notebook.py")
 render = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(render)
 CELLS = render.cells(TEXT)
@@ -111,9 +109,7 @@ def test_it_runs_from_softmax_to_hedgehog_and_renders(tmp_path):
     spread = {name: float(x) for name, x in spread}
     flat = min(spread["Hedgehog, untrained"], spread["1+ELU"])
     assert spread["softmax"] < spread["Hedgehog, distilled"] < flat
-    before, after = map(
-        float, re.search(r"([\d.]+) nats untrained, ([\d.]+) distilled", said).groups()
-    )
+    before, after = map(float, re.search(r"([\d.]+) nats untrained, ([\d.]+) distilled", said).groups())
     assert after < before / 2
     found = re.findall(r"^(.*): perplexity ([\d.]+)", said, re.MULTILINE)
     of = {name: float(x) for name, x in found}

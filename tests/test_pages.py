@@ -56,10 +56,7 @@ def losses(name: str) -> dict[str, dict[int, float]]:
 def closed(of: dict, prior: str = "elu", measure=float) -> list[float]:
     """% of the gap between `prior` and softmax that Hedgehog closes, seed by seed."""
     x = {name: {seed: measure(loss) for seed, loss in seeds.items()} for name, seeds in of.items()}
-    return [
-        100 * (x[prior][s] - x["hedgehog"][s]) / (x[prior][s] - x["softmax"][s])
-        for s in x["hedgehog"]
-    ]
+    return [100 * (x[prior][s] - x["hedgehog"][s]) / (x[prior][s] - x["softmax"][s]) for s in x["hedgehog"]]
 
 
 def from_scratch() -> list[str]:
@@ -71,9 +68,7 @@ def from_scratch() -> list[str]:
             r"([\w.]+)(?:-map_lr_scale[\d.]+)?-seed1: ([\d.]+)|", line.replace("-lr", "_")
         ).groups()
         swept.setdefault(name, []).append(float(loss))
-    slow, fast = sorted(
-        swept["hedgehog_0.004"]
-    )  # maps that learn 2.5 and 10 times as fast as the model
+    slow, fast = sorted(swept["hedgehog_0.004"])  # maps that learn 2.5 and 10 times as fast as the model
     assert fast > max(ours["t2r"][1], ours["performer"][1])
     fast_first, slow_first = sorted(swept["hedgehog_0.002"])
     names = sorted(a, key=a.get)
@@ -88,9 +83,7 @@ def from_scratch() -> list[str]:
     ablated = {r["name"]: r["final"]["loss"] for r in read("ablations")["runs"]}
     for name in ("plain exp (Eq. 5)", "a map each for q and k (tie False)", "W random"):
         assert abs(ablated[name] - ablated["as set"]) < 0.01
-    assert (
-        ablated["those 16 alone"] < ablated["softmax over the last 16 tokens"] < ablated["as set"]
-    )
+    assert ablated["those 16 alone"] < ablated["softmax over the last 16 tokens"] < ablated["as set"]
     short = config("ablations")
     first = json.loads((ROOT / "results" / "stdlib-hedgehog-1.json").read_text())
     assert first["config"]["max_steps"] == 6 * short["max_steps"] == 2 * c["max_steps"]
@@ -143,19 +136,14 @@ def why() -> list[str]:
     ]
     swept = {(name, float(lr)): float(percent) for name, lr, percent in lines}
     four = [swept[name, 4e-3] for name in ("relu", "cosformer", "t2r", "performer")]
-    long = {
-        r["config"]["attention"]: 100 * r["final"]["accuracy"] for r in read("recall-long")["runs"]
-    }
+    long = {r["config"]["attention"]: 100 * r["final"]["accuracy"] for r in read("recall-long")["runs"]}
     stages = read("recall-stages")["runs"][0]
     alone = {r["config"]["attention"]: r["minutes"] for r in read("recall-alone")["runs"]}
     solved = {name for name, x in accuracy.items() if min(x) > 99.5}
     assert solved == {"softmax", "taylor", "hedgehog"} and len(accuracy) == 11
     assert [name for name in accuracy if max(accuracy[name] + [swept[name, 4e-3]]) < 20] == ["elu"]
     performer = sorted(accuracy["performer"])
-    assert (
-        round(performer[1], 1) == round(performer[2], 1) == 99.4
-        or performer[2] - performer[1] < 0.1
-    )
+    assert round(performer[1], 1) == round(performer[2], 1) == 99.4 or performer[2] - performer[1] < 0.1
 
     def three(name: str) -> str:
         return "{:.0f}, {:.0f} and {:.0f}%".format(*accuracy[name])
@@ -167,8 +155,7 @@ def why() -> list[str]:
         f"{min(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f} to "
         f"{max(mean(accuracy['relu']), mean(accuracy['cosformer'])):.0f}% on average, T2R "
         f"{mean(accuracy['t2r']):.0f}%",
-        f"Performer reaches {performer[2]:.1f}% with two seeds and {performer[0]:.0f}% with the "
-        "third",
+        f"Performer reaches {performer[2]:.1f}% with two seeds and {performer[0]:.0f}% with the third",
         f"between {int(min(four))} and {max(four):.0f}%",
         f"Hedgehog reaches only {swept['hedgehog', 4e-3]:.0f}%",
         f"does not solve the task in {c['max_steps']} steps",
@@ -253,8 +240,7 @@ def converting() -> list[str]:
         "each for queries and "
         f"keys, {d['max_steps']} steps; T2R has {d['max_steps'] + d['distil_steps'] // 2}",
         "only 35 of about 230 tokens",  # the lab log
-        f"Hedgehog is {rouge['teacher_finetuned'] - rouge['hedgehog']:.1f} points of ROUGE-1 "
-        "behind softmax",
+        f"Hedgehog is {rouge['teacher_finetuned'] - rouge['hedgehog']:.1f} points of ROUGE-1 behind softmax",
         "the distance is 3.7 points (second-hand)",  # 51.1 - 47.4
         f"have seen {d['max_steps'] * d['batch_size']} dialogues",
         f"With {config('convert-smollm2-dialogue-150')['max_steps']} steps a stage",
@@ -269,9 +255,7 @@ def scores(name: str, arm: str, metric: str = "") -> dict[int, float]:
     """{seed: score} of an arm."""
     runs = [r for r in read(name)["runs"] if r["arm"] == arm]
     return {
-        r["config"]["seed"]: r["final"]["sets"]["validation"][metric]
-        if metric
-        else r["final"]["score"]
+        r["config"]["seed"]: r["final"]["sets"]["validation"][metric] if metric else r["final"]["score"]
         for r in runs
     }
 
@@ -286,8 +270,7 @@ def finetuned() -> list[str]:
         """Hedgehog's: the mean of the shares, and the share of the means."""
         tasks = [f"{kind}-{task}" for task in ("cola", "mrpc", "sst2", "stsb") if task != skip]
         ours, fair = (
-            mean(mean(scores(t, arm).values()) for t in tasks)
-            for arm in ("hedgehog", "teacher_finetuned")
+            mean(mean(scores(t, arm).values()) for t in tasks) for arm in ("hedgehog", "teacher_finetuned")
         )
         return mean(mean(recovered(t, "hedgehog")) for t in tasks), 100 * ours / fair
 
@@ -298,8 +281,7 @@ def finetuned() -> list[str]:
     kl = {r["arm"]: r["kl"] for r in read("cola-controls")["runs"]}
     mrpc = {arm: mean(scores("glue-mrpc", arm).values()) for arm in ("t2r_hh", "hedgehog")}
     accuracy = {
-        r["arm"]: mean(scores("wide-mrpc", r["arm"], "accuracy").values())
-        for r in read("wide-mrpc")["runs"]
+        r["arm"]: mean(scores("wide-mrpc", r["arm"], "accuracy").values()) for r in read("wide-mrpc")["runs"]
     }
     behind, error = read("glue-cola")["differences"]["hedgehog"]
     mrpc_kl = next(r["kl"] for r in read("glue-mrpc")["runs"] if r["arm"] == "hedgehog")
@@ -347,9 +329,7 @@ def finetuned() -> list[str]:
         f"{sd(recovered('wide-mrpc', 'hedgehog'), '.1f')}% on MRPC, "
         f"{sd(recovered('wide-sst2', 'hedgehog'), '.1f')}% on SST-2 and "
         f"{sd(recovered('wide-stsb', 'hedgehog'), '.1f')}% on STS-B",
-        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(
-            *recovered("wide-cola", "hedgehog")
-        ),
+        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
         f"The share of the mean scores is {shares('wide')[1]:.0f}%, and the other three tasks "
         "alone have "
         f"{shares('wide', skip='cola')[0]:.0f}%",
@@ -437,9 +417,7 @@ def test_every_number_in_the_text_is_accounted_for(page):
         assert fragment in text, f"{page} should say: {fragment}"
         text = text.replace(fragment, "")
     left = re.sub(NAMES, "", text, flags=re.VERBOSE)
-    unchecked = [
-        left[max(0, found.start() - 40) : found.end() + 20] for found in re.finditer(r"\d+", left)
-    ]
+    unchecked = [left[max(0, found.start() - 40) : found.end() + 20] for found in re.finditer(r"\d+", left)]
     assert not unchecked
 
 
@@ -466,10 +444,7 @@ def test_hours_and_memory_are_those_of_the_estimates():
     *_, together, gb = estimates["Table 2"]
     assert f"{together:.0f} h, {gb:.0f} GB" in pages["finetuned"]
     *_, together, gb = estimates["ViT-B/16"]
-    assert (
-        f"{together:.0f} h, and 14 h of CPU cores to read the images, {gb:.0f} GB"
-        in pages["finetuned"]
-    )
+    assert f"{together:.0f} h, and 14 h of CPU cores to read the images, {gb:.0f} GB" in pages["finetuned"]
 
 
 def test_gaps_are_closed_as_the_page_says_in_perplexity_too():

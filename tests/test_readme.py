@@ -25,28 +25,18 @@ import data
 from experiments import ablations
 
 README = (ROOT / "README.md").read_text()
-PAGES = {
-    path: path.read_text()
-    for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
-}
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]}
 COMMANDED = {**PAGES, **{p: p.read_text() for p in (ROOT / "experiments").glob("README.md")}}
 EXAMPLES = [code for language, code in blocks_of(README) if language == "python"]
 IDEA, OWN_MODEL, HUGGING_FACE = EXAMPLES
 
-STEPS = (
-    "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 "
-    "--device cpu --dtype float32"
-)
+STEPS = "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --device cpu --dtype float32"
 CONVERT = (
-    f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 "
-    "--dev_tokens 200 --eval_tokens 200"
+    f"{STEPS} --block_size 96 --distil_steps 2 --max_steps 2 --held_out 2 --dev_tokens 200 --eval_tokens 200"
 )
-RECOVER = (
-    f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
-)
+RECOVER = f"{STEPS} --teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2"
 COMPARE = (
-    f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 "
-    "--eval_tokens 200 --jobs 1"
+    f"{STEPS} --n_layer 1 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 2 --eval_tokens 200 --jobs 1"
 )
 OVERRIDES = {  # what makes each command small; of a flag that is given twice, the last value counts
     "train": f"{' '.join(TINY)} --batch_size 16",
@@ -67,8 +57,7 @@ OVERRIDES = {  # what makes each command small; of a flag that is given twice, t
     "experiments.glue": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
     "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms "
     "teacher_finetuned hedgehog",
-    "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 "
-    "--device cpu",
+    "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
 }
 
 
@@ -106,8 +95,7 @@ def test_every_recorded_command_is_one_of_today(render, monkeypatch):
 
 def test_renamed_commands_are_translated_and_others_stay(render):
     for old, new in {
-        "python compare.py --ablations --max_steps 400": "python -m experiments.ablations "
-        "--max_steps 400",
+        "python compare.py --ablations --max_steps 400": "python -m experiments.ablations --max_steps 400",
         "python compare.py --setting paper": "python -m experiments.from_scratch --setting paper",
         "python convert_bert.py cola --arms elu exp exp2 t2r --lrs 5e-5": (
             "python -m experiments.glue cola --arms elu exp_t1 exp_t2 t2r --lrs 5e-5"
@@ -146,9 +134,7 @@ def test_two_files_alone_are_linear_attention(tmp_path):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "example.py").write_text(OWN_MODEL)
     code = "import runpy, sys; runpy.run_path('example.py'); assert 'fused' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -180,9 +166,7 @@ def elsewhere(tmp_path, monkeypatch, text):
     monkeypatch.setattr("experiments.finetuned_tables.DRAWS", 5)
     few = dict(itertools.islice(ablations.ABLATIONS.items(), 3))
     monkeypatch.setattr(ablations, "ABLATIONS", few)
-    monkeypatch.setattr(
-        data.GPT2Tokenizer, "__init__", lambda self: None
-    )  # its files are a download
+    monkeypatch.setattr(data.GPT2Tokenizer, "__init__", lambda self: None)  # its files are a download
     monkeypatch.setattr(data.GPT2Tokenizer, "vocab_size", 257)
     for method in ("encode_many", "decode_bytes"):
         monkeypatch.setattr(data.GPT2Tokenizer, method, getattr(data.ByteTokenizer, method))
@@ -246,9 +230,7 @@ def test_every_file_of_the_root_and_every_folder_is_in_the_reading_order():
     order = README.partition("## Reading order")[2].partition("\n## ")[0]
     linked = {target.rstrip("/") for target in re.findall(r"\]\(([^)]+)\)", order)}
     folders = {p.parent.name for p in ROOT.glob("*/*.py")} | {"docs"}
-    assert linked == {p.name for p in ROOT.glob("*.py")} | {
-        f for f in folders if not f.startswith(".")
-    }
+    assert linked == {p.name for p in ROOT.glob("*.py")} | {f for f in folders if not f.startswith(".")}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

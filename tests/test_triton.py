@@ -149,7 +149,9 @@ def left_padding(B, T):
 # ---------------------------------------------------------------- the same function
 
 
-@pytest.mark.parametrize("T, D", [(1, 16), (CHUNK - 1, 16), (CHUNK + 1, 5), (2 * CHUNK + 3, 5), (33, 33), (33, 64)])
+@pytest.mark.parametrize(
+    "T, D", [(1, 16), (CHUNK - 1, 16), (CHUNK + 1, 5), (2 * CHUNK + 3, 5), (33, 33), (33, 64)]
+)
 def test_kernels_equal_the_recurrence_in_outputs_states_and_all_gradients(T, D):
     check(*inputs(T, D, D), weights(D), *state(1, 2, 2 * D, D))
 
@@ -201,8 +203,12 @@ def test_a_state_passed_on_continues_the_sequence():
     q, k, v = inputs(70, 5, 5)
     P = weights(5)
     y, _, S, z, _ = chunked_triton.forward(q, k, v, *P, None, None, None, False)
-    first, _, S1, z1, _ = chunked_triton.forward(*(x[:, :, :30] for x in (q, k, v)), *P, None, None, None, False)
-    second, _, S2, z2, states = chunked_triton.forward(*(x[:, :, 30:] for x in (q, k, v)), *P, S1, z1, None, False)
+    first, _, S1, z1, _ = chunked_triton.forward(
+        *(x[:, :, :30] for x in (q, k, v)), *P, None, None, None, False
+    )
+    second, _, S2, z2, states = chunked_triton.forward(
+        *(x[:, :, 30:] for x in (q, k, v)), *P, S1, z1, None, False
+    )
     assert states == ()
     torch.testing.assert_close(torch.cat([first, second], 2), y)
     torch.testing.assert_close((S2, z2), (S, z))
@@ -335,7 +341,12 @@ for numbers in resources(int(arch), getattr(torch, dtype), int(D), int(E), fused
     "arch, dtype, D, E, fused",
     [
         pytest.param(
-            arch, dtype, D, E, fused, marks=[] if (arch, dtype, D, fused) == (80, "float32", 64, True) else slow
+            arch,
+            dtype,
+            D,
+            E,
+            fused,
+            marks=[] if (arch, dtype, D, fused) == (80, "float32", 64, True) else slow,
         )
         for slow in [pytest.mark.slow]
         for arch in (80, 90)
@@ -349,7 +360,10 @@ def test_every_kernel_compiles_and_fits_a_gpu(arch, dtype, D, E, fused):
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = {name: list(map(int, numbers)) for name, *numbers in (line.split(",") for line in run.stdout.splitlines())}
+    found = {
+        name: list(map(int, numbers))
+        for name, *numbers in (line.split(",") for line in run.stdout.splitlines())
+    }
     both_ways = {f"{name}{way}" for name in ("scan", "mix", "grads") for way in ("", " reverse")}
     assert set(found) == both_ways | {"sums", "decode"}
     for name, (shared, registers, stack) in found.items():

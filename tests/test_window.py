@@ -109,7 +109,9 @@ def test_bfloat16_inputs_are_summed_in_float32():
 @pytest.mark.parametrize("name", ["hedgehog_window", "softmax_window"])
 def test_a_gpt_generates_what_its_full_forward_pass_says(name):
     torch.manual_seed(0)
-    config = dict(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention=name, options={"window": 4})
+    config = dict(
+        block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=16, attention=name, options={"window": 4}
+    )
     model = GPT(GPTConfig(**config)).eval()
     model.init_weights(embd_std=1.0, init_std=0.2)
     idx = torch.randint(20, (2, 7))

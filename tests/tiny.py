@@ -105,9 +105,7 @@ def save_glue(folder: Path) -> Path:
     for name in ("CoLA", "MRPC", "STS-B"):
         (folder / name).mkdir(parents=True)
         for file, rows in (("train", texts[:120]), ("dev", texts[120:])):
-            apart = [
-                (a, b, abs(len(a.split()) - len(b.split()))) for a, b in zip(rows, reversed(rows))
-            ]
+            apart = [(a, b, abs(len(a.split()) - len(b.split()))) for a, b in zip(rows, reversed(rows))]
             if name == "CoLA":
                 lines = [f"x\t{int('cat' in text)}\t\t{text}" for text in rows]
             elif name == "MRPC":

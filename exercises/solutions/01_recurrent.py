@@ -12,9 +12,7 @@ def linear_attention_recurrent(
     ys = []
     with without_autocast(v):
         for i in range(v.size(2)):
-            q, k, u = (
-                x[:, :, i].to(S.dtype) for x in (phi_q, phi_k, v)
-            )  # (B, H, F) twice, (B, H, D)
+            q, k, u = (x[:, :, i].to(S.dtype) for x in (phi_q, phi_k, v))  # (B, H, F) twice, (B, H, D)
             S = S + k[..., :, None] * u[..., None, :]
             z = z + k
             ys.append(normalise((q[..., None, :] @ S).squeeze(-2), (q * z).sum(-1, keepdim=True)))
