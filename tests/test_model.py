@@ -174,9 +174,8 @@ def test_tie_false_gives_queries_and_keys_a_map_each():
 
 def test_sampling_obeys_temperature_top_k_top_p_and_seed():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
-    draw = lambda **kw: sample_token(
-        logits, **{**dict(temperature=1.0, top_k=None, top_p=None, generator=None), **kw}
-    )  # noqa: E731
+    plain = dict(temperature=1.0, top_k=None, top_p=None, generator=None)
+    draw = lambda **kw: sample_token(logits, **{**plain, **kw})  # noqa: E731
     freq = lambda t: t.flatten().bincount(minlength=4) / len(t)  # noqa: E731
     torch.manual_seed(0)
     torch.testing.assert_close(freq(draw()), logits[0].softmax(0), atol=0.02, rtol=0)
