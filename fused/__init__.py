@@ -174,8 +174,8 @@ def deviations(phi: Hedgehog | Taylor) -> list[float]:
 
 @contextlib.contextmanager
 def shielded(device: str) -> Iterator[None]:
-    """Context of a check of numbers and gradients: nothing of what surrounds the first call reaches it, neither
-    autocast nor inference mode nor gradient checkpointing, which replaces saved tensors."""
+    """Context of a check of numbers and gradients: nothing of what surrounds the first call reaches it,
+    neither autocast nor inference mode nor gradient checkpointing, which replaces saved tensors."""
     keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), keep:
         yield

@@ -85,9 +85,9 @@ def require_finite(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, 
 class StopSignal:
     """Ctrl-C and SIGTERM as a question: `with StopSignal() as stop: ... if stop.asked: ...`.
 
-    A second Ctrl-C ends the program at once. A second SIGTERM within GRACE seconds does not, nor any signal in a job of
-    several processes: schedulers signal the whole job, and torchrun hands the signal on to its processes once more.
-    Outside the main thread, where Python allows no handlers, nothing is asked.
+    A second Ctrl-C ends the program at once. A second SIGTERM within GRACE seconds does not, nor any signal
+    in a job of several processes: schedulers signal the whole job, and torchrun hands the signal on to its
+    processes once more. Outside the main thread, where Python allows no handlers, nothing is asked.
     """
 
     asked = ""
@@ -160,8 +160,8 @@ def check_same_run(saved: dict, changed: dict[str, tuple], config: Any, say: Cal
 
 
 def set_aside(out: Path, say: Callable) -> None:
-    """A new run in a folder that holds one: the files of the old run move to out/previous, or to previous-2, previous-3
-    ... Nothing that was trained is deleted."""
+    """A new run in a folder that holds one: the files of the old run move to out/previous, or to previous-2,
+    previous-3 ... Nothing that was trained is deleted."""
     names = ("last.safetensors", "best.safetensors", "log.jsonl", "curve.png", "result.json")
     if old := [out / name for name in names if (out / name).exists()]:
         places = (out / f"previous{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
