@@ -1,17 +1,22 @@
-"""The tools of a benchmark: the clock, the memory, the machine, and rows of numbers."""
+"""The tools of a benchmark: the clock, the memory, the machine, and rows of numbers.
+
+bench.py and experiments/encoder_speed.py say what is measured; this file says how.
+"""
 
 import contextlib
 import math
 import multiprocessing
 import os
 import statistics
+import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import fused
 from support.checkpoints import write_json
@@ -59,11 +64,16 @@ def take_turns(
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return dict(zip(("low", "median", "high"), quartiles))
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": median, "low": low, "high": high}
 
 
 # ---------------------------------------------------------------- the memory
+
+
+def memory_is_known(device: torch.device) -> bool:
+    """Whether the functions below work: on a GPU, and under Linux."""
+    return device.type == "cuda" or Path("/proc/self/clear_refs").exists()
 
 
 def peak_mib(device: torch.device) -> float:
@@ -93,25 +103,35 @@ def extra_mib(call: Callable, device: torch.device) -> float:
 # ---------------------------------------------------------------- the machine
 
 
+def available(names: Iterable[str], once: Callable[[str], None]) -> tuple[list[str], dict]:
+    """The contenders for which once(name) works here, and why each of the others does not."""
+    working, missing = [], {}
+    for name in names:
+        try:
+            once(name)
+            working.append(name)
+        except (ValueError, ImportError) as e:
+            missing[name] = str(e)
+    return working, missing
+
+
 def machine_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """GFLOP/s of matrix products and GB/s of copies: what the machine can do at best."""
-
-    def best(call: Callable, n: int = 5) -> float:
-        return min(seconds(call, device) for _ in range(n))
-
     n, n_copied = 2048 if device.type == "cpu" else 8192, 2**26
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    x, y = torch.ones(2, n_copied, device=device)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    x, y = torch.ones(n_copied, device=device), torch.empty(n_copied, device=device)
+    product = min(seconds(lambda: a @ b, device) for _ in range(5))
+    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
     # A product has n^3 multiplications and n^3 additions. A copy reads and writes 4 bytes a number.
-    speed = {"blas_gflops": 2 * n**3 / best(lambda: a @ b) / 1e9}
-    speed["copy_gb_s"] = 8 * n_copied / best(lambda: y.copy_(x)) / 1e9
+    speed = {"blas_gflops": 2 * n**3 / product / 1e9, "copy_gb_s": 8 * n_copied / copy / 1e9}
     with contextlib.suppress(fused.Unavailable):
         if device.type == "cpu" and dtype == torch.float32:
             # The product inside chunked.cpp, of matrices that stay in the cache.
             multiply = fused.load("cpp", "cpu").multiply
             a, b, n = torch.randn(96, 64), torch.randn(64, 64), 2000
+            best = min(seconds(lambda: multiply(a, b, n), device) for _ in range(9))
             flops = 2 * a.numel() * b.size(1) * n * torch.get_num_threads()
-            speed["vector_gflops"] = flops / best(lambda: multiply(a, b, n), 9) / 1e9
+            speed["vector_gflops"] = flops / best / 1e9
     return speed
 
 
@@ -164,17 +184,28 @@ def readable(seconds: float, unit: str = "") -> str:
 
 
 def say(text: str) -> None:
-    """Print a paragraph in lines that fit a terminal."""
+    """Print a paragraph in lines that fit a terminal. A progress bar stays below it."""
     options = dict(break_long_words=False, break_on_hyphens=False)  # a path stays in one piece
-    print(textwrap.fill(text, WIDTH, subsequent_indent="  ", **options), flush=True)
+    tqdm.write(textwrap.fill(text, WIDTH, subsequent_indent="  ", **options))
 
 
 def heading(title: str) -> None:
-    print()
+    tqdm.write("")
     say(title)
 
 
+def progress(lengths: Iterable[int], name: str) -> Iterable[int]:
+    """The lengths one after another, with a progress bar if somebody is watching."""
+    return tqdm(lengths, desc=name, leave=False, disable=not sys.stderr.isatty())
+
+
 # ---------------------------------------------------------------- rows of numbers
+
+
+def growth(contender: str, row: dict, T: int, heads: int) -> float:
+    """How many times as long a call takes at T tokens as it took in the row."""
+    power = 2 if contender in ("softmax", "quadratic") else 1
+    return (T / row["T"]) ** power * heads / row["heads"]
 
 
 def needs_gb(contender: str, T: int, heads: int, D: int, training: bool) -> float:
@@ -219,7 +250,7 @@ class Report:
         """Print one line of the table, in aligned columns."""
         width = len(f"  times {self.label}")
         line = f"{T:>9}  {name:<13}{value:>9}{spread:>17}{ratio:>{width}}{rate:>12}"
-        print(line.rstrip(), flush=True)
+        tqdm.write(line.rstrip())
 
     def time(self, T: int, heads: int, calls: dict, rounds: int, tokens: int = 0) -> None:
         """Time the calls, and add a row for each. tokens: how many one call computes."""
@@ -229,33 +260,30 @@ class Report:
         for name, r in results.items():
             row = {"part": self.part, "T": T, "heads": heads, "contender": name, **r}
             row["ratio"] = times[base] / times[name] if base else None
-            ratio = f"{row['ratio']:,.2f}" if base else ""
-            if name == base:  # The baseline has no ratio. Among several it is pointed out.
-                ratio = self.label if len(self.baselines) > 1 else ""
-            rate = ""
             if tokens:
                 row["tokens_per_s"] = tokens / times[name]
-                rate = f"{row['tokens_per_s']:,.0f}"
             self.rows.append(row)
+            if name == base:  # The baseline has no ratio. Among several it is pointed out.
+                ratio = self.label if len(self.baselines) > 1 else ""
+            else:
+                ratio = f"{row['ratio']:,.2f}" if base else ""
             low, high = (readable(r[key], unit_of(times[name])) for key in ("low", "high"))
+            rate = f"{row['tokens_per_s']:,.0f}" if tokens else ""
             self.line(f"{T:,}", name, readable(times[name]), f"{low} to {high}", ratio, rate)
 
-    def memory(self, T: int, heads: int, name: str, extra: Callable, config: Any) -> None:
-        """Add the MiB that extra(config, name, T, device) returns, run in a process of its own.
+    def memory(self, T: int, heads: int, name: str, function: Callable, *args) -> None:
+        """Add the MiB that function(*args) returns, run in a process of its own.
 
         A process that has run before would reuse memory that it has freed.
         """
-        if self.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
+        if not memory_is_known(self.device):
             return self.say_once("memory left out: it is known on a GPU, and under Linux", "memory")
         began = time.perf_counter()
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            mib = pool.apply(extra, (config, name, T, self.device))
+            mib = pool.apply(function, args)
         row = {"part": self.part, "T": T, "heads": heads, "contender": name, "median": mib}
         self.rows.append({**row, "seconds": time.perf_counter() - began, "ratio": None})
         self.line(f"{T:,}", name, f"{mib:,.0f} MiB")
-
-    def rows_of(self, part: str, contender: str) -> list[dict]:
-        return [r for r in self.rows if (r["part"], r["contender"]) == (part, contender)]
 
     def affordable(self, names: list[str], T: int, heads: int, config: Any) -> list[str]:
         """The contenders of which one call at T tokens stays within --patience and --max_gb.
@@ -264,18 +292,17 @@ class Report:
         """
         chosen = []
         for name in names:
-            power = 2 if name in ("softmax", "quadratic") else 1
-            s = 0.0
-            for r in self.rows_of(self.part, name)[-1:]:
-                s = r.get("seconds", r["median"]) * (T / r["T"]) ** power * heads / r["heads"]
+            rows = [r for r in self.rows if (r["part"], r["contender"]) == (self.part, name)]
+            last = [r.get("seconds", r["median"]) * growth(name, r, T, heads) for r in rows[-1:]]
             gb = needs_gb(name, T, heads, config.head_dim, training=self.part != "forward")
-            if gb <= config.max_gb and s <= config.patience:
+            why = f"{gb:.2g} GB (--max_gb)" if gb > config.max_gb else ""
+            if not why and sum(last) > config.patience:
+                why = f"{sum(last):.0f} s (--patience)"
+            if why:
+                text = f"{self.part}: {name} left out from {T:,} tokens on: about {why}"
+                self.say_once(text, (self.part, name))
+            else:
                 chosen.append(name)
-                continue
-            why = f"{gb:.2g} GB (--max_gb)" if gb > config.max_gb else f"{s:.0f} s (--patience)"
-            self.say_once(
-                f"{self.part}: {name} left out from {T:,} tokens on: about {why}", (self.part, name)
-            )
         return chosen
 
     def say_once(self, text: str, key: Any) -> None:
@@ -284,12 +311,14 @@ class Report:
             self.said.add(key)
             say(text)
 
-    def save(self, path: str, facts: dict) -> None:
-        """Write the facts and all rows to a JSON file."""
+    def save(self, path: str, facts: dict) -> dict:
+        """Write the facts and all rows to a JSON file, and return them."""
         minutes = (time.perf_counter() - self.began) / 60
+        facts = {**facts, "minutes": minutes, "rows": self.rows}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(path), {**facts, "minutes": minutes, "rows": self.rows})
+        write_json(Path(path), facts)
         heading(f"{minutes:.1f} minutes; written to {path}")
+        return facts
 
 
 # ---------------------------------------------------------------- what the rows say
@@ -297,24 +326,25 @@ class Report:
 
 def crossover(report: Report, part: str, contender: str) -> int | None:
     """The shortest length from which on the contender was never slower than softmax."""
-    won = None
-    rows = [r for r in report.rows_of(part, contender) if r["ratio"]]
-    for r in sorted(rows, key=lambda r: -r["T"]):
-        if r["ratio"] < 1:
-            break
-        won = r["T"]
-    return won
+    rows = [r for r in report.rows if (r["part"], r["contender"]) == (part, contender)]
+    ratios = {r["T"]: r["ratio"] for r in rows if r["ratio"]}
+    won = (T for T in sorted(ratios) if all(ratios[later] >= 1 for later in ratios if later >= T))
+    return next(won, None)
 
 
 def crossovers(report: Report, names: list[str]) -> dict[str, int | None]:
-    """crossover() of every contender, forward and in training. Those that are ever faster are printed."""
+    """crossover() of every contender, forward and in training. They are printed as a table."""
     parts = ("forward", "training")
-    found = {f"{part} {name}": crossover(report, part, name) for part in parts for name in names}
-    won = {what: T for what, T in found.items() if T and "softmax" not in what}
-    if won:
+    found = {f"{p} {name}": crossover(report, p, name) for p in parts for name in names}
+    timed = [p for p in parts if any(r["part"] == p and r["ratio"] for r in report.rows)]
+    rivals = [name for name in names if name != "softmax"] if timed else []
+    if rivals:
         heading("The shortest of these lengths from which on a contender is faster than softmax")
-    for what, T in won.items():
-        print(f"{T:>9,}  {what}")
+        tqdm.write(f"{'contender':>20}" + "".join(f"{p:>12}" for p in timed))
+    for name in rivals:
+        lengths = [found[f"{p} {name}"] for p in timed]
+        cells = "".join(f"{f'{T:,}' if T else 'none':>12}" for T in lengths)
+        tqdm.write(f"{'':11}{name:<9}{cells}")
     return found
 
 
@@ -339,11 +369,11 @@ def efficiency(report: Report, D: int, itemsize: int, speed: dict[str, float]) -
     rows = [r for r in report.rows if r["part"] == "forward" and r["contender"] in counted]
     if rows:
         heading("Hedgehog's forward pass against the fastest products and copies of this machine")
-        print("   tokens  contender      GFLOP/s   of products   of copies")
+        tqdm.write("   tokens  contender      GFLOP/s   of products   of copies")
     for r in rows:
         r["gflops"] = forward_flops(r["T"], r["heads"], D) / r["median"] / 1e9
         r["of_peak"] = r["gflops"] / best_gflops(speed)
         moved = 4 * r["heads"] * r["T"] * D * itemsize
         r["of_copy"] = moved / r["median"] / 1e9 / speed["copy_gb_s"]
         shares = f"{r['of_peak']:>14.0%}{r['of_copy']:>12.0%}"
-        print(f"{r['T']:>9,}  {r['contender']:<13}{r['gflops']:>9,.1f}{shares}")
+        tqdm.write(f"{r['T']:>9,}  {r['contender']:<13}{r['gflops']:>9,.1f}{shares}")
