@@ -350,7 +350,7 @@ def finetuned() -> list[str]:
         f"{kl['t2r_hh']:.3f} for T2R-HH, and {kl['shared']:.3f} for one",
         "the paper's best fixed map (50.0)",
         f"recovers {of('cola-controls', 'elu')}%; in the paper it recovers {28.1 / 58.8:.0%}",
-        "Layer 0",
+        "in layer 0 of the model",
         "16 patches",
         f"1+ELU recovers {of('vit-digits', 'elu', '.1f')}%",
     ]
