@@ -224,7 +224,7 @@ class Learned(FeatureMap):
             raise ValueError(f"a learned map begins with init identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
             raise ValueError(
-                f"W ({head_dim} x {d}) is not square and cannot begin as the identity: use init random"
+                f"W ({head_dim} x {d}) can only begin as the identity if it is square: use init random"
             )
         if d < 1 or not 0 < scale < math.inf:
             raise ValueError(f"n_features must be at least 1 and scale positive, not {d} and {scale}")

@@ -278,7 +278,7 @@ def test_configurations_of_earlier_versions_are_read():
     "options, line",
     [
         ({"init": "zeros"}, "init identity or random, not 'zeros'"),
-        ({"n_features": 128}, "is not square and cannot begin as the identity"),
+        ({"n_features": 128}, "only begin as the identity if it is square"),
         ({"scale": 0.0}, "scale positive"),
         ({"n_feature": 3}, "hedgehog takes no option n_feature"),
         ({"attention": "softmax", "n_features": 3}, "softmax takes no option n_features"),
