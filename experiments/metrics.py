@@ -1,5 +1,4 @@
-"""How spiky, how monotonic and how faithful attention weights are, and the queries and keys of a
-model that they are measured on."""
+"""How spiky, how monotonic and how faithful attention weights are, and a model's queries and keys."""
 
 import math
 from collections.abc import Callable
@@ -10,26 +9,21 @@ from torch import Tensor, nn
 
 from attention import softmax_weights
 
-# ---------------------------------------------------------------- measures of weights
-
 
 def entropy(A: Tensor) -> Tensor:
-    """Spikiness: - sum_j A_ij log A_ij in nats. Weights (..., T, T) -> (..., T).
-
-    A uniform row over n keys has log n; a row with all its weight on one key has 0."""
+    """Spikiness: - sum_j A_ij log A_ij in nats, weights (..., T, T) -> (..., T). Uniform over n keys: log n."""
     return -torch.special.xlogy(A, A).sum(-1)
 
 
 def cross_entropy(teacher: Tensor, A: Tensor) -> Tensor:
-    """Eq. 3 in nats: - sum_j teacher_ij log A_ij. (..., T, T) twice -> (..., T).
+    """Eq. 3 in nats: - sum_j teacher_ij log A_ij, (..., T, T) twice -> (..., T).
 
     Weights that underflowed to zero count as the smallest number of their dtype."""
     return -torch.special.xlogy(teacher, A.clamp(min=torch.finfo(A.dtype).tiny)).sum(-1)
 
 
 def kl(teacher: Tensor, A: Tensor) -> Tensor:
-    """KL(teacher || A) in nats: (..., T, T) twice -> (..., T). The part of Eq. 3 that training can
-    remove."""
+    """KL(teacher || A) in nats, (..., T, T) twice -> (..., T): the part of Eq. 3 that training can remove."""
     return cross_entropy(teacher, A) - entropy(teacher)
 
 
@@ -38,9 +32,8 @@ def kendall_tau(
 ) -> Tensor:
     """Monotonicity: Kendall's tau-b between a query's weights and its q.k over the keys it sees.
 
-    (B, H, T, T) twice -> (B, H), the mean over n_queries evenly spaced queries that see at least
-    `least` keys. 1: every larger q.k has the larger weight; 0: no order, as of equal weights.
-    """
+    (B, H, T, T) twice -> (B, H), the mean over n_queries evenly spaced queries with at least `least` keys.
+    1: every larger q.k has the larger weight; 0: no order, as of equal weights."""
     from scipy.stats import kendalltau
 
     B, H, T, _ = A.shape
@@ -54,20 +47,17 @@ def kendall_tau(
     return torch.from_numpy(np.nan_to_num(tau).mean(-1))
 
 
-def rank_correlation(x: list[float], y: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Spearman's rho of two lists, and its 95% interval over bootstrap samples of the pairs."""
+def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float, float]:
+    """Spearman's rho of two lists, and its 95% interval over 2000 bootstrap samples."""
     from scipy.stats import spearmanr
 
     x, y, rng = np.asarray(x, float), np.asarray(y, float), np.random.default_rng(0)
-    picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
-    # A sample with one value only has no ranks.
-    ranked = [i for i in picks if len(set(x[i])) > 1 and len(set(y[i])) > 1]
-    found = [spearmanr(x[i], y[i]).statistic for i in ranked]
+    found = []
+    for i in rng.integers(0, len(x), (2000, len(x))):
+        if np.ptp(x[i]) and np.ptp(y[i]):  # equal numbers have no ranks
+            found.append(spearmanr(x[i], y[i]).statistic)
     low, high = np.quantile(found, [0.025, 0.975]) if found else (math.nan, math.nan)
     return float(spearmanr(x, y).statistic), float(low), float(high)
-
-
-# ---------------------------------------------------------------- the weights of a model
 
 
 def attends_in(model: nn.Module) -> list[nn.Module]:
@@ -79,8 +69,7 @@ def attends_in(model: nn.Module) -> list[nn.Module]:
 def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     """q, k (B, H, T, D) of every layer, after RoPE: what attention is given.
 
-    The model is our GPT or a transformers model with sockets; inputs: what it takes, such as token
-    ids (B, T)."""
+    model: our GPT, or a transformers model with sockets. inputs: what it takes, such as token ids (B, T)."""
     found: list[tuple[Tensor, Tensor]] = []
     hooks = [
         attend.register_forward_pre_hook(lambda _, args: found.append(args[:2]))
@@ -95,24 +84,18 @@ def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Te
 
 
 def all_weights(q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Weights (B, H, T, T) in float64 of softmax and of every attention, for the same queries and
-    keys."""
+    """Weights (B, H, T, T) of softmax and of every attention, in float64."""
     q, k = q.double(), k.double()
     softmax = softmax_weights(q, k, causal=causal)
     return {"softmax": softmax} | {name: attend.weights(q, k) for name, attend in attends.items()}
 
 
 @torch.no_grad()
-def measure(
-    qk: list[tuple[Tensor, Tensor]],
-    causal: bool,
-    attends_of: Callable[[int], dict[str, nn.Module]],
-) -> dict:
-    """Every measure of softmax and of the attentions in attends_of(layer), by layer and head.
+def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[[int], dict]) -> dict:
+    """Every measure of softmax and of the attentions {name: module} in attends_of(layer).
 
-    "maps" is {name: {measure: L x H numbers}}. "below_minus_one" is, for each layer, the share of
-    scores x = q.k / sqrt(D) at which Taylor's weight 1 + x + x^2 / 2 falls.
-    """
+    "maps" is {name: {measure: L x H numbers}}. "below_minus_one" is, for each layer, the share of scores
+    x = q.k / sqrt(D) at which Taylor's weight 1 + x + x^2 / 2 falls."""
     maps: dict[str, dict] = {}
     below = []
     for layer, (q, k) in enumerate(qk):
@@ -134,18 +117,8 @@ def measure(
 
 @torch.no_grad()
 def spikiness_and_monotonicity(model: nn.Module, x: Tensor) -> dict:
-    """Entropy and Kendall's tau of the model's own weights for the token ids x (B, T).
-
-    The mean over layers, heads and queries; and the entropy of each head (L x H)."""
-    device = next(model.parameters()).device
-    spread, tau = [], []
-    for attend, (q, k) in zip(attends_in(model), queries_and_keys(model, x.to(device))):
-        q, k = q.double(), k.double()
-        A = attend.weights(q, k).cpu()
-        spread.append(entropy(A).mean((0, 2)).tolist())
-        tau.append(kendall_tau(A, (q @ k.mT).cpu()).mean(0).tolist())
-    return {
-        "entropy": float(np.mean(spread)),
-        "tau": float(np.mean(tau)),
-        "entropy_by_head": np.round(spread, 4).tolist(),
-    }
+    """Entropy and tau of a causal model's own weights for token ids x (B, T), and the entropy of each head."""
+    own = attends_in(model.cpu())
+    found = measure(queries_and_keys(model, x), True, lambda layer: {"own": own[layer]})["maps"]["own"]
+    means = {key: float(np.mean(found[key])) for key in ("entropy", "tau")}
+    return means | {"entropy_by_head": found["entropy"]}

@@ -1,27 +1,24 @@
 """Associative recall (Table 4, Fig. 5): which attentions can find again what they have seen once?
 
     python -m experiments.recall                  softmax and Hedgehog, 6 minutes on 2 cores
-    python -m experiments.recall --all            every attention, at two learning rates: Fig. 5;
-                                                  one to two hours on 2 cores
+    python -m experiments.recall --all            every attention, two learning rates: Fig. 5; 1 to 2 hours
     python -m experiments.recall --all --seeds 3  and two more seeds of each; another hour
     python -m experiments.recall --attentions elu taylor --seed 7
 
 A sequence is a list of pairs, a key and its value, and ends in a key that has been seen:
-`c 9 k 8 j 3 ... f 1 c` -> 9. There are 20 keys and 20 values, 40 tokens in all. 63 pairs, the last
-key and its value make 128 tokens (App. B). A GPT of 4 layers and 4 heads with RoPE learns to
-predict the value of every key that was seen before. The result is the accuracy of the last token
-over fresh sequences, beside the entropy and the monotonicity of the model's own attention weights.
+`c 9 k 8 j 3 ... f 1 c` -> 9. There are 20 keys and 20 values. 63 pairs, the last key and its value make 128
+tokens (App. B). A GPT of 4 layers and 4 heads with RoPE learns to predict the value of every key that was
+seen before. The result is the accuracy of the last token over fresh sequences, beside the entropy and the
+monotonicity of the model's own attention weights.
 
-Training begins with sequences of 8 tokens; the length then doubles stage by stage. Without these
-stages not even softmax learns the task in this time.
-
-Every run has a folder below out_dir: out/recall/hedgehog-lr0.002-seed1. The same command goes on
-where it was interrupted.
+Training begins with sequences of 8 tokens; the length then doubles stage by stage. Without these stages not
+even softmax learns the task in this time. The same command goes on where it was interrupted.
 """
 
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +29,10 @@ from torch import Tensor
 from config import FitConfig
 from experiments import figures
 from experiments.metrics import rank_correlation, spikiness_and_monotonicity
-from experiments.runs import sweep_and_seeds, train_one
-from experiments.tables import grouped, markdown, mean_sd
+from experiments.runs import check_names, conclude, sweep_and_seeds, train_one
+from experiments.tables import finals, grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
-from support.checkpoints import write_json
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import step_seed
 from support.log import provenance
@@ -57,55 +53,41 @@ class RecallConfig(GPTConfig, FitConfig):
     test_sequences: int = 2000  # fresh sequences that the reported accuracy is measured on
     # -- model
     block_size: int = 128  # tokens of a sequence
-    attention: str = setting("hedgehog", hidden=True)  # one of the attentions
+    attention: str = setting("hedgehog", hidden=True)
     vocab_size: int = setting(2 * N_KEYS, hidden=True)  # keys and values
-    n_layer: int = 4  # number of blocks (layers)
-    n_head: int = 4  # heads of each attention
-    n_embd: int = 128  # width of the model, n_head times the head dimension
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
     embd_std: float = 0.3  # standard deviation of the first embeddings
     init_std: float = 0.06  # standard deviation of the other first weights; GPT-2's is 0.02
     # -- training
     max_steps: int = 800  # optimiser steps, of all stages together
-    stop_loss: float = 0.005  # stop once the validation loss is at most this; 0: never
+    stop_loss: float = 0.005
     batch_size: int = 16  # sequences of block_size tokens in a step; as many tokens if shorter
-    map_lr_scale: float = 3.0  # the feature maps' learning rate is this times lr
-    weight_decay: float = 0.1  # AdamW's weight decay of matrices and embeddings
-    warmup_steps: int = 50  # linear warm-up of the learning rate, then cosine decay to zero
-    beta2: float = 0.98  # AdamW's memory of the squared gradient
+    map_lr_scale: float = 3.0
+    warmup_steps: int = 50
+    beta2: float = 0.98
     eval_interval: int = 50  # steps between points of the learning curve
-    save_interval: int = 50  # optimiser steps between two checkpoints
+    save_interval: int = 50
     # -- output
     out_dir: str = "out/recall"  # where the table, the picture and a folder for each run go
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("embd_std", "init_std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-
     def check(self) -> None:
         super().check()
-        names = ["softmax", *FEATURE_MAPS]
-        if unknown := set(self.attentions) - set(names):
-            known = ", ".join(names)
-            raise UserError(f"--attentions takes {known}, not {', '.join(sorted(unknown))}")
+        check_names("attentions", self.attentions, ["softmax", *FEATURE_MAPS])
         if self.block_size % 2 or self.block_size < SHORTEST:
             raise UserError(f"block_size must be even and at least {SHORTEST}: pairs of key and value")
         if min(self.seeds, self.test_sequences) < 1 or min(self.jobs, self.stage_steps) < 0:
             raise UserError("seeds and test_sequences must be positive, jobs and stage_steps zero or more")
+        if not (self.embd_std > 0 and self.init_std > 0):
+            raise UserError("init_std and embd_std must be positive")
 
 
 class RecallGPT(GPT):
-    """A GPT with larger first weights.
-
-    GPT-2's standard deviation of 0.02 is made for a width of 768. In this narrow model Hedgehog's
-    attention would begin too flat with it."""
+    """A GPT with larger first weights: with GPT-2's, made for a width of 768, Hedgehog begins too flat here."""
 
     def init_weights(self) -> None:
         super().init_weights(self.config.embd_std, self.config.init_std)
-
-
-# ---------------------------------------------------------------- the task
 
 
 def sequences(
@@ -113,16 +95,14 @@ def sequences(
 ) -> tuple[Tensor, Tensor]:
     """n sequences as (x, y), both (n, length - 1).
 
-    y is x one token later at the values whose key has been seen before, and -100 (ignored)
-    elsewhere. n_keys: how many different keys a sequence may use, one number or n numbers. Every
-    sequence draws values of its own, so that nothing can be learned by heart. The last key has
-    always been seen.
-    """
+    y is x one token later at the values whose key has been seen before, and -100 (ignored) elsewhere.
+    n_keys: how many different keys a sequence may use, one number or n numbers. Every sequence draws values
+    of its own, so that nothing can be learned by heart."""
     pairs, row = length // 2, np.arange(n)[:, None]
     order = rng.permuted(np.tile(np.arange(N_KEYS), (n, 1)), axis=1)  # (n, N_KEYS)
     picks = (rng.random((n, pairs)) * np.reshape(n_keys, (-1, 1))).astype(int)
     keys = order[row, picks]  # (n, pairs)
-    keys[:, -1:] = keys[row, rng.integers(0, pairs - 1, (n, 1))]
+    keys[:, -1:] = keys[row, rng.integers(0, pairs - 1, (n, 1))]  # the last key has been seen
     values = N_KEYS + rng.integers(0, N_KEYS, (n, N_KEYS))[row, keys]
     ids = np.stack([keys, values], axis=2).reshape(n, length)
     first = np.array([[k not in r[:i] for i, k in enumerate(r)] for r in keys.tolist()])
@@ -132,15 +112,12 @@ def sequences(
 
 
 def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
-    """The batch of a step. The length doubles from stage to stage, with 2 to length / 4 different
-    keys. A batch has the same number of tokens at every length."""
+    """The batch of a step, as many tokens at every length. Short sequences have 2 to length / 4 keys."""
     rng, length = np.random.default_rng(step_seed(config.seed, step)), config.block_size
     if config.stage_steps:
         length = min(length, SHORTEST * 2 ** max(0, step // config.stage_steps - 2))
-    n = config.batch_size * (config.block_size // length)
-    if length == config.block_size:
-        return sequences(rng, n, length, N_KEYS)
-    return sequences(rng, n, length, rng.integers(2, min(N_KEYS, length // 4) + 1, n))
+    n, full = config.batch_size * (config.block_size // length), length == config.block_size
+    return sequences(rng, n, length, N_KEYS if full else rng.integers(2, min(N_KEYS, length // 4) + 1, n))
 
 
 def fresh(config: RecallConfig, n: int, purpose: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +136,6 @@ def accuracy(model: GPT, x: Tensor, y: Tensor) -> dict:
 
 
 def one_run(config: RecallConfig) -> dict:
-    """Train one model and measure it."""
     dev, test = fresh(config, 500, 0), fresh(config, config.test_sequences, 1)
     return train_one(
         config,
@@ -170,9 +146,6 @@ def one_run(config: RecallConfig) -> dict:
         tokenizer="recall",
         curve="accuracy",
     )
-
-
-# ---------------------------------------------------------------- the comparison
 
 
 def describe(result: dict) -> str:
@@ -188,24 +161,22 @@ def describe(result: dict) -> str:
     )
 
 
-def by_attention(results: list[dict]) -> dict[str, list[dict]]:
-    """The runs that ended, by attention, the most accurate first."""
-    return grouped(results, lambda r: -r["final"]["accuracy"])
+by_attention = partial(grouped, key=lambda r: -r["final"]["accuracy"])
 
 
 def table(results: list[dict]) -> str:
-    """The comparison in Markdown, and how entropy and monotonicity go with accuracy."""
+    """The comparison, the most accurate first, and how entropy and tau go with accuracy."""
     head = ["attention", "accuracy, %, mean ± sd (seeds)", "entropy, nats", "Kendall's tau"]
     head += ["lr", "steps", "minutes a run"]
     groups, rows = by_attention(results), []
     for name, runs in groups.items():
-        correct = mean_sd([100 * r["final"]["accuracy"] for r in runs], ".1f")
+        correct = mean_sd([100 * x for x in finals(runs, "accuracy")], ".1f")
         rows.append(
             [
                 label(name),
                 f"{correct} ({len(runs)})",
-                mean_sd([r["final"]["entropy"] for r in runs], ".2f"),
-                mean_sd([r["final"]["tau"] for r in runs], ".2f"),
+                mean_sd(finals(runs, "entropy"), ".2f"),
+                mean_sd(finals(runs, "tau"), ".2f"),
                 f"{runs[0]['config']['lr']:g}",
                 f"{np.mean([r['steps'] for r in runs]):.0f}",
                 f"{np.mean([r['minutes'] for r in runs]):.1f}",
@@ -214,13 +185,11 @@ def table(results: list[dict]) -> str:
     text = markdown(head, rows)
     if len(groups) <= 3:  # too few for a correlation
         return text
-
-    def mean(key: str) -> list[float]:
-        return [np.mean([r["final"][key] for r in runs]) for runs in groups.values()]
-
     found = []
+    accuracies = [np.mean(finals(runs, "accuracy")) for runs in groups.values()]
     for key, what in (("entropy", "entropy"), ("tau", "monotonicity")):
-        rho, low, high = rank_correlation(mean(key), mean("accuracy"))
+        means = [np.mean(finals(runs, key)) for runs in groups.values()]
+        rho, low, high = rank_correlation(means, accuracies)
         found.append(f"{what} {rho:+.2f} ({low:+.2f} to {high:+.2f})")
     return (
         f"{text}\n\nSpearman's rank correlation with accuracy over the {len(groups)} attentions, "
@@ -237,26 +206,19 @@ def main() -> None:
     if config.all and not config.lrs and "lr" not in given:
         config.lrs = [2e-3, 4e-3]
     began, out = time.perf_counter(), Path(config.out_dir)
-    # A run's configuration leaves out what does not change the run.
+    # A run's configuration leaves out what does not change it.
     single = replace(config, attentions=[], all=False, seeds=1, lrs=[], jobs=0)
-    configs = [replace(single, attention=a, out_dir=str(out / a)) for a in config.attentions]
     sweep, results = sweep_and_seeds(
         one_run,
-        configs,
-        trials=lambda _: [{"lr": lr} for lr in config.lrs or [config.lr]],
-        seeds=config.seeds,
-        jobs=config.jobs,
-        describe=describe,
-        loss=lambda result: result["dev_loss"],
+        [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions],
+        lambda _: [{"lr": lr} for lr in config.lrs or [config.lr]],
+        config.seeds,
+        config.jobs,
+        describe,
     )
-    minutes = (time.perf_counter() - began) / 60
-    facts = {"recall": 1, **provenance(), "minutes": round(minutes, 1), "runs": results}
-    write_json(out / "recall.json", facts | {"sweep": [describe(r) for r in sweep]})
-    print(table(results))
-    drawn = figures.recall(out / "recall.png", by_attention(results), facts["command"])
-    files = ", ".join(filter(None, ["recall.json", drawn]))
-    folder = Path(results[0]["config"]["out_dir"]).name
-    print(f"{minutes:.1f} minutes; written to {out}: {files}, and a folder for each run: {folder} ...")
+    facts = {"recall": 1, **provenance(), "runs": results, "sweep": [describe(r) for r in sweep]}
+    picture = figures.recall(out / "recall.png", by_attention(results), facts["command"])
+    conclude(out / "recall.json", facts, table(results), picture, began)
 
 
 if __name__ == "__main__":

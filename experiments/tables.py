@@ -1,26 +1,29 @@
-"""Tables in Markdown, and what their rows and cells are made of: groups of runs, mean ± sd."""
+"""Tables in Markdown: groups of runs are the rows, mean ± sd the cells."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+Groups = dict[str, list[dict]]  # runs by attention
+
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table; a cell is anything that can be printed."""
-    cells = [head, ["---"] * len(head), *rows]
-    text = [f"| {' | '.join(str(cell) for cell in row)} |" for row in cells]
-    text[1] = text[1].replace(" ", "")  # |---|---|
-    return "\n".join(text)
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def mean_sd(values: Sequence[float], form: str = ".3f") -> str:
-    """mean ± standard deviation; the mean alone if there is one value."""
+    """mean ± standard deviation, or the mean alone of one value."""
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
-def grouped(results: list[dict], key: Callable[[dict], float]) -> dict[str, list[dict]]:
-    """The runs that ended, by attention; first the attention whose mean of key(result) is least."""
-    groups: dict[str, list[dict]] = {}
+def finals(runs: list[dict], key: str) -> list[float]:
+    return [r["final"][key] for r in runs]
+
+
+def grouped(results: list[dict], key: Callable) -> Groups:
+    """The runs that ended, by attention; first the one with the least mean of key(result)."""
+    groups: Groups = {}
     for r in results:
         if "failed" not in r:
             groups.setdefault(r["config"]["attention"], []).append(r)

@@ -31,82 +31,63 @@ from experiments import (
     ladder,
     recall,
 )
-from experiments.tables import markdown, mean_sd
+from experiments.tables import Groups, finals, markdown, mean_sd
 from support.plots import label
 
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", *sorted(HERE.glob("*.md"))]
 
-# Some commands were renamed after they had written results. results/*.json keep the command that
-# ran; the pages show the command of today that does the same. The first entry that matches is used.
-RENAMED_SCRIPTS = {
-    r"compare\.py(.*) --ablations": r"-m experiments.ablations\1",
-    r"compare\.py": "-m experiments.from_scratch",
-    r"recall\.py": "-m experiments.recall",
-    r"analyze\.py": "-m experiments.attention_maps",
-    r"convert_gpt2\.py": "-m experiments.gpt2",
-    r"convert_llama\.py": "-m experiments.llama",
-    r"convert_bert\.py": "-m experiments.glue",
-    r"convert_vit\.py": "-m experiments.vit",
-    r"bench_encoder\.py": "-m experiments.encoder_speed",
-}
-RENAMED_FLAGS = {  # every entry that matches is used
+# results/*.json keep the command that ran. Some were renamed later; the pages show the command of today.
+RENAMED = {
+    r"^python compare\.py(.*) --ablations": r"python -m experiments.ablations\1",
+    r"^python compare\.py": "python -m experiments.from_scratch",
+    r"^python recall\.py": "python -m experiments.recall",
+    r"^python analyze\.py": "python -m experiments.attention_maps",
+    r"^python convert_gpt2\.py": "python -m experiments.gpt2",
+    r"^python convert_llama\.py": "python -m experiments.llama",
+    r"^python convert_bert\.py": "python -m experiments.glue",
+    r"^python convert_vit\.py": "python -m experiments.vit",
+    r"^python bench_encoder\.py": "python -m experiments.encoder_speed",
     r"(--arms(?: \w+)*?) exp\b": r"\1 exp_t1",
     r"(--arms(?: \w+)*?) exp2\b": r"\1 exp_t2",
 }
-PAPER_PPL = {"softmax": 18.6, "elu": 25.6, "hedgehog": 20.8}  # Table 1
+TABLE_1 = {  # perplexities of the paper, as runs
+    name: [{"config": {"seed": 0}, "final": {"loss": log(perplexity)}}]
+    for name, perplexity in {"softmax": 18.6, "elu": 25.6, "hedgehog": 20.8}.items()
+}
 
 
 def today(command: str) -> str:
-    """A recorded command, in the names of today."""
-    for old, new in RENAMED_SCRIPTS.items():
-        translated = re.sub(rf"^python {old}", rf"python {new}", command)
-        if translated != command:
-            command = translated
-            break
-    for old, new in RENAMED_FLAGS.items():
+    for old, new in RENAMED.items():
         command = re.sub(old, new, command)
     return command
 
 
-# ---------------------------------------------------------------- reading the results
-
-
 def read(name: str) -> dict:
-    """The result NAME.json, with its command and its arms in the names of today."""
+    """The result NAME.json, in the names of today."""
     facts = json.loads((HERE / f"{name}.json").read_text())
     if {"ladder", "recover"} & set(facts):
         facts = ladder.with_new_names(facts)
     return {**facts, "command": today(facts["command"])}
 
 
-def first_runs() -> dict[str, list[dict]]:
-    """The runs of the first command by attention, one for each seed."""
-    groups: dict[str, list[dict]] = {}
-    for path in sorted(HERE.glob("stdlib-*.json")):
-        result = read(path.stem)
-        groups.setdefault(result["config"]["attention"], []).append(result)
-    return dict(sorted(groups.items(), key=lambda item: statistics.mean(loss_of(r) for r in item[1])))
-
-
-def tasks_of(kind: str) -> list[dict]:
-    """The results of GLUE's tasks: `glue` has maps of the paper's size, `wide` larger ones."""
+def all_of(kind: str) -> list[dict]:
+    """Several results: `stdlib` the first command's runs, `glue` and `wide` GLUE's tasks."""
     return [read(path.stem) for path in sorted(HERE.glob(f"{kind}-*.json"))]
 
 
-def loss_of(run: dict) -> float:
-    return run["final"]["loss"]
+def first_runs() -> Groups:
+    return from_scratch.by_attention(all_of("stdlib"))
 
 
-def shares(groups: dict[str, list[dict]], prior: str = "elu", measure: Callable = float) -> list[float]:
-    """How much of the gap between `prior` and softmax Hedgehog closes, in percent, for each seed.
+def by_attention(name: str) -> Groups:
+    return from_scratch.by_attention(read(name)["runs"])
 
-    measure: float for a share of nats, exp for a share of perplexities."""
-    of = {name: {r["config"]["seed"]: measure(loss_of(r)) for r in groups[name]} for name in groups}
-    return [
-        100 * (of[prior][seed] - loss) / (of[prior][seed] - of["softmax"][seed])
-        for seed, loss in of["hedgehog"].items()
-    ]
+
+def closed(groups: Groups) -> list[list[float]]:
+    """% of the gap from 1+ELU to softmax that Hedgehog closes with each seed, in nats and in perplexity."""
+    in_both = [from_scratch.gap_closed(groups, "hedgehog", "elu", measure) for measure in (float, exp)]
+    return [[100 * share for share in shares] for shares in in_both]
 
 
 def percent(values: list[float], form: str = ".0f", of: str = "") -> str:
@@ -115,31 +96,19 @@ def percent(values: list[float], form: str = ".0f", of: str = "") -> str:
     return f"{mean_sd(values, form)}%{of and ' '}{of} ({seeds})"
 
 
-def by_attention(name: str) -> dict[str, list[dict]]:
-    """The runs of a comparison from scratch by attention, the least loss first."""
-    return from_scratch.by_attention(read(name)["runs"])
-
-
-# ---------------------------------------------------------------- where a table comes from
-
-
 def conditions(results: list[dict]) -> str:
-    """Machine, threads and commit of the runs."""
-    machines = [m.replace(" 1 threads", " 1 thread") for m in sorted({r["machine"] for r in results})]
+    machines = sorted({r["machine"].replace(" 1 threads", " 1 thread") for r in results})
     commits = sorted({r["commit"] for r in results})
     return f"{' and '.join(machines)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
 def source(facts: dict) -> str:
-    """The command that made a result, its runs, minutes, machine and commits."""
     runs, command = facts.get("runs", []), facts["command"]
     if "ladder" in facts:  # several commands may have added rows to one file: name all rows
         arms = " ".join(r["arm"] for r in runs)
         command = re.sub(r" --arms( \w+)+", "", command) + f" --arms {arms}"
-    if {"ladder", "recover"} & set(facts):
-        minutes = facts["minutes"]  # stages serve several rows
-    else:
-        minutes = sum(r["minutes"] for r in runs)
+    in_stages = {"ladder", "recover"} & set(facts)  # which serve several rows
+    minutes = facts["minutes"] if in_stages else sum(r["minutes"] for r in runs)
     said = [f"`{command}`"]
     if runs:
         said.append(f"{len(runs)} runs, {minutes:.0f} minutes in all")
@@ -149,39 +118,29 @@ def source(facts: dict) -> str:
 
 
 def experiment(name: str, table: Callable) -> str:
-    """The table of one result, and where it comes from.
-
-    table: what an experiment prints, of its runs; of all its facts where it needs more."""
+    """The table of one result, made of its runs or, where it needs more, of all facts; and its source."""
     facts = read(name)
     needs_all = "recover" in facts or "runs" not in facts
     return f"{table(facts if needs_all else facts['runs'])}\n\n{source(facts)}"
 
 
-# ---------------------------------------------------------------- README
-
-
 def glance() -> str:
-    """The results beside the paper's: eight rows."""
+    """The results beside the paper's."""
 
     def ratio(name: str) -> str:
         of = {r["arm"]: r["final"]["perplexity"] for r in read(name)["runs"]}
         return f"{of['hedgehog'] / of['teacher_finetuned']:.2f}"
 
     def recovered(kind: str) -> str:
-        of_tasks = [finetuned_tables.recovered(facts, "hedgehog") for facts in tasks_of(kind)]
-        return f"{statistics.mean(statistics.mean(share) for share in of_tasks):.0f}%"
+        of_tasks = [finetuned_tables.recovered(facts, "hedgehog") for facts in all_of(kind)]
+        return f"{statistics.mean(map(statistics.mean, of_tasks)):.0f}%"
 
-    in_recall = recall.by_attention(read("recall")["runs"])["hedgehog"]
-    recalled = [100 * r["final"]["accuracy"] for r in in_recall]
+    [in_nats], [in_perplexity] = closed(TABLE_1)
+    gap, _ = closed(by_attention("compare-stdlib-paper"))
+    recalled = finals(recall.by_attention(read("recall")["runs"])["hedgehog"], "accuracy")
     rouge = {r["arm"]: r["final"]["rouge1"] for r in read("convert-smollm2-dialogue")["runs"]}
     digits = finetuned_tables.recovered(read("vit-digits"), "hedgehog")
-    of_bench = {
-        (r["part"], r["T"], r["contender"]): r["ratio"] for r in read("bench-cpu")["rows"] if "ratio" in r
-    }
-    closed = shares(by_attention("compare-stdlib-paper"))
-    paper = {name: log(value) for name, value in PAPER_PPL.items()}
-    paper_nats = (paper["elu"] - paper["hedgehog"]) / (paper["elu"] - paper["softmax"])
-    paper_ppl = (PAPER_PPL["elu"] - PAPER_PPL["hedgehog"]) / (PAPER_PPL["elu"] - PAPER_PPL["softmax"])
+    faster = rows_of("bench-cpu")["forward", 32768, "cpp"]["ratio"]
     rows = [
         [
             "Table 1, WikiText-103 from scratch, 125M parameters: perplexity",
@@ -192,14 +151,14 @@ def glance() -> str:
         [
             "the same question on Python's standard library: "
             "of the gap between 1+ELU and softmax, Hedgehog closes",
-            f"{paper_nats:.0%} of the nats ({paper_ppl:.1%} of the perplexity)",
-            percent(closed, of="of the nats"),
+            f"{in_nats:.0f}% of the nats ({in_perplexity:.1f}% of the perplexity)",
+            percent(gap, of="of the nats"),
             "`python -m experiments.from_scratch --setting paper`",
         ],
         [
             "Fig. 5, associative recall: accuracy of Hedgehog",
             "softmax 100%, earlier maps below 20%",
-            percent(recalled, ".1f"),
+            percent([100 * x for x in recalled], ".1f"),
             "`python -m experiments.recall --all --seeds 3`",
         ],
         [
@@ -229,41 +188,32 @@ def glance() -> str:
         [
             "Fig. 7: forward pass at 32K tokens, times the speed of softmax",
             "4 (GPU)",
-            f"{of_bench['forward', 32768, 'cpp']:.0f} (CPU)",
+            f"{faster:.0f} (CPU)",
             "`python bench.py`",
         ],
     ]
     return markdown(["", "paper", "ours", "command"], rows)
 
 
-# ---------------------------------------------------------------- results/from_scratch.md
-
-
 def gaps() -> str:
-    ours = by_attention("compare-stdlib")
-    paper = by_attention("compare-stdlib-paper")
+    ours, paper = by_attention("compare-stdlib"), by_attention("compare-stdlib-paper")
+    better = {**ours, "softmax": paper["softmax"]}
     measured = {
         "the paper's settings, as far as it states them": paper,
         "with our additions": ours,
-        "with our additions, against the better softmax (without them)": {
-            **ours,
-            "softmax": paper["softmax"],
-        },
+        "with our additions, against the better softmax (without them)": better,
         "the first command: with our additions, twice as long": first_runs(),
     }
-    ppl = PAPER_PPL
-    nats = (log(ppl["elu"]) - log(ppl["hedgehog"])) / (log(ppl["elu"]) - log(ppl["softmax"]))
-    share = (ppl["elu"] - ppl["hedgehog"]) / (ppl["elu"] - ppl["softmax"])
-    rows = [["the paper, WikiText-103", f"{nats:.0%}", f"{share:.1%}", ""]]
+    [in_nats], [in_perplexity] = closed(TABLE_1)
+    rows = [["the paper, WikiText-103", f"{in_nats:.0f}%", f"{in_perplexity:.1f}%", ""]]
     for name, groups in measured.items():
-        found = shares(groups)
-        in_ppl = shares(groups, measure=exp)
-        rows.append([name, f"{mean_sd(found, '.1f')}%", f"{mean_sd(in_ppl, '.1f')}%", str(len(found))])
+        shares = closed(groups)
+        rows.append([name, *(f"{mean_sd(share, '.1f')}%" for share in shares), len(shares[0])])
     return markdown(["share of the gap that Hedgehog closes", "in nats", "in perplexity", "seeds"], rows)
 
 
 def ablated(runs: list[dict]) -> str:
-    """What each addition is worth; some rows have clearer names than the commands gave them."""
+    """What each addition is worth, with clearer names for some rows."""
     names = {
         "as set": "nothing",
         "softmax over the last 16 tokens": "softmax over the last 16 tokens, linear attention before",
@@ -277,127 +227,96 @@ def ablated(runs: list[dict]) -> str:
 
 
 def first() -> str:
-    groups = first_runs()
-    rows = []
-    for name, runs in groups.items():
-        rows.append(
-            [
-                label(name),
-                f"{mean_sd([loss_of(r) for r in runs])} ({len(runs)})",
-                f"{statistics.mean(r['final']['bits_per_byte'] for r in runs):.3f}",
-                f"{runs[0]['parameters']:,}",
-                f"{statistics.mean(r['minutes'] for r in runs):.1f}",
-                f"{statistics.median(r['tokens_per_s'] for r in runs):,.0f}",
-                conditions(runs),
-            ]
-        )
-    heads = [
-        "attention",
-        "nats per byte, mean ± sd (seeds)",
-        "bits per byte",
-        "parameters",
-        "minutes",
-        "tokens/s",
+    head = ["attention", "nats per byte, mean ± sd (seeds)", "bits per byte", "parameters"]
+    rows = [
+        [
+            label(name),
+            f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})",
+            f"{statistics.mean(finals(runs, 'bits_per_byte')):.3f}",
+            f"{runs[0]['parameters']:,}",
+            f"{statistics.mean(r['minutes'] for r in runs):.1f}",
+            f"{statistics.median(r['tokens_per_s'] for r in runs):,.0f}",
+            conditions(runs),
+        ]
+        for name, runs in first_runs().items()
     ]
-    return markdown([*heads, "timed on"], rows)
-
-
-# ---------------------------------------------------------------- results/finetuned.md
+    return markdown([*head, "minutes", "tokens/s", "timed on"], rows)
 
 
 def tasks(kind: str) -> str:
-    """Table 2 over several tasks, and how each was run."""
-    found = tasks_of(kind)
+    found = all_of(kind)
     commands = [f"- `{f['command']}`, {f['minutes']:.0f} minutes" for f in found]
     where = conditions([r for f in found for r in f["runs"]])
-    return "\n".join([finetuned_tables.tasks_table(found), "", f"The commands; {where}:", "", *commands])
+    table, commands = finetuned_tables.tasks_table(found), "\n".join(commands)
+    return f"{table}\n\nThe commands; {where}:\n\n{commands}"
 
 
-# ---------------------------------------------------------------- results/speed.md
+def rows_of(name: str) -> dict[tuple[str, int, str], dict]:
+    return {(r["part"], r["T"], r["contender"]): r for r in read(name)["rows"]}
 
 
 def speed() -> str:
-    bench = read("bench-cpu")
-    found = {(r["part"], r["T"], r["contender"]): r for r in bench["rows"]}
+    bench, found = read("bench-cpu"), rows_of("bench-cpu")
+    hedgehog, text = ["Hedgehog, C++", "Hedgehog, PyTorch"], []
 
-    def cells(part: str, T: int, key: str, form: str, names: list[str]) -> list[str]:
-        values = [found.get((part, T, name), {}).get(key) for name in names]
+    def cells(part: str, T: int, key: str, form: str, names: str) -> list[str]:
+        values = [found.get((part, T, name), {}).get(key) for name in names.split()]
         return ["" if value is None else format(value, form) for value in values]
-
-    def lengths(part: str, contender: str = "softmax") -> list[int]:
-        return sorted(T for p, T, name in found if (p, name) == (part, contender))
 
     def tokens(part: str, T: int) -> str:
         heads = found[part, T, "cpp"]["heads"]
         return f"{T:,}" if heads == bench["config"]["n_head"] else f"{T:,} ({heads} heads)"
 
-    def faster_from(name: str) -> str:
-        forward, training = (bench["crossover"][f"{part} {name}"] for part in ("forward", "training"))
-        if forward == training:
-            return f"from {forward:,} tokens on in both tables"
-        return f"from {forward:,} tokens on (forward) and {training:,} (forward and backward)"
+    def lengths(part: str) -> list[int]:
+        return sorted(T for p, T, name in found if (p, name) == (part, "softmax"))
 
-    text = []
-    heads = ["softmax, ms", "Hedgehog, C++", "Hedgehog, PyTorch", "1+ELU", "Taylor"]
+    def add(title: str, head: list[str], rows: list[list[str]]) -> None:
+        text.append(f"{title}:\n\n{markdown(head, rows)}")
+
     for part, what in (("forward", "forward"), ("training", "forward and backward")):
         rows = []
         for T in lengths(part):
-            milliseconds = found[part, T, "softmax"]["median"] * 1e3
-            ratios = cells(part, T, "ratio", ".2f", ["cpp", "torch", "elu", "taylor"])
-            rows.append([tokens(part, T), f"{milliseconds:,.1f}", *ratios])
-        text.append(f"Times softmax, {what}:\n\n" + markdown(["tokens", *heads], rows))
-
-    names = ["softmax", "cpp", "torch"]
-    rows = [[tokens("memory", T), *cells("memory", T, "median", ",.0f", names)] for T in (2048, 8192, 32768)]
-    text.append(
-        "Additional memory of forward and backward, in MiB:\n\n"
-        + markdown(["tokens", "softmax", "Hedgehog, C++", "Hedgehog, PyTorch"], rows)
-    )
+            milliseconds = f"{found[part, T, 'softmax']['median'] * 1e3:,.1f}"
+            rows.append(
+                [tokens(part, T), milliseconds, *cells(part, T, "ratio", ".2f", "cpp torch elu taylor")]
+            )
+        add(f"Times softmax, {what}", ["tokens", "softmax, ms", *hedgehog, "1+ELU", "Taylor"], rows)
 
     rows = []
-    for T in sorted({T for part, T, _ in found if part == "decode"}):
+    for T in (2048, 8192, 32768):
+        rows.append([tokens("memory", T), *cells("memory", T, "median", ",.0f", "softmax cpp torch")])
+    add("Additional memory of forward and backward, in MiB", ["tokens", "softmax", *hedgehog], rows)
+
+    rows = []
+    for T in lengths("decode"):
         best = min(found["decode", T, name]["median"] for name in ("softmax", "matmul"))
         sizes = next(r for r in bench["rows"] if r["T"] == T and "kv_bytes" in r)
-        ratios = cells("decode", T, "ratio", ".1f", ["cpp", "torch"])
         mib = [f"{sizes[key] / 2**20:,.2f} MiB" for key in ("kv_bytes", "state_bytes")]
-        rows.append([f"{T:,}", f"{best * 1e3:,.2f}", *ratios, *mib])
-    text.append(
-        "One more token, times the faster of two KV caches:\n\n"
-        + markdown(
-            [
-                "tokens before it",
-                "KV cache, ms",
-                "Hedgehog, C++",
-                "Hedgehog, PyTorch",
-                "KV cache",
-                "state",
-            ],
-            rows,
-        )
-    )
+        rows.append([f"{T:,}", f"{best * 1e3:,.2f}", *cells("decode", T, "ratio", ".1f", "cpp torch"), *mib])
+    head = ["tokens before it", "KV cache, ms", *hedgehog, "KV cache", "state"]
+    add("One more token, times the faster of two KV caches", head, rows)
 
     rows = []
-    for part, T in sorted({(part, T) for part, T, _ in found if part in ("model", "generate1", "generate8")}):
-        if part == "model":
-            what = f"forward and backward at {T:,} tokens"
-        else:
+    for part in ("generate1", "generate8", "model"):
+        for T in lengths(part):
             what = f"generation, batch {part.removeprefix('generate')}, after {T:,} tokens"
-        rows.append([what, *cells(part, T, "tokens_per_s", ",.0f", ["softmax", "hedgehog"])])
-    text.append("A whole GPT, in tokens a second:\n\n" + markdown(["", "softmax", "Hedgehog"], rows))
+            if part == "model":
+                what = f"forward and backward at {T:,} tokens"
+            rows.append([what, *cells(part, T, "tokens_per_s", ",.0f", "softmax hedgehog")])
+    add("A whole GPT, in tokens a second", ["", "softmax", "Hedgehog"], rows)
 
-    fast = bench["speed"]
-    peak = max(value for name, value in fast.items() if name.endswith("gflops"))
-    longest = max(
-        (r for r in bench["rows"] if r["contender"] == "cpp" and "of_peak" in r),
-        key=lambda r: r["T"],
-    )
+    rates, cross = bench["speed"], bench["crossover"]
+    peak = max(value for name, value in rates.items() if name.endswith("gflops"))
+    kernel = [r for (_, _, name), r in found.items() if name == "cpp" and "of_peak" in r]
+    longest = max(kernel, key=lambda r: r["T"])
     text.append(
-        f"- Of the lengths measured, the C++ kernel is faster than softmax {faster_from('cpp')}. "
-        f"PyTorch's form is faster {faster_from('torch')}.\n"
+        f"- Of the lengths measured, the C++ kernel is faster than softmax from {cross['forward cpp']:,} tokens on "
+        f"in the first table, and from {cross['training cpp']:,} on in the second; PyTorch's form from "
+        f"{cross['forward torch']:,} and from {cross['training torch']:,} on.\n"
         f"- At {longest['T']:,} tokens the kernel computes at {longest['of_peak']:.0%} of "
         f"{peak:.0f} GFLOP/s, the highest rate of float32 products that was measured on this "
-        f"processor. PyTorch's matrix products reach {fast['blas_gflops']:.0f} GFLOP/s. Memory is "
-        f"copied at {fast['copy_gb_s']:.0f} GB/s."
+        f"processor. PyTorch's matrix products reach {rates['blas_gflops']:.0f} GFLOP/s. Memory is "
+        f"copied at {rates['copy_gb_s']:.0f} GB/s."
     )
     text.append(f"`{bench['command']}`; {bench['minutes']:.0f} minutes; {conditions([bench])}.")
     return "\n\n".join(text)
@@ -405,27 +324,15 @@ def speed() -> str:
 
 def taylor() -> str:
     """Taylor's weights made directly, beside those made from features."""
-    after, before = (
-        {
-            (r["part"], r["T"]): r["ratio"]
-            for r in read(name)["rows"]
-            if r["contender"] == "taylor" and "ratio" in r
-        }
-        for name in ("bench-taylor", "bench-cpu")
-    )
-    rows = [
-        [
-            f"{T:,}",
-            *(f"{found[part, T]:.2f}" for part in ("forward", "training") for found in (before, after)),
-        ]
-        for T in (128, 256, 512, 1024)
-    ]
+    before, after = rows_of("bench-cpu"), rows_of("bench-taylor")
+    rows = []
+    for T in (128, 256, 512, 1024):
+        pairs = [(part, found) for part in ("forward", "training") for found in (before, after)]
+        rows.append([f"{T:,}", *(f"{found[part, T, 'taylor']['ratio']:.2f}" for part, found in pairs)])
     heads = ["tokens", "forward, from features", "forward, directly"]
     heads += ["forward and backward, from features", "forward and backward, directly"]
     return f"{markdown(heads, rows)}\n\n{source(read('bench-taylor'))}"
 
-
-# ---------------------------------------------------------------- pages and figures
 
 TABLES: dict[str, Callable[[], str]] = {
     "glance": glance,
@@ -460,7 +367,7 @@ MARKED = re.compile(rf"<!-- ([\w-]+): {MADE_BY} -->.*?<!-- end of \1 -->", re.DO
 
 
 def rendered(page: str) -> str:
-    """The page with every table between its marks brought up to date."""
+    """The page with the tables of today between its marks."""
 
     def fill(found: re.Match) -> str:
         name = found[1]
@@ -470,15 +377,17 @@ def rendered(page: str) -> str:
 
 
 def draw() -> None:
-    """The figures that need nothing but the results."""
     title = "On Python's standard library, Hedgehog learns nearly as well as softmax"
-    command = "python train.py --attention NAME --seed 1, 2, 3"
-    figures.curves(FIGURES / "curves.png", first_runs(), title, "validation loss (nats per byte)", command)
+    command, axis = "python train.py --attention NAME --seed 1, 2, 3", "validation loss (nats per byte)"
+    figures.curves(FIGURES / "curves.png", first_runs(), title, axis, command)
     from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib"))
     facts = read("recall")
     figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
     finetuned_tables.draw(FIGURES / "recovery.png", [read("cola-controls")])
-    figures.speed(FIGURES / "speed.png", read("bench-cpu")["rows"], "python bench.py")
+    bench = read("bench-cpu")
+    since = f"{bench['crossover']['forward cpp']:,} tokens on (forward)"
+    title = f"Hedgehog, C++, is faster than softmax from {since}"
+    figures.speed(FIGURES / "speed.png", bench["rows"], "python bench.py", title)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,46 @@
-"""The look of every picture, and the two pictures that the ground floor draws: a run's loss curve,
-and a number a head.
+"""The look of every picture, and the pictures that the ground floor draws: a run's loss, and a number a head.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; markers differ as
-well, so a picture printed in grey can still be read. The command that made a picture stands below
-it. Needs matplotlib, which is optional: without it one line says how to get it, and nothing fails.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; markers differ as well.
 """
 
 import itertools
 import textwrap
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
-# (colour, marker) of softmax, of every feature map, and of every implementation in bench.py.
-STYLE = {
-    "softmax": ("#000000", "o"),
-    "hedgehog": ("#0072b2", "s"),
-    "hedgehog_exp": ("#56b4e9", "D"),
-    "hedgehog_window": ("#00304d", "*"),
-    "elu": ("#d55e00", "^"),
-    "relu": ("#e69f00", "<"),
-    "performer": ("#b8a800", ">"),
-    "cosformer": ("#8c510a", "h"),
-    "exp_t1": ("#999999", "p"),
-    "exp_t2": ("#555555", "P"),
-    "taylor": ("#cc79a7", "v"),
-    "t2r": ("#009e73", "X"),
-    "cpp": ("#0072b2", "s"),
-    "triton": ("#0072b2", "D"),
-    "torch": ("#56b4e9", "P"),
-    "quadratic": ("#999999", "x"),
-    "recurrent": ("#009e73", "+"),
-}
-LABELS = {
-    "hedgehog": "Hedgehog",
-    "hedgehog_exp": "Hedgehog, exp",
-    "hedgehog_window": "Hedgehog + window",
-    "elu": "1+ELU",
-    "relu": "ReLU",
-    "performer": "Performer",
-    "cosformer": "cosFormer",
-    "exp_t1": "exp(x)",
-    "exp_t2": "exp(2x)",
-    "taylor": "Taylor",
-    "t2r": "T2R",
-    "cpp": "Hedgehog, C++",
-    "triton": "Hedgehog, Triton",
-    "torch": "Hedgehog, PyTorch",
+STYLE = {  # colour, marker and label of softmax, of every feature map, and of the contenders in bench.py
+    "softmax": ("#000000", "o", "softmax"),
+    "hedgehog": ("#0072b2", "s", "Hedgehog"),
+    "hedgehog_exp": ("#56b4e9", "D", "Hedgehog, exp"),
+    "hedgehog_window": ("#00304d", "*", "Hedgehog + window"),
+    "elu": ("#d55e00", "^", "1+ELU"),
+    "relu": ("#e69f00", "<", "ReLU"),
+    "performer": ("#b8a800", ">", "Performer"),
+    "cosformer": ("#8c510a", "h", "cosFormer"),
+    "exp_t1": ("#999999", "p", "exp(x)"),
+    "exp_t2": ("#555555", "P", "exp(2x)"),
+    "taylor": ("#cc79a7", "v", "Taylor"),
+    "t2r": ("#009e73", "X", "T2R"),
+    "cpp": ("#0072b2", "s", "Hedgehog, C++"),
+    "triton": ("#0072b2", "D", "Hedgehog, Triton"),
+    "torch": ("#56b4e9", "P", "Hedgehog, PyTorch"),
+    "quadratic": ("#999999", "x", "quadratic"),
+    "recurrent": ("#009e73", "+", "recurrent"),
 }
 OWN = itertools.cycle(("#c00000", "#7a00cc", "#00a0a0", "#d0008c"))  # for a reader's own feature maps
 
 
+@cache
 def style(name: str) -> tuple[str, str]:
     """(colour, marker) of a name. A reader's own feature map is a star, the first one in red."""
-    if name not in STYLE:
-        STYLE[name] = (next(OWN), "*")
-    return STYLE[name]
+    return STYLE[name][:2] if name in STYLE else (next(OWN), "*")
 
 
 def label(name: str) -> str:
-    """How tables and pictures call an attention."""
-    return LABELS.get(name, name)
+    return STYLE[name][2] if name in STYLE else name
 
 
 def plot(
@@ -75,17 +54,12 @@ def plot(
 ) -> str:
     """Make axes, let draw(figure, axes) fill them, and write a PNG with the command below.
 
-    size: width and height in inches. kwargs: for matplotlib's `subplots`. Returns the file's name,
-    or "" where there is no picture: no matplotlib, or a fault in drawing. Neither ends a command,
-    whose numbers are worth more.
+    size: in inches. kwargs: of matplotlib's `subplots`. Returns the file's name, or "" without matplotlib or
+    after a fault in drawing: neither ends a command, whose numbers are worth more.
     """
     try:
         import matplotlib.figure  # without pyplot: nothing outside this figure changes
-    except ImportError:
-        again = "then repeat the command (train.py and distill.py: with --resume)"
-        print(f"no {path.name}: pip install matplotlib, {again}")
-        return ""
-    try:
+
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(figure, figure.subplots(rows, cols, **kwargs))
         lines = textwrap.wrap(command, int(22 * size[0]))
@@ -95,59 +69,57 @@ def plot(
         keep_inside(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-    except Exception as e:  # whatever it is: the run that the picture shows has been trained
+        return path.name
+    except ImportError:
+        again = "then repeat the command (train.py and distill.py: with --resume)"
+        print(f"no {path.name}: pip install matplotlib, {again}")
+    except Exception as e:
         print(f"no {path.name}: {type(e).__name__}: {e}")
-        return ""
-    return path.name
+    return ""
 
 
 def keep_inside(figure) -> None:
     """Break the lines of every title that is wider than its picture or panel."""
     figure.draw_without_rendering()  # only the layout says how wide panels are
-    picture = figure.bbox
-    titles = [(figure._suptitle, 0.98 * picture.width)] if figure._suptitle else []
-    for axes in figure.axes:
-        box = axes.get_window_extent()
-        alone = axes.get_subplotspec() is None or axes.get_subplotspec().get_gridspec().ncols == 1
-        middle = (box.x0 + box.x1) / 2
-        around = 1.96 * min(middle - picture.x0, picture.x1 - middle)  # up to the nearer edge of the picture
-        titles.append((axes.title, around if alone else box.width))
+    titles = [(axes.title, axes.bbox.width) for axes in figure.axes]
+    if figure._suptitle:
+        titles.append((figure._suptitle, 0.98 * figure.bbox.width))
     for title, room in titles:
-        text = title.get_text().split("\n")
-        letters = max(map(len, text))
+        lines = title.get_text().split("\n")
+        letters = max(map(len, lines))
         while letters > 8 and title.get_window_extent().width > room:
             letters -= 1
-            title.set_text("\n".join(balanced(line, letters) for line in text))
+            title.set_text("\n".join(balanced(line, letters) for line in lines))
 
 
 def balanced(line: str, letters: int) -> str:
-    """A line of text broken into lines of like length, of at most so many letters."""
-    broken = textwrap.wrap(line, letters, break_long_words=False)
-    while letters > 8 and len(textwrap.wrap(line, letters - 1, break_long_words=False)) == len(broken):
+    """A line of text broken into lines of like length."""
+    wrap = partial(textwrap.wrap, line, break_long_words=False)
+    n_lines = len(wrap(letters))
+    while letters > 8 and len(wrap(letters - 1)) == n_lines:
         letters -= 1
-    return textwrap.fill(line, letters, break_long_words=False)
+    return "\n".join(wrap(letters))
 
 
 def curve(path: Path, entries: list[dict]) -> str:
-    """Training and validation loss of one run against steps. entries: those of the run's log."""
-    config = next(e for e in entries if "config" in e)["config"]
+    """Training and validation loss of one run against steps, from its log."""
+    header = next(e for e in entries if "config" in e)
     training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
     validation = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
     if not training or not validation:
         return ""  # a finished run that was resumed after its log had been deleted
-    step, loss = validation[-1]
 
     def draw(figure, axes) -> None:
         axes.plot(*zip(*training), color="0.7", label="training batch")
         axes.plot(*zip(*validation), "o-", color="#0072b2", label="validation")
         axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
-        axes.set_title(
-            f"{config['attention']} attention on {config['dataset']}: {loss:.3f} after {step} steps"
-        )
+        (step, loss), config = validation[-1], header["config"]
+        name = f"{config['attention']} attention on {config['dataset']}"
+        axes.set_title(f"{name}: {loss:.3f} after {step} steps")
         axes.legend()
         axes.grid(alpha=0.3)
 
-    return plot(path, next(e for e in entries if "config" in e).get("command", ""), draw)
+    return plot(path, header.get("command", ""), draw)
 
 
 def heads(path: Path, values: np.ndarray, title: str, command: str) -> str:
@@ -159,9 +131,7 @@ def heads(path: Path, values: np.ndarray, title: str, command: str) -> str:
         figure.colorbar(image, label="nats", aspect=20 + L)
         figure.suptitle(title, fontsize=11)  # of the picture, not of the axes: there may be one head
         axes.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
-        if L * H > 300:
-            return  # no room for numbers
-        for (layer, head), value in np.ndenumerate(values):
+        for (layer, head), value in np.ndenumerate(values if L * H <= 300 else values[:0]):
             shade = "w" if value < 0.6 * values.max() else "k"
             axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
 
