@@ -3,30 +3,18 @@
 experiments/finetuned.py writes them; results/render.py renders them again.
 """
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 
 from experiments import figures
-from experiments.ladder import ARMS, minutes_together, with_new_names
+from experiments.ladder import ARMS, with_new_names
 from experiments.metrics import rank_correlation
 from experiments.tables import markdown, mean_sd
 
 DRAWS = 100  # bootstrap samples; the standard error is then known to 7%
-
-
-# ---------------------------------------------------------------- what recover.json says
-
-
-def facts_of(runs: list[dict], scores: Callable) -> dict:
-    """What the table needs of the results of all arms and seeds."""
-    return {
-        "minutes": minutes_together(runs),
-        "differences": differences(runs, scores),
-        "runs": [slim(run) for run in runs],
-    }
 
 
 def slim(run: dict) -> dict:
@@ -41,33 +29,24 @@ def slim(run: dict) -> dict:
 def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
     """{arm: [score minus the score of the equally finetuned teacher, standard error]}.
 
-    Both are means over seeds. The error is that of bootstrap samples of the first validation set,
-    the same samples for both models and all seeds. scores(labels, predictions): {metric: x 100}.
+    Both are means over seeds. The error is that of bootstrap samples of the first validation set, the same
+    samples for both models and all seeds. scores(labels, predictions): {metric: x 100}.
     """
-    name = next(iter(runs[0]["final"]["sets"]))
-    labels = np.asarray(runs[0]["final"]["sets"][name]["labels"])
-    found = {(r["arm"], r["config"]["seed"]): np.asarray(r["final"]["sets"][name]["found"]) for r in runs}
-    seeds = [seed for arm, seed in found if arm == "teacher_finetuned"]
-    rng, n = np.random.default_rng(0), len(labels)
-    picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(DRAWS))]  # first the set itself
-
-    def score(arm: str, seed: int, i: np.ndarray) -> float:
-        return next(iter(scores(labels[i], found[arm, seed][i]).values()))
-
-    fair = {seed: [score("teacher_finetuned", seed, i) for i in picks] for seed in seeds}
-    result = {}
-    for arm in dict.fromkeys(arm for arm, _ in found):
-        mine = [seed for seed in seeds if (arm, seed) in found]
-        if mine and arm != "teacher_finetuned":
-            d = [
-                statistics.mean(score(arm, seed, i) - fair[seed][draw] for seed in mine)
-                for draw, i in enumerate(picks)
-            ]
-            result[arm] = [round(d[0], 3), round(statistics.stdev(d[1:]), 3)]
+    name, *_ = runs[0]["final"]["sets"]
+    drawn = {}  # {arm: {seed: the score of each sample}}
+    for r in runs:
+        of_set, rng = r["final"]["sets"][name], np.random.default_rng(0)
+        labels, found = np.asarray(of_set["labels"]), np.asarray(of_set["found"])
+        n = len(labels)
+        picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(DRAWS))]  # first the set itself
+        each = [next(iter(scores(labels[i], found[i]).values())) for i in picks]
+        drawn.setdefault(r["arm"], {})[r["config"]["seed"]] = np.array(each)
+    fair, result = drawn.pop("teacher_finetuned", {}), {}
+    for arm, of_arm in drawn.items():
+        if pairs := [of_seed - fair[seed] for seed, of_seed in of_arm.items() if seed in fair]:
+            difference, *samples = np.mean(pairs, axis=0).tolist()
+            result[arm] = [round(difference, 3), round(stdev(samples), 3)]
     return result
-
-
-# ---------------------------------------------------------------- what is recovered
 
 
 def by_arm(facts: dict) -> dict[str, list[dict]]:
@@ -81,7 +60,7 @@ def recovered(facts: dict, arm: str) -> list[float]:
     """100 x the score of an arm / that of the equally finetuned teacher, seed by seed."""
     groups = by_arm(facts)
     fair = {r["config"]["seed"]: r["final"]["score"] for r in groups.get("teacher_finetuned", [])}
-    pairs = [(r["final"]["score"], fair.get(r["config"]["seed"])) for r in groups[arm]]
+    pairs = [(r["final"]["score"], fair.get(r["config"]["seed"])) for r in groups.get(arm, [])]
     return [100 * score / of_teacher for score, of_teacher in pairs if of_teacher]
 
 
@@ -91,7 +70,7 @@ def points(facts: dict) -> list[tuple[str, float, dict]]:
     for arm, runs in by_arm(facts).items():
         share, weights = recovered(facts, arm), runs[0].get("weights")
         if ARMS[arm].finetuned and weights and share:
-            found.append((arm, statistics.mean(share), weights))
+            found.append((arm, mean(share), weights))
     return found
 
 
@@ -107,9 +86,6 @@ def correlations(found: list[tuple[str, float, dict]]) -> str:
         f"Spearman's rank correlation of what is recovered with the weights' {', '.join(said)}, "
         f"over {len(found)} conversions (95% bootstrap interval)."
     )
-
-
-# ---------------------------------------------------------------- tables and picture
 
 
 def progress(runs: list[dict]) -> str:
@@ -129,13 +105,13 @@ def table(facts: dict) -> str:
     sets = facts["runs"][0]["final"]["sets"]
     metrics = [(name, key) for name, found in sets.items() for key in found if key != "loss"]
     (_, metric), *others = metrics  # the first is the score
-    names = [f"{name.removeprefix('validation').removeprefix('_')} {key}" for name, key in others]
+    names = [f"{name.removeprefix('validation').removeprefix('_')} {key}".strip() for name, key in others]
     rows = []
     for arm, runs in by_arm(facts).items():
         share, difference = recovered(facts, arm), facts["differences"].get(arm)
         kls = [r["kl"] for r in runs if r["kl"] is not None]
-        minutes = statistics.mean(sum(r["minutes"].values()) for r in runs)
-        others_of = [statistics.mean(r["final"]["sets"][s][key] for r in runs) for s, key in others]
+        minutes = mean(sum(r["minutes"].values()) for r in runs)
+        others_of = [mean(r["final"]["sets"][s][key] for r in runs) for s, key in others]
         rows.append(
             [
                 ARMS[arm].label,
@@ -143,7 +119,7 @@ def table(facts: dict) -> str:
                 *(f"{x:.1f}" for x in others_of),
                 mean_sd(share, ".1f") if share else "",
                 f"{difference[0]:+.1f} ± {difference[1]:.1f}" if difference else "",
-                f"{statistics.mean(kls):.3f}" if kls else "",
+                f"{mean(kls):.3f}" if kls else "",
                 f"{runs[0]['config']['lr']:g}" if ARMS[arm].finetuned else "",
                 f"{minutes:.1f}",
                 f"{facts['paper'][arm]:.1f}" if arm in facts["paper"] else "",
@@ -151,32 +127,28 @@ def table(facts: dict) -> str:
         )
     score = f"{metric}, mean ± sd (seeds)"
     costs = ["recovered, %", "minus the teacher, ± se", "KL", "lr", "minutes", "paper"]
-    lines = [markdown(["arm", score, *map(str.strip, names), *costs], rows)]
+    lines = [markdown(["arm", score, *names, *costs], rows)]
     if said := correlations(points(facts)):
         lines += ["", said]
     return "\n".join(lines)
 
 
 def tasks_table(tasks: list[dict]) -> str:
-    """Table 2 in Markdown: the score of every arm on every task, and what is recovered of it.
-
-    Scores are mean ± standard deviation over seeds. Averages are of the arms that every task has.
-    """
+    """Table 2 in Markdown: the score of every arm on every task, mean ± sd of seeds; what is recovered."""
     tasks = [with_new_names(facts) for facts in tasks]
     rows = []
-    for arm in (arm for arm in ARMS if any(by_arm(facts).get(arm) for facts in tasks)):
-        cells, means, shares = [], [], []
-        for facts in tasks:
-            scores = [r["final"]["score"] for r in by_arm(facts).get(arm, [])]
-            share = recovered(facts, arm) if scores else []
-            cells.append(mean_sd(scores, ".1f") if scores else "")
-            cells[-1] += f" ({statistics.mean(share):.0f}%)" if share else ""
-            means += [statistics.mean(scores)] if scores else []
-            shares += [statistics.mean(share)] if share else []
-        everywhere = len(means) == len(tasks)
-        cells.append(f"{statistics.mean(means):.1f}" if everywhere else "")
-        cells.append(f"{statistics.mean(shares):.1f}" if everywhere and shares else "")
-        rows.append([ARMS[arm].label, *cells])
+    for arm in ARMS:
+        scores = [[r["final"]["score"] for r in by_arm(facts).get(arm, [])] for facts in tasks]
+        if not any(scores):
+            continue
+        shares = [recovered(facts, arm) for facts in tasks]
+        row = [ARMS[arm].label]
+        for of_task, share in zip(scores, shares):
+            percent = f" ({mean(share):.0f}%)" if share else ""
+            row.append(mean_sd(of_task, ".1f") + percent if of_task else "")
+        means = [mean(share) for share in shares if share]  # averages need every task
+        average = f"{mean(map(mean, scores)):.1f}" if all(scores) else ""
+        rows.append([*row, average, f"{mean(means):.1f}" if means and all(scores) else ""])
     names = [facts["title"] for facts in tasks]
     lines = [markdown(["arm", *names, "average", "recovered, %"], rows)]
     pairs = [(facts["title"], facts["differences"].get("hedgehog")) for facts in tasks]
@@ -185,7 +157,7 @@ def tasks_table(tasks: list[dict]) -> str:
         lines += ["", f"{what}: {', '.join(said)}."]
     for name, arm in (("Hedgehog", "hedgehog"), ("T2R-HH", "t2r_hh")):
         kls = [(facts["title"], [r["kl"] for r in by_arm(facts).get(arm, [])]) for facts in tasks]
-        if said := [f"{title} {statistics.mean(kl):.3f}" for title, kl in kls if kl]:
+        if said := [f"{title} {mean(kl):.3f}" for title, kl in kls if kl]:
             lines += ["", f"{name}'s KL before finetuning: {', '.join(said)}."]
     if said := correlations([point for facts in tasks for point in points(facts)]):
         lines += ["", said]

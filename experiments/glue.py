@@ -6,86 +6,64 @@
     python -m experiments.glue cola --model FOLDER        any BERT, RoBERTa, ELECTRA
 
 Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte. The rows of Table 2 are
---arms teacher teacher_finetuned t2r t2r_hh hedgehog. A model that is finetuned on the task already
-is the teacher as it is. GLUE comes from the hub without --data_dir. Needs requirements-hf.txt.
+--arms teacher teacher_finetuned t2r t2r_hh hedgehog. A model that is finetuned on the task already is the
+teacher as it is. GLUE comes from the hub without --data_dir. Needs requirements-hf.txt.
 
-BERT-base on one A100, estimates (docs/gpu.md): 0.3 hours for every arm of CoLA, 14 hours for the
-eight tasks of Table 2, 3 GB. MiniLM on one CPU core: 63 minutes for every arm of CoLA. Results:
-results/finetuned.md.
+BERT-base on one A100, estimates (docs/gpu.md): 0.3 hours for every arm of CoLA, 14 hours for the eight tasks
+of Table 2, 3 GB. MiniLM on one CPU core: 63 minutes for every arm of CoLA. Results: results/finetuned.md.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import glue
 from experiments.finetuned import HELP, Examples, Model, RecoverConfig, recover
-from experiments.ladder import MAPS, TEACHER
-from experiments.pretrained import check_shape, check_vocabulary
+from experiments.ladder import shapes_both
+from experiments.pretrained import check_shape, has_head, stacked
 from hf.convert import attention_modules, is_causal
 from hf.models import Classifier, Tokenizer, load, read_config, transformers
-from support.cli import UserError, as_user_error, parse, run, setting
+from support.cli import UserError, as_user_error, parse, run
 
-KIND = transformers.AutoModelForSequenceClassification
+KIND, HEAD = transformers.AutoModelForSequenceClassification, "ForSequenceClassification"
 HEADS = ("classifier", "pooler")  # a model that is not finetuned may lack these
-TABLE_5 = {  # CoLA
-    "elu": 28.1,
-    "relu": 39.5,
-    "performer": 24.7,
-    "cosformer": 39.9,
-    "exp_t1": 45.9,
-    "exp_t2": 50.0,
-}
+TABLE_5 = dict(elu=28.1, relu=39.5, performer=24.7, cosformer=39.9, exp_t1=45.9, exp_t2=50.0)  # CoLA
 
 Row = tuple[list[int], list[int], float]  # token ids, segments, label
 
 
 @dataclass
 class BertConfig(RecoverConfig):
-    task: str = setting("cola", shapes=(MAPS, TEACHER))  # a task of GLUE, listed above
+    task: str = shapes_both("cola")  # a task of GLUE, listed above
     model: str = "bert-base-uncased"  # hub name or folder of an encoder, finetuned or not
-    pooling: str = setting("model", shapes=(MAPS, TEACHER))  # of a new teacher: model, or mean
+    pooling: str = shapes_both("model")  # of a new teacher: model, or mean
     # -- training
     epochs: float = 5.0  # epochs of finetuning, for every arm, also the teacher
     # -- data
     dataset: str = "glue"  # always glue in this command
     data_dir: str = ""  # folder with GLUE's original TSV files, instead of the hub
     block_size: int = 512  # most tokens of an example; longer ones need --truncate
-    truncate: bool = setting(False, shapes=(MAPS, TEACHER))  # cut longer examples at block_size
+    truncate: bool = shapes_both(False)  # cut longer examples at block_size
 
     def check(self) -> None:
         super().check()
         if self.task not in glue.TASKS:
-            tasks = ", ".join(glue.TASKS)
-            raise UserError(f"unknown task {self.task!r}: choose one of {tasks}")
+            raise UserError(f"unknown task {self.task!r}: choose one of {', '.join(glue.TASKS)}")
         if self.dataset != "glue":
             raise UserError(f"--dataset takes glue, not {self.dataset!r}: name the task first")
         if self.pooling not in ("model", "mean"):
             raise UserError(f"--pooling takes model or mean, not {self.pooling!r}")
 
 
-# ---------------------------------------------------------------- examples
-
-
 def encode(rows: list[glue.Row], tokenizer, config: BertConfig, split: str) -> list[Row]:
-    """The rows of GLUE as token ids, with the model's special tokens.
-
-    Raises UserError for an example that is longer than block_size, unless config.truncate.
-    """
-    if not rows:
-        return []
+    """Rows as token ids, with special tokens. Raises UserError for one that is too long and not to be cut."""
     texts = [list(column) for column in zip(*(row.texts for row in rows))]
-    found = tokenizer(
-        *texts,
-        truncation=config.truncate,
-        max_length=config.block_size if config.truncate else None,
-        return_token_type_ids=True,
-        verbose=False,
-    )
+    limit = dict(truncation=config.truncate, max_length=config.block_size)
+    found = tokenizer(*texts, return_token_type_ids=True, verbose=False, **limit)
     ids, segments = found["input_ids"], found["token_type_ids"]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) > config.block_size:
@@ -98,15 +76,10 @@ def encode(rows: list[glue.Row], tokenizer, config: BertConfig, split: str) -> l
 
 def padded(rows: list[Row], pad: int, regression: bool) -> tuple[Tensor, ...]:
     """Rows as ids, segments and mask, each (B, T), padded on the right, and labels (B,)."""
-    T = max(len(ids) for ids, *_ in rows)
-    ids = torch.full((len(rows), T), pad)
-    segments, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
-    for i, (tokens, parts, _) in enumerate(rows):
-        n = len(tokens)
-        ids[i, :n], segments[i, :n], mask[i, :n] = torch.tensor(tokens), torch.tensor(parts), 1
-    labels = [label for *_, label in rows]
-    labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.long)
-    return ids, segments, mask, labels
+    ids, segments, labels = zip(*rows)
+    ids, mask = stacked(ids, pad)
+    dtype = torch.float32 if regression else torch.long
+    return ids, stacked(segments, 0)[0], mask, torch.tensor(labels, dtype=dtype)
 
 
 def examples_of(config: BertConfig) -> Examples:
@@ -116,36 +89,25 @@ def examples_of(config: BertConfig) -> Examples:
     if order:
         sets = {split: [(*row, order[int(label)]) for *row, label in rows] for split, rows in sets.items()}
     regression, pad = not task.labels, tokenizer.pad_token_id or 0
-
-    def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
-        return glue.scores(task, labels, found)
-
     return Examples(
         train=sets.pop("train"),
         tests=sets,
         collate=lambda rows: padded(rows, pad, regression),
         length=lambda row: len(row[0]),
-        scores=scores,
+        scores=partial(glue.scores, task),
         regression=regression,
     )
-
-
-# ---------------------------------------------------------------- models
-
-
-def is_classifier(of_model) -> bool:
-    return any("ForSequenceClassification" in kind for kind in of_model.architectures or [])
 
 
 def label_order(config: BertConfig) -> list[int]:
     """The output of a finetuned model for each label of the task; [] if GLUE's order is right.
 
-    Many models have an order of their own. It is known where the labels of the task (MNLI, QNLI,
-    RTE) and the outputs of the model have names. Raises UserError for other names.
+    The order is known where the labels of the task (MNLI, QNLI, RTE) and the outputs of the model have names.
+    Raises UserError for other names.
     """
     names, of_model = glue.TASKS[config.task].labels, read_config(config.model)
     theirs = []
-    if is_classifier(of_model):
+    if has_head(of_model, HEAD):
         theirs = [str(of_model.id2label[i]).lower() for i in range(len(names))]
     if names in ((), glue.BINARY) or all(name.startswith("label_") for name in theirs):
         return []
@@ -160,18 +122,14 @@ def label_order(config: BertConfig) -> list[int]:
 def check_encoder(config: BertConfig) -> bool:
     """Whether the model is finetuned on a task of this kind already.
 
-    Lowers config.block_size to the positions of the model. Raises UserError if the model cannot be
-    converted with these settings.
+    Lowers config.block_size to the positions of the model. Raises UserError if it cannot be converted.
     """
     model = check_shape(config.model, KIND, "a model that can classify, such as BERT")
     of_model, n_labels = model.config, glue.TASKS[config.task].n_labels
     if any(is_causal(module) for module in attention_modules(model)):
-        raise UserError(
-            f"{config.model} ({of_model.model_type}) is not an encoder: "
-            "python -m experiments.llama converts decoders"
-        )
-    check_vocabulary(config.model, Tokenizer(config.model), model)
-    taught = is_classifier(of_model)
+        name = f"{config.model} ({of_model.model_type})"
+        raise UserError(f"{name} is not an encoder: python -m experiments.llama converts decoders")
+    taught = has_head(of_model, HEAD)
     if taught and of_model.num_labels != n_labels:
         raise UserError(
             f"{config.model} has a classifier for {of_model.num_labels} labels, and {config.task} "
@@ -194,14 +152,7 @@ def models_of(config: BertConfig, taught: bool) -> Model:
         model = load(source, KIND, new=fresh, num_labels=n_labels)
         return Classifier(model, config.pooling if fresh else "")
 
-    def save(model: nn.Module, folder: Path) -> None:
-        model.hf.save_pretrained(folder)
-        tokenizer.hf.save_pretrained(folder)
-
-    return Model(load_classifier, save, taught, tokenizer.name)
-
-
-# ---------------------------------------------------------------- the command
+    return Model(load_classifier, taught, tokenizer)
 
 
 def paper_of(task: str) -> dict[str, float]:
@@ -217,8 +168,7 @@ def main() -> None:
         config.check()
     config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.task}"
     taught = check_encoder(config)
-    examples, model = examples_of(config), models_of(config, taught)
-    recover(config, examples, model, config.task, paper_of(config.task))
+    recover(config, examples_of(config), models_of(config, taught), config.task, paper_of(config.task))
 
 
 if __name__ == "__main__":

@@ -6,40 +6,29 @@
     python -m experiments.gpt2 FOLDER                GPT-2 weights in a folder
     python -m experiments.gpt2 gpt2 --stage distil   stop after this stage
 
-The model is gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder with config.json and
-safetensors, or a run of train.py, which is converted on its own data. The defaults are the paper's
-recipe on WikiText-103 (App. C.2): distil the maps for two epochs with lr 1e-2 and no weight decay,
-then finetune all parameters for one epoch with lr 6e-4 and weight decay 0.01, in batches of
-8 x 1024 tokens. Flags override the recipe.
+The model is gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a folder with config.json and safetensors,
+or a run of train.py, which is converted on its own data. The defaults are the paper's recipe on WikiText-103
+(App. C.2): distil the maps for two epochs with lr 1e-2 and no weight decay, then finetune all parameters for
+one epoch with lr 6e-4 and weight decay 0.01, in batches of 8 x 1024 tokens. Flags override the recipe.
 
-The paper's recipe takes about one hour for each distilled arm on an A100, an estimate. The eleven
-arms of a run of train.py take 9 minutes on one CPU core. Result: results/converting.md.
-convert_gpt2.py in the root folder is the conversion alone, to be read from top to bottom.
+The paper's recipe takes about one hour for each distilled arm on an A100, an estimate. The eleven arms of a
+run of train.py take 9 minutes on one CPU core. Result: results/converting.md. convert_gpt2.py in the root
+folder is the conversion alone, to be read from top to bottom.
 """
 
 import copy
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from convert_gpt2 import from_pretrained
-from data import get_tokenizer
-from distill import load_teacher, pupil_of
-from experiments.ladder import (
-    HELP,
-    ConvertConfig,
-    groups_of,
-    ladder,
-    language_modelling,
-    table_perplexity,
-)
+from convert_gpt2 import load
+from distill import pupil_of
+from experiments.ladder import HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
 from support.checkpoints import save_checkpoint
 from support.cli import as_user_error, parse, run
 from support.devices import pick_device
-from support.gpt2_folder import check_tokenizer
 
 
 @dataclass
@@ -63,64 +52,13 @@ class GPT2Config(ConvertConfig):
     save_interval: int = 500
 
 
-# For a run of this repository: minutes on a CPU.
-OWN = dict(
-    distil_steps=300,
-    max_steps=300,
-    lr=1e-3,
-    map_lr_scale=10.0,
-    warmup_steps=20,
-    dev_tokens=16384,
-    eval_tokens=65536,
-    eval_interval=50,
-    save_interval=100,
-)
-SMALL = dict(
-    dataset="wikitext2",
-    block_size=256,
-    batch_size=2,
-    distil_steps=200,
-    max_steps=200,
-    lr=2e-4,
-    map_lr_scale=10.0,
-    warmup_steps=20,
-    dev_tokens=4096,
-    eval_tokens=20480,
-    eval_interval=50,
-    save_interval=100,
-)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is a checkpoint of this repository, or a folder with one."""
-    names = ("best.safetensors", "last.safetensors")
-    return path.suffix == ".safetensors" or any((path / name).exists() for name in names)
-
-
 def main() -> None:
     with as_user_error():
         config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
         config.check()  # before anything is loaded
 
-    # The teacher, and the defaults that go with it
-    path, recipe = Path(config.model), SMALL if config.small else {}
-    if is_run(path):
-        teacher, saved = load_teacher(config.model)
-        tokenizer = saved["tokenizer"]
-        recipe = OWN | {name: saved["config"][name] for name in ("dataset", "data_dir")}
-    else:
-        teacher, tokenizer = from_pretrained(config.model), "gpt2"
-        check_tokenizer(teacher, get_tokenizer(tokenizer))
-    longest = teacher.config.block_size
-    recipe = recipe | {"block_size": min(recipe.get("block_size", config.block_size), longest)}
-    for name in recipe.keys() - given:
-        setattr(config, name, recipe[name])
-    with as_user_error():
-        config.check()
-        if config.block_size > longest and teacher.config.position == "learned":
-            raise ValueError(f"block_size {config.block_size}: this model has {longest} positions")
-        pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
-    config.out_dir = config.out_dir or f"out/{path.name}-{config.dataset}-converted"
+    teacher, tokenizer = load(config, given)
+    config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-converted"
     teacher.to(pick_device(config.device))
 
     def build(feature_map: str, tie: bool = True, **options) -> nn.Module:
@@ -132,8 +70,7 @@ def main() -> None:
         about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
         save_checkpoint(folder / "best.safetensors", model, config=about, tokenizer=tokenizer)
 
-    groups = partial(groups_of, config=config)
-    subject = language_modelling(config, build, groups, save, tokenizer)
+    subject = language_modelling(config, build, groups_of, save, tokenizer)
     ladder(config, subject, table_perplexity)
 
 

@@ -10,23 +10,23 @@ A conversion has four stages:
     finetune    train on the task with linear attention
     evaluate    measure on text that no stage has trained on
 
-The score of a converted model alone means little, so there are controls. Does the task need
-attention at all (zero)? Is the teacher better if it is finetuned for as long (teacher_finetuned)?
-Are fixed maps (elu, relu ...) or learned maps without distillation (t2r) as good? The conversion
-and each control are an arm, a row of the table. All arms are finetuned on the same batches. With
---same_time, arms without distillation get the time of a distillation as extra finetuning. The
-column KL is KL(softmax, linear) in nats, before finetuning.
+The score of a converted model alone means little, so there are controls. Does the task need attention at all
+(zero)? Is the teacher better if it is finetuned for as long (teacher_finetuned)? Are fixed maps (elu, relu
+...) or learned maps without distillation (t2r) as good? The conversion and each control are an arm, a row of
+the table. All arms are finetuned on the same batches. With --same_time, arms without distillation get the
+time of a distillation as extra finetuning. The column KL is KL(softmax, linear) in nats, before finetuning.
 
-Every stage keeps its checkpoints in a folder of its own in out_dir. The same command continues
-where it was interrupted.
+Every stage keeps its checkpoints in a folder of its own in out_dir. The same command continues where it was
+interrupted.
 """
 
 import difflib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from tqdm import tqdm
 import data
 import fused
 from attention import LinearAttention, learns_map, softmax_attention
-from config import FitConfig
+from config import FitConfig, may_change
+from convert_gpt2 import texts
 from distill import distill, mimicry, write_heads
 from experiments.runs import finished
 from experiments.tables import markdown
@@ -81,20 +82,11 @@ ARMS = {
     "taylor": Arm("Taylor, finetuned", "taylor"),
     "t2r": Arm("T2R: learned map, finetuned", "t2r"),
     "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
-    "shared": Arm(
-        "Hedgehog, one map for all heads: distilled, finetuned",
-        "hedgehog",
-        distilled=True,
-        shared=True,
-    ),
+    "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", True, shared=True),
     "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
     "worst_heads": Arm(
-        "Hedgehog, distilled only, 2 worst heads softmax",
-        "hedgehog",
-        distilled=True,
-        finetuned=False,
-        kept=2,
+        "Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", distilled=True, finetuned=False, kept=2
     ),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
 }
@@ -102,14 +94,6 @@ LADDER = "teacher teacher_finetuned zero swap elu relu exp_t1 t2r t2r_hh distill
 HELP = __doc__.split("\n\n", 2)[2] + f"\nArms: {', '.join(ARMS)}."  # for --help of the commands
 RENAMED = {"exp": "exp_t1", "exp2": "exp_t2"}  # how earlier results call two of the arms
 STAGES = ("measure", "distil", "finetune", "evaluate")
-
-
-def check_arms(names: list[str]) -> None:
-    """Raise UserError, with the nearest name, if a name is no arm."""
-    for name in (name for name in names if name not in ARMS):
-        alike = {arm: difflib.SequenceMatcher(None, name, arm).ratio() for arm in ARMS}
-        near = max(alike, key=alike.get)
-        raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
 
 
 def with_new_names(facts: dict) -> dict:
@@ -124,38 +108,37 @@ def with_new_names(facts: dict) -> dict:
 
 # ---------------------------------------------------------------- settings
 
-
-MAPS, TEACHER = "maps", "teacher"  # what a setting shapes
+# What must be made again when a setting changes: distilled maps, or also a teacher
+shapes_maps = partial(setting, shapes=("maps",))
+shapes_both = partial(setting, shapes=("maps", "teacher"))
 
 
 @dataclass
 class ConvertConfig(FitConfig):
     # -- this command
-    model: str = setting("", shapes=(MAPS, TEACHER))  # the pretrained model
+    model: str = shapes_both("")  # the pretrained model
     arms: list[str] = setting(LADDER)  # rows of the table
     stage: str = "evaluate"  # the last stage: measure, distil, finetune or evaluate
     # -- model
-    tie: bool = setting(True, shapes=(MAPS,))  # one map for queries and keys (Sec. 3); false: two
-    map_features: int = setting(  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
-        0, shapes=(MAPS,)
-    )
+    tie: bool = shapes_maps(True)  # one map for queries and keys (Sec. 3); false: two
+    map_features: int = shapes_maps(0)  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
     # -- distillation
     distil_steps: int = 400  # optimiser steps of distillation
     distil_lr: float = 1e-2  # peak learning rate of distillation (App. C.2)
     distil_patience: int = 5  # stop after so many validations without a better one; 0: never
-    held_out: int = setting(8, shapes=(MAPS,))  # validation sequences that Eq. 3 is measured on
+    held_out: int = shapes_maps(8)  # validation sequences that Eq. 3 is measured on
     # -- training
     max_steps: int = 400  # optimiser steps of finetuning
     weight_decay: float = 0.01  # of matrices and embeddings in finetuning (App. C.2)
     same_time: bool = True  # finetune arms without distillation longer, for equal time
     map_lr_scale: float = 1.0  # the learning rate of feature maps in finetuning is this times lr
     # -- data
-    dataset: str = setting("wikitext2", shapes=(MAPS, TEACHER))  # finetune and evaluate on this
-    data_dir: str = setting("", may_change=True)  # local file or folder, instead of the hub
-    block_size: int = setting(256, shapes=(MAPS, TEACHER))  # tokens of context in every stage
-    dev_tokens: int = setting(4096, shapes=(MAPS,))  # about so many tokens choose checkpoints
-    eval_tokens: int = setting(20480, may_change=True)  # score about so many tokens; 0: all
-    eval_stride: int = setting(0, may_change=True)  # tokens from window to window; 0: block_size
+    dataset: str = shapes_both("wikitext2")  # finetune and evaluate on this
+    data_dir: str = may_change("")  # local file or folder, instead of the hub
+    block_size: int = shapes_both(256)  # tokens of context in every stage
+    dev_tokens: int = shapes_maps(4096)  # about so many tokens choose checkpoints
+    eval_tokens: int = may_change(20480)  # score about so many tokens; 0: all
+    eval_stride: int = may_change(0)  # tokens from window to window; 0: block_size
     # -- output
     out_dir: str = ""  # the table, and a folder for each stage; by default out/MODEL-DATASET...
     distil_dir: str = ""  # distilled maps, if several out_dirs share them; by default out_dir
@@ -163,7 +146,9 @@ class ConvertConfig(FitConfig):
 
     def check(self) -> None:
         super().check()
-        check_arms(self.arms)
+        for name in set(self.arms) - set(ARMS):
+            near = RENAMED.get(name) or difflib.get_close_matches(name, ARMS, 1, cutoff=0.0)[0]
+            raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
         if not self.resume:
             raise UserError("stages always continue: to start again, name a new --out_dir")
         if self.stage not in STAGES:
@@ -190,10 +175,7 @@ def stage_in(folder: Path, config: ConvertConfig, **changes) -> ConvertConfig:
 
 
 def settings_of(stage: ConvertConfig, what: str) -> dict:
-    """The settings that the result of a stage depends on; what: "maps" or "teacher".
-
-    A stage is continued only with the same settings. Arms and seeds that agree on them share it.
-    """
+    """The settings of a stage that the maps (what: "maps") or the teacher (what: "teacher") depend on."""
     of_fit = {field.name for field in fields(FitConfig)}
     values = asdict(stage).items()
     return {name: x for name, x in values if name in of_fit or tagged(stage, name, what)}
@@ -203,27 +185,20 @@ def map_options(config: ConvertConfig, arm: Arm) -> dict:
     """Options of make_feature_map for the map of an arm. Fixed maps have none."""
     if not learns_map(arm.feature_map):
         return {}
-    options: dict = {"tie": config.tie}
-    if config.map_features:
-        options |= {"n_features": config.map_features, "init": "random"}
-    if arm.shared:
-        options["share_heads"] = True
-    return options
+    wide = {"n_features": config.map_features, "init": "random"} if config.map_features else {}
+    shared = {"share_heads": True} if arm.shared else {}
+    return {"tie": config.tie, **wide, **shared}
 
 
 # ---------------------------------------------------------------- stages
 
 
 class Subject(NamedTuple):
-    """What a conversion needs to know of a model and its task.
+    """What a conversion needs to know of a model and its task."""
 
-    build(feature_map, **map_options): the pretrained model, with softmax for the feature map "".
-    batch(step), loss(model, *rows) and evaluate(model): as for train.fit.
-    """
-
-    build: Callable[..., nn.Module]
-    groups: Callable[[nn.Module], list[dict]]  # AdamW's groups in finetuning; LoRA is added here
-    batch: Callable[[int], tuple[Tensor, ...]]
+    build: Callable  # build(feature_map, **map_options): the pretrained model; with softmax for the map ""
+    groups: Callable  # groups(model, config): AdamW's groups in finetuning; LoRA is added here
+    batch: Callable[[int], tuple[Tensor, ...]]  # batch, loss and evaluate are those of train.fit
     held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
     forward: Callable  # forward(model, *rows): runs the model, for distillation
     loss: Callable
@@ -231,49 +206,44 @@ class Subject(NamedTuple):
     final: Callable[[nn.Module], dict]  # on test data, which is reported
     save: Callable[[nn.Module, Path], None]  # write a finished model into a folder
     tokenizer: str
-    data: str  # checksum of the training data; a stage is continued only with the same
+    data: str  # checksum of the training data
 
 
 def made_before(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
-    """The result of an arm, if it was finished with the same settings and data.
-
-    Softmax arms ignore the settings of distillation and of the maps.
-    """
+    """The result of an arm that was finished with the same settings and data."""
     of_maps = [f.name for f in fields(config) if f.name.startswith(("distil_", "map_"))]
-    ignored = [] if ARMS[name].feature_map else of_maps
-    result = finished(of_arm(name, config), ignored)
-    return result if result is not None and result.get("data") == subject.data else None
+    apart = [] if ARMS[name].feature_map else of_maps  # softmax does not depend on these
+    result = finished(of_arm(name, config), apart)
+    return result if result and result.get("data") == subject.data else None
 
 
 def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
-    """All stages of an arm: its result, also in out_dir/NAME/result.json.
-
-    None if config.stage ends the command before the evaluation.
-    """
-    if (result := made_before(name, config, subject)) is not None:
+    """All stages of an arm: the result, as in out_dir/NAME/result.json; None if config.stage ends before."""
+    if result := made_before(name, config, subject):
         return result
     arm, mine = ARMS[name], of_arm(name, config)
     stages = STAGES[: STAGES.index(config.stage) + 1]
     torch.manual_seed(config.seed)
     model = subject.build(arm.feature_map, **map_options(config, arm))
-    minutes: dict[str, float] = {}
-    kl = dev_loss = None
-    trained = 0
+    minutes, trained, dev_loss, kl = {}, 0, None, None  # KL(softmax, linear): (L, H)
     if arm.distilled and "distil" in stages:
         found, minutes["distil"] = distil_maps(model, arm, config, subject)
-        kl = found["kl"]  # (L, H)
+        kl = found["kl"]
     elif arm.feature_map and arm.mode == "linear":
-        kl = kl_of(model, config, subject)
+        set_mode(model, "mimic")
+        device = pick_device(config.device)
+        held_out = ([x.to(device) for x in rows] for rows in subject.held_out)
+        kl = mimicry(model.eval(), held_out, subject.forward)["kl"]
     if arm.feature_map:
         set_mode(model, arm.mode)
     if arm.kept and "distil" in stages:
         keep_softmax(model, kl, arm.kept)
     if arm.finetuned and "finetune" in stages:
         trained, dev_loss, minutes["finetune"] = finetune(model, name, config, subject)
-    if config.stage != "evaluate" and not (config.stage == "measure" and name == "teacher"):
+    if config.stage != "evaluate" and (config.stage, name) != ("measure", "teacher"):
         return None
     began = time.perf_counter()
-    result: dict[str, Any] = {
+    result = {
         "arm": name,
         "label": arm.label,
         "config": asdict(mine),
@@ -296,96 +266,58 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     return result
 
 
-def world_of(config: ConvertConfig) -> World:
-    """Every stage is trained by one process."""
-    return World(0, 1, pick_device(config.device))
-
-
-def distil_maps(
-    model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subject
-) -> tuple[dict[str, Tensor], float]:
+def distil_maps(model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subject) -> tuple[dict, float]:
     """Distil the maps of an arm: (mimicry on held_out, minutes)."""
-    stage = stage_in(
-        Path(config.distil_dir or config.out_dir) / arm.maps,
-        config,
-        max_steps=config.distil_steps,
-        lr=config.distil_lr,
-        weight_decay=0.0,
-        patience=config.distil_patience,
-        map_lr_scale=1.0,  # a setting of finetuning alone
-    )
-    settings = {**settings_of(stage, "maps"), "data": subject.data}
-    found = distill(
-        model,
-        batch=subject.batch,
-        held_out=subject.held_out,
-        forward=subject.forward,
-        config=stage,
-        world=world_of(config),
-        meta={"config": settings, "tokenizer": subject.tokenizer},
-    )
+    folder = Path(config.distil_dir or config.out_dir) / arm.maps
+    how = dict(max_steps=config.distil_steps, lr=config.distil_lr, patience=config.distil_patience)
+    stage = stage_in(folder, config, weight_decay=0.0, map_lr_scale=1.0, **how)
+    world = World(0, 1, pick_device(config.device))
+    meta = {"config": settings_of(stage, "maps") | {"data": subject.data}, "tokenizer": subject.tokenizer}
+    found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, meta)
     minutes = minutes_of(stage)
     write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes)
     return found, minutes
 
 
-def kl_of(model: nn.Module, config: ConvertConfig, subject: Subject) -> Tensor:
-    """KL(softmax, linear) (L, H) of maps that are not distilled."""
-    set_mode(model, "mimic")
-    device = pick_device(config.device)
-    held_out = ([x.to(device) for x in rows] for rows in subject.held_out)
-    return mimicry(model.eval(), held_out, subject.forward)["kl"]
-
-
 def finetune(
     model: nn.Module, name: str, config: ConvertConfig, subject: Subject
 ) -> tuple[int, float, float]:
-    """Finetune an arm: (trained parameters, least development loss, minutes).
-
-    The model then has the weights of its best checkpoint.
-    """
+    """Finetune an arm: (trained parameters, least development loss, minutes)."""
     arm, steps = ARMS[name], config.max_steps
     if config.same_time and arm.feature_map and arm.mode == "linear" and not arm.distilled:
         steps += config.distil_steps // 2  # a step of distillation has half of the backward pass
     folder = Path(config.out_dir) / name / "finetune"
     stage = stage_in(folder, of_arm(name, config), max_steps=steps, stage="finetune")
     torch.manual_seed(config.seed)  # LoRA starts the same in every arm, and after an interruption
-    groups = subject.groups(model)
-    settings = {**asdict(stage), "data": subject.data}
-    fit(
-        model,
-        groups,
-        batch=subject.batch,
-        loss=subject.loss,
-        evaluate=subject.evaluate,
-        config=stage,
-        world=world_of(config),
-        meta={"config": settings, "tokenizer": subject.tokenizer},
-    )
-    tensors, saved = load_checkpoint(folder / "best.safetensors")
-    restore(tensors, model, path=folder)
+    groups = subject.groups(model, config)
     trained = sum(p.numel() for group in groups for p in group["params"])
-    return trained, saved["best"], minutes_of(stage)
+    return trained, *fit_stage(model, groups, stage, asdict(stage), subject)
+
+
+def fit_stage(
+    model: nn.Module, groups: list[dict], stage: ConvertConfig, settings: dict, subject: Subject
+) -> tuple[float, float]:
+    """Train `groups`: (least development loss, minutes). The model then is that of the best checkpoint."""
+    world = World(0, 1, pick_device(stage.device))
+    meta = {"config": settings | {"data": subject.data}, "tokenizer": subject.tokenizer}
+    fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world, meta)
+    tensors, saved = load_checkpoint(Path(stage.out_dir) / "best.safetensors")
+    restore(tensors, model, path=stage.out_dir)
+    return saved["best"], minutes_of(stage)
 
 
 def minutes_of(stage: FitConfig) -> float:
-    seconds = load_checkpoint(Path(stage.out_dir) / "last.safetensors")[1]["seconds"]
-    return round(seconds / 60, 2)
+    return round(load_checkpoint(Path(stage.out_dir) / "last.safetensors")[1]["seconds"] / 60, 2)
 
 
 def minutes_together(runs: list[dict]) -> float:
     """The minutes of all stages. Maps that several arms share are distilled once."""
-    distilled, others = {}, 0.0
+    each = {}
     for r in runs:
         for stage, minutes in r["minutes"].items():
-            if stage == "distil":
-                distilled[r["config"]["seed"], ARMS[r["arm"]].maps] = minutes
-            else:
-                others += minutes
-    return round(sum(distilled.values()) + others, 1)
-
-
-# ---------------------------------------------------------------- the control that keeps softmax
+            whose = ARMS[r["arm"]].maps if stage == "distil" else r["arm"]
+            each[r["config"]["seed"], whose, stage] = minutes
+    return round(sum(each.values()), 1)
 
 
 class PartlySoftmax(LinearAttention):
@@ -411,21 +343,13 @@ def keep_softmax(model: nn.Module, kl: Tensor, n: int) -> None:
         socket.attend.heads = heads[layers == layer].tolist()
 
 
-# ---------------------------------------------------------------- the ladder
-
-
-def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]], str]) -> list[dict]:
-    """Run every arm, print the table and write out_dir/ladder.json.
-
-    The table also has the arms that were finished before with the same settings. If an arm
-    diverges, reports it and continues with the others.
-    """
+def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]], str]) -> None:
+    """Run every arm. The table and out_dir/ladder.json also have the arms that were finished before."""
     with as_user_error():
         fused.use(config.kernel, pick_device(config.device))
 
     def all_finished() -> list[dict]:
-        found = (made_before(name, config, subject) for name in ARMS)
-        return [result for result in found if result is not None]
+        return [result for name in ARMS if (result := made_before(name, config, subject))]
 
     if config.stage in ("measure", "evaluate"):
         print(table([]))  # the header; each arm adds its row when it is finished
@@ -436,7 +360,7 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
         except RunError as e:
             tqdm.write(f"{ARMS[name].label}: {e}")
             continue
-        if result is not None:
+        if result:
             others = [r for r in all_finished() if r["arm"] != name]
             tqdm.write(table([*others, result]).splitlines()[-1])
     if results := all_finished():
@@ -444,7 +368,6 @@ def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]]
         write_json(Path(config.out_dir) / "ladder.json", {"ladder": 1, **provenance(), **facts})
         print(table(results))
         print(f"written to {config.out_dir}: ladder.json, and a folder for each stage and arm")
-    return results
 
 
 def groups_of(model: nn.Module, config: ConvertConfig, rest: list[nn.Parameter] | None = None) -> list[dict]:
@@ -455,41 +378,26 @@ def groups_of(model: nn.Module, config: ConvertConfig, rest: list[nn.Parameter] 
 def language_modelling(
     config: ConvertConfig, build: Callable, groups: Callable, save: Callable, tokenizer: str
 ) -> Subject:
-    """The task of predicting text, measured by perplexity.
-
-    The model is finetuned on the training text of config.dataset, without its end. The end
-    chooses checkpoints. The test text, or where there is none the validation text, is reported.
-    """
-    device = pick_device(config.device)
+    """The task of predicting text, measured by perplexity on text that no stage has trained on."""
     tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
-    T, dtype = config.block_size, pick_dtype(config.dtype, device)
+    T, dtype = config.block_size, pick_dtype(config.dtype, pick_device(config.device))
+    train, dev, test = texts(config, tokens)
+
     stride = config.eval_stride or T
-    ids = tokens.split("train", T)
-    test = tokens.split("test" if "test" in tokens.splits else "validation", T)
-    kept = max(config.dev_tokens, len(ids) // 50, 2 * T)
-    if len(ids) < 2 * kept + T:
-        raise UserError(
-            f"the training text has {len(ids)} tokens, too few to keep {kept} for development: "
-            "lower --dev_tokens or --block_size, or give more text"
-        )
-    ids, dev = ids[:-kept], ids[-kept:]
-
-    def measured_on(ids: np.ndarray, limit: int) -> Callable[[nn.Module], dict]:
-        return lambda model: perplexity(model, ids, tokens.tokenizer, T, stride, limit, dtype)
-
-    x, y = data.batch_of(dev, 0, config.held_out, T, seed=0)
+    score = partial(perplexity, tokenizer=tokens.tokenizer, block_size=T, stride=stride, dtype=dtype)
+    x, y = data.batch_of(dev, 0, config.held_out, T, seed=0)  # (N, T)
     return Subject(
         build=build,
         groups=groups,
-        batch=lambda step: data.batch_of(ids, step, config.batch_size, T, config.seed),
-        held_out=[(x[None], y[None]) for x, y in zip(x, y)],
+        batch=lambda step: data.batch_of(train, step, config.batch_size, T, config.seed),
+        held_out=list(zip(x[:, None], y[:, None])),
         forward=lambda model, x, y: model(x),
         loss=lambda model, x, y: model(x, y)[1],
-        evaluate=measured_on(dev, config.dev_tokens),
-        final=measured_on(test, config.eval_tokens),
+        evaluate=lambda model: score(model, dev, max_tokens=config.dev_tokens),
+        final=lambda model: score(model, test, max_tokens=config.eval_tokens),
         save=save,
         tokenizer=tokens.tokenizer.name,
-        data=checksum({"train": torch.from_numpy(np.array(ids))}, ""),
+        data=checksum({"train": torch.from_numpy(np.array(train))}, ""),
     )
 
 
@@ -503,22 +411,19 @@ def table_of(results: list[dict], heads: list[str], scores: list[list[str]]) -> 
         of_maps = r["map_parameters"] if "distil" in r["minutes"] else 0
         trained = max(r["finetuned_parameters"], of_maps)
         kl = "" if r["kl"] is None else f"{r['kl']:.3f}"
-        minutes = sum(r["minutes"].values())
-        rows.append([r["label"], *of_arm, kl, f"{trained:,}", f"{minutes:.1f}"])
+        minutes = f"{sum(r['minutes'].values()):.1f}"
+        rows.append([r["label"], *of_arm, kl, f"{trained:,}", minutes])
     return markdown(["arm", *heads, "KL", "trained parameters", "minutes"], rows)
 
 
 def table_perplexity(results: list[dict]) -> str:
-    """The ladder of a language model in Markdown."""
-    found = [r["final"]["perplexity"] for r in results]
-    of_arm = {r["arm"]: perplexity for r, perplexity in zip(results, found)}
-    fair = of_arm.get("teacher_finetuned")
-    scores = [[f"{x:.2f}", "" if fair is None else f"{x / fair:.2f}"] for x in found]
+    found = {r["arm"]: r["final"]["perplexity"] for r in results}
+    fair = found.get("teacher_finetuned")
+    scores = [[f"{x:.2f}", f"{x / fair:.2f}" if fair else ""] for x in found.values()]
     return table_of(results, ["perplexity", "x finetuned teacher"], scores)
 
 
 def table_rouge(results: list[dict]) -> str:
-    """The ladder of summaries in Markdown."""
     names = ("rouge1", "rouge2", "rougeL")
     scores = [[f"{r['final'][name]:.1f}" for name in names] for r in results]
     return table_of(results, ["ROUGE-1", "ROUGE-2", "ROUGE-L"], scores)

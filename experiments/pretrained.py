@@ -1,35 +1,38 @@
-"""What a pretrained model of Hugging Face must be before it can be converted.
+"""What the conversions of Hugging Face models share: checks before a run, building, padding, saving.
 
-The conversions import this file before any file of hf/. If a package of requirements-hf.txt is
-missing, the command ends here with one line.
+They import this file before any file of hf/. If a package of requirements-hf.txt is missing, the command ends
+here with one line.
 """
 
 import importlib.util
 import sys
+from functools import partial
+from pathlib import Path
 
 for package in ("transformers", "peft", "rouge_score", "sklearn"):
     if importlib.util.find_spec(package) is None:
-        print(
-            f"error: there is no {package} here: pip install -r requirements-hf.txt",
-            file=sys.stderr,
-        )
+        print(f"error: there is no {package} here: pip install -r requirements-hf.txt", file=sys.stderr)
         sys.exit(2)
 
 # ruff: noqa: E402  the line above is worth more than imports at the top
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from hf import linearize, save_linearized
 from hf.convert import attention_modules, check_plain
+from hf.lora import merge_lora
 from hf.models import Tokenizer, read_config
-from support.cli import UserError
+from support.cli import UserError, as_user_error
 from support.hub import reason
+from swap import sockets
 
 
-def check_shape(source: str, kind, what: str) -> nn.Module:
+def check_shape(source: str, kind, what: str, text: bool = True) -> nn.Module:
     """The modules of a model without weights. Raises UserError if the model cannot be converted.
 
-    This takes no time, so a command complains before the first hour and not after it. `kind` is
-    the class of transformers that builds the model; `what` says what is wanted, in words.
+    This takes no time, so a command complains before the first hour and not after it. `kind` is the class of
+    transformers that builds the model; `what` says what is wanted, in words; text: there is a tokenizer.
     """
     of_model = read_config(source)
     try:
@@ -45,12 +48,33 @@ def check_shape(source: str, kind, what: str) -> nn.Module:
             raise ValueError(f"{of_model.model_type} has no attention of a known kind")
     except ValueError as e:
         raise UserError(f"{source} cannot be converted: {e}") from e
+    if text and (n := Tokenizer(source).vocab_size) > model.get_input_embeddings().weight.size(0):
+        raise UserError(f"the tokenizer of {source} has {n} tokens, more than its embeddings")
     return model
 
 
-def check_vocabulary(source: str, tokenizer: Tokenizer, model: nn.Module) -> None:
-    """Raise UserError if the tokenizer has more tokens than the model has embeddings."""
-    if tokenizer.vocab_size > model.get_input_embeddings().weight.size(0):
-        raise UserError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, more than its embeddings"
-        )
+def has_head(of_model, task: str) -> bool:
+    """Whether a model is finetuned on a task, such as "ForImageClassification", already."""
+    return any(task in kind for kind in of_model.architectures or [])
+
+
+def build(model: nn.Module, device: torch.device, feature_map: str, **options) -> nn.Module:
+    """A model around a transformers model `hf`, on its device; with linear attention if there is a map."""
+    if feature_map:
+        with as_user_error():
+            linearize(model.hf, feature_map, **options)
+    return model.to(device)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a file that hf.load_linearized reads, with LoRA merged into the weights. Softmax is not saved."""
+    merge_lora(model.hf)
+    if sockets(model.hf):
+        save_linearized(model.hf, folder / "linear.safetensors")
+
+
+def stacked(rows: list[list[int]], fill: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """(rows as one tensor, mask), both (B, T): `fill` and 0 are on one side of the shorter rows."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(tensors, padding_value=fill), pad([torch.ones_like(x) for x in tensors])

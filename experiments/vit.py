@@ -4,14 +4,14 @@
     python -m experiments.vit google/vit-base-patch16-224 --dataset imagenet
     python -m experiments.vit FOLDER --dataset imagenet --data_dir IMAGES
 
-Digits are for a small ViT that is trained here. ImageNet-1k comes from the hub, or from a folder
-with IMAGES/train/CLASS/* and IMAGES/validation/CLASS/*.
+Digits are for a small ViT that is trained here. ImageNet-1k comes from the hub, or from a folder with
+IMAGES/train/CLASS/* and IMAGES/validation/CLASS/*.
 
-An image is a sequence of patches behind one class token, from which the class is read. Every query
-sees every key. The command also draws patches.png: the patches that the class token attends to,
-with softmax and with linear attention. Needs requirements-hf.txt. Digits need no download: three
-seeds of seven arms take 18 minutes on one CPU core (results/finetuned.md). ImageNet, the paper's
-ViT-B/16: 2 hours on one A100 and 14 hours of CPU cores to read images, an estimate (docs/gpu.md).
+An image is a sequence of patches behind one class token, from which the class is read. Every query sees
+every key. The command also draws patches.png: the patches that the class token attends to, with softmax and
+with linear attention. Needs requirements-hf.txt. Digits need no download: three seeds of seven arms take 18
+minutes on one CPU core (results/finetuned.md). ImageNet, the paper's ViT-B/16: 2 hours on one A100 and 14
+hours of CPU cores to read images, an estimate (docs/gpu.md).
 """
 
 import sys
@@ -37,21 +37,16 @@ from experiments.finetuned import (
     unfinetuned,
 )
 from experiments.metrics import queries_and_keys
-from experiments.pretrained import check_shape
+from experiments.pretrained import check_shape, has_head
 from hf.models import ImageClassifier, load, transformers
 from support.cli import UserError, as_user_error, parse, run, setting
-from support.devices import pick_device
 from support.hub import reason
 from support.log import provenance
 from swap import sockets
 
 KIND = transformers.AutoModelForImageClassification
 HEADS = ("classifier",)  # a model that is not finetuned may lack this
-PAPER = {  # ViT-B/16 on ImageNet-1k, top-1; second-hand
-    "teacher": 80.3,
-    "t2r_hh": 77.0,
-    "hedgehog": 79.5,
-}
+PAPER = dict(teacher=80.3, t2r_hh=77.0, hedgehog=79.5)  # ViT-B/16 on ImageNet-1k, top-1; second-hand
 
 
 @dataclass
@@ -84,9 +79,6 @@ class ViTConfig(RecoverConfig):
 IMAGENET = dict(lrs=[1e-5], distil_epochs=1.0, epochs=1.0, batch_size=64, dev_share=0.01, eval_interval=500)
 
 
-# ---------------------------------------------------------------- examples
-
-
 def accuracy(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
     return {"accuracy": 100 * float((labels == found).mean())}
 
@@ -104,7 +96,7 @@ def digits() -> Examples:
         return torch.stack(images), torch.tensor(labels)
 
     train, test = [r for i, r in enumerate(rows) if i % 4], rows[::4]
-    return Examples(train, {"validation": test}, collate, lambda row: 1, accuracy)
+    return Examples(train, {"validation": test}, collate, accuracy)
 
 
 def imagenet(config: ViTConfig) -> tuple[Examples, int]:
@@ -120,8 +112,9 @@ def imagenet(config: ViTConfig) -> tuple[Examples, int]:
                 "train/CLASS/*.jpeg and validation/CLASS/*.jpeg"
             ) from e
     else:
-        remedy = "accept its terms and log in there, or pass --data_dir FOLDER"
-        found = hub("ILSVRC/imagenet-1k", remedy=remedy)
+        found = hub(
+            "ILSVRC/imagenet-1k", remedy="accept its terms and log in there, or pass --data_dir FOLDER"
+        )
     where = config.data_dir or config.dataset
     if missing := {"train", "validation"} - set(found):
         raise UserError(f"{where} has no images for: {', '.join(sorted(missing))}")
@@ -146,39 +139,16 @@ def imagenet(config: ViTConfig) -> tuple[Examples, int]:
         pixels, labels = zip(*threads.map(read, rows))
         return torch.cat(pixels), torch.tensor(labels)
 
-    names = ("train", "validation")
-    train, test = ([(split, i) for i in range(len(found[split]))] for split in names)
+    train, test = ([(split, i) for i in range(len(found[split]))] for split in ("train", "validation"))
     classes = found["train"].features["label"].num_classes
-    return Examples(train, {"validation": test}, collate, lambda row: 1, accuracy), classes
-
-
-# ---------------------------------------------------------------- models
+    return Examples(train, {"validation": test}, collate, accuracy), classes
 
 
 def small_vit() -> nn.Module:
     """For digits: 16 patches of 2 x 2 pixels, 2 layers, 2 heads of 32."""
-    config = transformers.ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        num_labels=10,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-def classes_of(config: ViTConfig) -> int | None:
-    """The number of classes that the model is finetuned on, or None.
-
-    Raises UserError if it is no ViT that can be converted.
-    """
-    what = "a vision transformer, such as google/vit-base-patch16-224"
-    of_model = check_shape(config.model, KIND, what).config
-    taught = any("ForImageClassification" in kind for kind in of_model.architectures or [])
-    return of_model.num_labels if taught else None
+    image = dict(image_size=8, patch_size=2, num_channels=1, num_labels=10)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**image, **sizes))
 
 
 def models_of(config: ViTConfig, taught: bool, classes: int) -> Model:
@@ -188,30 +158,24 @@ def models_of(config: ViTConfig, taught: bool, classes: int) -> Model:
         fresh = () if taught or source != config.model else HEADS
         return ImageClassifier(load(source, KIND, new=fresh, num_labels=classes))
 
-    def save(model: nn.Module, folder: Path) -> None:
-        model.hf.save_pretrained(folder)
-
-    return Model(load_classifier, save, taught, tokenizer="")
-
-
-# ---------------------------------------------------------------- the picture
+    return Model(load_classifier, taught)
 
 
 @torch.no_grad()
-def draw_patches(config: ViTConfig, examples: Examples, model: Model, n: int = 8) -> str:
+def draw_patches(config: ViTConfig, examples: Examples, model: Model) -> str:
     """What the class token of the last layer attends to, on the teacher's queries and keys."""
     mine = of_seed(config, examples, config.seed)
     teacher = config.model if model.taught else str(Path(mine.out_dir) / "teacher")
     net = unfinetuned("hedgehog", mine, subject_of(mine, examples, model, teacher))
-    images, _ = examples.collate(next(iter(examples.tests.values()))[:n])
-    q, k = queries_and_keys(net, images.to(pick_device(config.device)))[-1]
+    images, _ = examples.collate(next(iter(examples.tests.values()))[:8])
+    q, k = queries_and_keys(net, images)[-1]
     weights = {  # (B, H, T, T)
         "softmax": softmax_weights(q, k, causal=False),
         "Hedgehog": sockets(net)[-1].attend.weights(q, k),
     }
     side = round((q.size(2) - 1) ** 0.5)  # patches in a row
     maps = {  # by name, one for each image: the mean over heads of the class token's weights
-        name: [A[0, 1:].reshape(side, side).numpy() for A in of_images.mean(1).cpu()]
+        name: [A[0, 1:].reshape(side, side).numpy() for A in of_images.mean(1)]
         for name, of_images in weights.items()
     }
     variation = np.mean([np.abs(a - b).sum() / 2 for a, b in zip(*maps.values())])
@@ -221,11 +185,8 @@ def draw_patches(config: ViTConfig, examples: Examples, model: Model, n: int = 8
     )
     scaled = (images - images.min()) / (images.max() - images.min())
     drawn = scaled.permute(0, 2, 3, 1).squeeze(-1).numpy()  # (n, height, width[, channels])
-    path = Path(config.out_dir) / "patches.png"
-    return figures.patches(path, list(drawn), maps, title, provenance()["command"])
-
-
-# ---------------------------------------------------------------- the command
+    command = provenance()["command"]
+    return figures.patches(Path(config.out_dir) / "patches.png", list(drawn), maps, title, command)
 
 
 def main() -> None:
@@ -239,11 +200,13 @@ def main() -> None:
     if config.dataset == "digits":
         examples, model, paper = digits(), models_of(config, False, 10), {}
     else:
-        trained_for = classes_of(config)
-        examples, classes = imagenet(config)
-        if trained_for not in (None, classes):
-            raise UserError(f"{config.model} is for {trained_for} classes, and these images have {classes}")
-        model, paper = models_of(config, trained_for is not None, classes), PAPER
+        what = "a vision transformer, such as google/vit-base-patch16-224"
+        of_model = check_shape(config.model, KIND, what, text=False).config
+        taught = has_head(of_model, "ForImageClassification")
+        examples, n = imagenet(config)
+        if taught and of_model.num_labels != n:
+            raise UserError(f"{config.model} is for {of_model.num_labels} classes, and these images have {n}")
+        model, paper = models_of(config, taught, n), PAPER
     facts = recover(config, examples, model, config.dataset, paper)
     if any(r["arm"] == "hedgehog" for r in facts.get("runs", [])):
         print(f"and {draw_patches(config, examples, model)}")

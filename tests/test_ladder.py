@@ -19,9 +19,10 @@ transformers = pytest.importorskip("transformers")
 import data  # noqa: E402
 from attention import LinearAttention, softmax_attention  # noqa: E402
 from config import changes  # noqa: E402
+from convert_gpt2 import OWN, SMALL  # noqa: E402
 from experiments import ladder  # noqa: E402
 from experiments.glue import BertConfig  # noqa: E402
-from experiments.gpt2 import OWN, SMALL, GPT2Config  # noqa: E402
+from experiments.gpt2 import GPT2Config  # noqa: E402
 from experiments.ladder import ARMS, LADDER, ConvertConfig, keep_softmax, table_perplexity  # noqa: E402
 from experiments.llama import LlamaConfig  # noqa: E402
 from experiments.vit import ViTConfig  # noqa: E402
@@ -466,7 +467,7 @@ def test_stages_have_exactly_the_settings_that_earlier_versions_wrote(same_comma
     monkeypatch.setattr(ladder, "restore", lambda *a, **k: None)
     monkeypatch.setattr(ladder, "write_heads", lambda *a, **k: None)
     subject = ladder.Subject(*[None] * 9, tokenizer="bytes", data="d9e1060e")
-    subject = subject._replace(groups=lambda model: [])
+    subject = subject._replace(groups=lambda model, config: [])
 
     def distil(model, batch, held_out, forward, config, world, meta):
         settings["distil"] = meta["config"]
