@@ -74,6 +74,8 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, key_mask: Tensor | None = None
 ) -> Tensor:
     """y = softmax_weights(q, k) @ v by PyTorch's fused kernel: q, k, v (B, H, T, D) -> (B, H, T, D)."""
+    if not torch.is_autocast_enabled(v.device.type):
+        q, k = q.to(v.dtype), k.to(v.dtype)  # after rope those of a bfloat16 model are float32
     Tq, Tk = q.size(-2), k.size(-2)
     if key_mask is None and (not causal or Tq == Tk):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -191,9 +193,12 @@ def attend(
 
 try:
     from fused import attend as fastest
+except ImportError:  # this file was copied without the folder
+    fastest = attend
+try:
     from zoo.window import WINDOWS, WindowAttention
-except ImportError:  # these two files alone
-    fastest, WINDOWS = attend, {}
+except ImportError:
+    WINDOWS = {}
 
 
 class SoftmaxAttention(nn.Module):
@@ -238,6 +243,8 @@ class LinearAttention(nn.Module):
         """(y, state): attention that continues `state`, whose tokens ended at position `offset`. Causal, with
         more keys than queries: the last query belongs to the token of the last key; the keys before are a
         state."""
+        if self.causal and k.size(2) < q.size(2):
+            raise ValueError(f"causal attention of {q.size(2)} queries needs as many keys, not {k.size(2)}")
         options = dict(causal=self.causal, chunk_size=self.chunk_size)
         if self.causal and (early := k.size(2) - q.size(2)) > 0:
             past, mask = (k[:, :, :early], k[:, :, :early], v[:, :, :early]), key_mask
@@ -251,8 +258,9 @@ class LinearAttention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """A (B, H, T, T), to look at. forward never computes it."""
-        phi = self.phi
-        phi_q, phi_k = getattr(phi, "query", phi)(q), getattr(phi, "key", phi)(k)
+        phi, early = self.phi, k.size(2) - q.size(2)
+        where = (early,) if self.causal and early > 0 else ()  # the position of the first query
+        phi_q, phi_k = getattr(phi, "query", phi)(q, *where), getattr(phi, "key", phi)(k)
         return linear_weights(phi_q, phi_k, causal=self.causal, key_mask=key_mask)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:

@@ -9,12 +9,12 @@ The comment behind a field is its sentence in --help; a line `# -- NAME` begins 
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from attention import attentions
 from model import GPTConfig
 from support.checkpoints import load_checkpoint
 from support.cli import UserError, as_user_error, parse, setting
-from support.earlier import renewed
 
 may_change = partial(setting, may_change=True)
 
@@ -148,22 +148,22 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
         config.check()
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
-    if (
-        config.init_from
-    ):  # the tokens and the data that the checkpoint was trained on, unless flags say otherwise
+    if config.init_from:  # the model, tokens and data of the checkpoint, unless flags say otherwise
         saved = load_checkpoint(config.init_from)[1]
         with as_user_error():
-            GPTConfig.of(saved.get("config", {}))
+            there = GPTConfig.of(saved.get("config", {}))
+        config.attention = config.attention if "attention" in given else there.attention
         if "tokenizer" not in given:
             config.tokenizer = saved["tokenizer"]
         if "dataset" not in given and not recipe:
             before = saved["config"]
             config.dataset, config.data_dir = before["dataset"], config.data_dir or before["data_dir"]
-    config.out_dir = config.out_dir or f"out/{config.dataset}-{config.attention}"
+    default = f"out/{config.dataset}-{config.attention}"
+    at = Path(config.init_from).resolve()
+    source = {at, at.parent} if config.init_from else set()  # the folder of the run, or a file in it
+    if Path(default).resolve() in source:
+        default += "-finetuned"
+    config.out_dir = config.out_dir or default
+    if Path(config.out_dir).resolve() in source and not (config.eval_only or config.resume):
+        raise UserError(f"--out_dir {config.out_dir} is the run that --init_from names: name another folder")
     return config, given
-
-
-def changes(old: dict, new: dict) -> dict[str, tuple]:
-    """Which settings of a run, perhaps of an earlier version, are others today: {name: (old, new)}."""
-    old = renewed(old)
-    return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}

@@ -183,7 +183,14 @@ def main() -> None:
     # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on activations of the teacher.
     model = pupil_of(teacher, config.feature_map, tie=config.tie)
     sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
-    maps = stage("distil", max_steps=config.distil_steps, lr=config.distil_lr, weight_decay=0.0, patience=5)
+    maps = stage(
+        "distil",
+        max_steps=config.distil_steps,
+        lr=config.distil_lr,
+        weight_decay=0.0,
+        patience=5,
+        stop_loss=0.0,
+    )
     distill(model, lambda step: batch(step)[:1], sequences, lambda model, x: model(x), maps, world, meta)
 
     # 3. Swap: from here on the maps carry the attention, in O(T) time and with a state of constant size.
@@ -204,6 +211,8 @@ def main() -> None:
     # 5. Evaluate on text that no stage has trained on.
     say(f"{config.feature_map}, distilled, finetuned", model)
     about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
+    if model.config.position == "rope":
+        about["block_size"] = T  # the length of the finetuning; with rope it shapes no weights
     save_checkpoint(out / "best.safetensors", model, config=about, tokenizer=tokenizer)
     print(f"written to {out}: best.safetensors; python sample.py {out} writes text with it")
 

@@ -32,7 +32,7 @@ from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import World, pick_device
 from support.heads import heads_table, write_heads
-from swap import MODES, set_mode, sockets
+from swap import MODES, SoftmaxTeacher, set_mode, sockets
 from train import fit
 
 TINY = 1e-30  # the smallest weight whose logarithm is taken
@@ -76,6 +76,8 @@ class MimicAttention(LinearAttention):
             q, k, phi_q, phi_k, causal=self.causal, key_mask=key_mask
         )
         return softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
+
+    extend = SoftmaxTeacher.extend  # with a cache too the model computes with softmax
 
 
 MODES["mimic"] = MimicAttention

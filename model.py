@@ -47,6 +47,8 @@ class GPTConfig:
         for name in ("qk_gain", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if wrong := {"name", "n_head", "head_dim", "causal", "max_len", "tie"} & set(self.options):
+            raise ValueError(f"options cannot set {', '.join(sorted(wrong))}: the model does")
         if self.attention not in attentions():
             raise ValueError(unknown("attention", self.attention, attentions()))
         if self.position not in ("rope", "learned"):
@@ -58,7 +60,7 @@ class GPTConfig:
 
     @property
     def max_length(self) -> float:
-        """The most tokens that the model can see: block_size, or any number with RoPE and linear attention."""
+        """The most tokens that the model can see. With learned positions or cosFormer it is block_size."""
         bounded = self.position == "learned" or self.attention == "cosformer"
         return self.block_size if bounded else math.inf
 
@@ -86,8 +88,7 @@ def rope_table(start: int, end: int, head_dim: int, base: float = 10000.0) -> Te
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (x_d, x_{d + D/2}) of x (..., T, D) by their angles: q.k then depends on i - j.
-    In float32 at least, also where x is bfloat16."""
+    """Rotate the pairs (x_d, x_{d + D/2}) of x (..., T, D) by their angles: q.k then depends on i - j."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
@@ -99,7 +100,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head, head_dim = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         options = {"max_len": config.block_size, **({} if config.tie else {"tie": False}), **config.options}
-        self.attend = make_attention(config.attention, config.n_head, head_dim, **options)
+        try:
+            self.attend = make_attention(config.attention, config.n_head, head_dim, **options)
+        except (TypeError, RuntimeError) as e:  # an option of another type than the attention takes
+            raise ValueError(f"options {config.options} do not fit {config.attention}: {e}") from e
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -150,7 +154,7 @@ def param_groups(
     map_lr_scale: float,
     rest: list[nn.Parameter] | None = None,
 ) -> list[dict]:
-    """GPT.param_groups for any model; rest: what trains beside the feature maps, by default all parameters."""
+    """GPT.param_groups for any model. rest: what trains beside the feature maps, by default all other parameters."""
     maps = map_parameters(model)
     if rest is None:
         rest = [p for p in model.parameters() if not any(p is m for m in maps)]
@@ -188,12 +192,14 @@ class GPT(nn.Module):
         """The initialisation of GPT-2: standard deviations of embeddings and of all other matrices. Feature
         maps keep their own. c_attn begins with smaller queries and keys, and equal biases, where the
         configuration says so."""
-        for module in self.modules():
+        of_maps = {id(m) for phi in self.modules() if isinstance(phi, FeatureMap) for m in phi.modules()}
+        modules = [m for m in self.modules() if id(m) not in of_maps]
+        for module in modules:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.modules():
+        for module in modules:
             if isinstance(module, nn.Embedding):  # after the Linears: wte is lm_head too
                 nn.init.normal_(module.weight, std=embd_std)
         for block in self.transformer.h:
@@ -207,8 +213,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def param_groups(self, lr: float, weight_decay: float, map_lr_scale: float) -> list[dict]:
-        """For the optimiser: matrices and embeddings decay; biases and LayerNorms do not; feature maps
-        do not, and have a learning rate of their own."""
+        """AdamW's groups: matrices decay, vectors and feature maps do not; maps have their own learning rate."""
         return param_groups(self, lr, weight_decay, map_lr_scale)
 
     def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0) -> Tensor:
@@ -218,12 +223,10 @@ class GPT(nn.Module):
         rope = None
         if c.position == "learned":
             if end > c.block_size:
-                raise ValueError(
-                    f"{end} tokens do not fit into the {c.block_size} learned positions of this model: "
-                    'shorten the text, or train with position="rope", which has no such limit'
-                )
+                what = f"{end} tokens do not fit into the {c.block_size} learned positions of this model"
+                raise ValueError(f"{what}: shorten the text, or train with position rope, which has no limit")
             x = x + self.transformer.wpe(torch.arange(offset, end, device=idx.device))
-        elif end <= c.block_size:
+        elif end <= c.block_size and self.rope.dtype in (torch.float32, torch.float64):
             rope = self.rope[:, offset:end]
         else:
             rope = rope_table(offset, end, c.n_embd // c.n_head, c.rope_base).to(x.device)

@@ -65,7 +65,10 @@ def read_prompt(config: SampleConfig) -> str:
         return config.prompt.encode(errors="ignore").decode()
     if sys.stdin is None:
         raise UserError("there is no standard input to read the prompt from: use --prompt or --prompt_file")
-    return sys.stdin.read()
+    try:  # bytes that are not UTF-8 may have been read as surrogates, which cannot be encoded
+        return sys.stdin.read().encode().decode()
+    except UnicodeError as e:
+        raise UserError("standard input is not UTF-8 text: convert it first") from e
 
 
 def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:
@@ -73,12 +76,12 @@ def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:
     n, trained = config.max_new_tokens, of_model.block_size
     if n < 0:
         n = trained - n_prompt if n_prompt < trained else trained
-    if n_prompt + n > of_model.max_length:
+    if n_prompt + n - 1 > of_model.max_length:  # the last token is not read again
         raise UserError(
             f"{n_prompt} tokens of prompt and {n} new ones do not fit into the {of_model.max_length} positions "
             "of this model: shorten the prompt or lower --max_new_tokens"
         )
-    if n_prompt + n > trained:
+    if n_prompt + n - 1 > trained:
         print(f"the model was trained on {trained} tokens: text beyond them gets worse", file=sys.stderr)
     return n
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import data
 import fused
-from config import FitConfig, TrainConfig, changes, read_config
+from config import FitConfig, TrainConfig, read_config
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from perplexity import perplexity
@@ -64,7 +64,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    progress, log = begin(out, model, optimizer, config, world, meta, changes)
+    progress, log = begin(out, model, optimizer, config, world, meta)
     if config.compile:
         model.compile()
     parallel, watch = world.wrap(model), Watch(log, config, progress.step, world)

@@ -270,7 +270,7 @@ def distil_maps(model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subj
     """Distil the maps of an arm: (mimicry on held_out, minutes)."""
     folder = Path(config.distil_dir or config.out_dir) / arm.maps
     how = dict(max_steps=config.distil_steps, lr=config.distil_lr, patience=config.distil_patience)
-    stage = stage_in(folder, config, weight_decay=0.0, map_lr_scale=1.0, **how)
+    stage = stage_in(folder, config, weight_decay=0.0, map_lr_scale=1.0, stop_loss=0.0, **how)
     world = World(0, 1, pick_device(config.device))
     meta = {"config": settings_of(stage, "maps") | {"data": subject.data}, "tokenizer": subject.tokenizer}
     found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, meta)

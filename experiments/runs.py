@@ -23,12 +23,11 @@ import torch
 from tqdm import tqdm
 
 import fused
-from config import changes
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
 from support.devices import World, pick_device
-from support.earlier import renewed
+from support.earlier import changes, renewed
 from support.log import Log, provenance
 from train import fit
 

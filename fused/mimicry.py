@@ -44,6 +44,9 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, q, k, phi_q, phi_k, causal, key_mask, block_size):
         q, k, phi_q, phi_k = (at_least_float32(x) for x in (q, k, phi_q, phi_k))
         (B, H, T, _), scale = q.shape, 1 / math.sqrt(q.size(-1))
+        if k.size(2) != T:
+            raise ValueError(f"Eq. 3 needs as many keys as queries, not {k.size(2)} and {T}")
+        key_mask = None if key_mask is None else key_mask.expand(B, T)
         real = q.new_ones(B, T) if key_mask is None else key_mask.to(q.dtype)
         if not real.any():
             raise ValueError("there is no real token to compare attention weights at")

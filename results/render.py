@@ -165,7 +165,7 @@ def glance() -> str:
             "Table 2, GLUE: share of the teacher's score that Hedgehog recovers, mean of tasks",
             "99.3% (BERT, 8 tasks)",
             f"{recovered('glue')} with 64 features a head, {recovered('wide')} with 256 (MiniLM, 4 tasks)",
-            "`python -m experiments.glue cola`",
+            "`python -m experiments.glue cola --arms teacher teacher_finetuned t2r t2r_hh hedgehog`",
         ],
         [
             "Table 3, a pretrained language model: perplexity over that of the equally finetuned teacher",

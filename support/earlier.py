@@ -24,3 +24,9 @@ def renewed(values: dict) -> dict:
     if (window := values.pop("window", 32)) != 32 and values["attention"].endswith("_window"):
         options["window"] = window
     return {**values, "options": options}
+
+
+def changes(old: dict, new: dict) -> dict[str, tuple]:
+    """Which settings of a run, perhaps of an earlier version, are others today: {name: (old, new)}."""
+    old = renewed(old)
+    return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import RunError, UserError, tagged
 from support.devices import World
+from support.earlier import changes
 from support.log import Log, provenance
 
 # Seconds in which a signal that comes twice counts once: torchrun kills its processes after as many.
@@ -113,16 +114,9 @@ class StopSignal:
 
 
 def begin(
-    out: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    config: Any,
-    world: World,
-    meta: dict,
-    changes: Callable,
+    out: Path, model: nn.Module, optimizer: Optimizer, config: Any, world: World, meta: dict
 ) -> tuple[Progress, Log]:
-    """Go on from the last checkpoint in `out` if config.resume is set and there is one, else begin at step 0.
-    changes(old, new): which settings of two configurations differ (config.py)."""
+    """Go on from the last checkpoint in `out` if config.resume is set and there is one, else begin at step 0."""
     say = tqdm.write if world.is_main else lambda _: None
     log, last, progress = Log(out / "log.jsonl"), out / "last.safetensors", Progress()
     if world.is_main:

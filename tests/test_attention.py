@@ -428,3 +428,17 @@ def test_softmax_attention_is_pytorchs():
     assert torch.equal(SoftmaxAttention()(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with pytest.raises(ValueError, match="unknown attention 'sofmax'"):
         make_attention("sofmax", 2, 8)
+
+
+@pytest.mark.parametrize("Tq, Tk", [(5, 3), (20, 17), (70, 3)])
+def test_causal_attention_of_more_queries_than_keys_is_refused(Tq, Tk):
+    attn = LinearAttention(make_feature_map("hedgehog", 2, 8))
+    with pytest.raises(ValueError, match=f"{Tq} queries needs as many keys, not {Tk}"):
+        attn(torch.randn(1, 2, Tq, 8), *torch.randn(2, 1, 2, Tk, 8))
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "cosformer"])
+def test_weights_know_the_position_of_the_first_query(name):
+    q, k, v = torch.randn(1, 2, 3, 8), *torch.randn(2, 1, 2, 40, 8)
+    attn = make_attention(name, 2, 8, max_len=50)
+    torch.testing.assert_close(attn.weights(q, k) @ v, attn(q, k, v), rtol=1e-4, atol=1e-5)

@@ -292,3 +292,22 @@ def test_a_teacher_with_linear_attention_is_an_error(train, command, tmp_path):
     assert train("--out_dir", tmp_path / "linear")[0] == 0
     code, _, stderr = command("distill", tmp_path / "linear")
     assert code == 2 and "must have softmax attention, not hedgehog" in stderr
+
+
+def test_a_mimic_continues_a_text_with_softmax():
+    """Generation in mode "mimic" is that of the teacher."""
+    teacher, idx = tiny_gpt(), torch.randint(40, (1, 9))
+    pupil = pupil_of(teacher, "hedgehog").eval()
+    set_mode(pupil, "mimic")
+    assert torch.equal(pupil.generate(idx, 12, temperature=0), teacher.generate(idx, 12, temperature=0))
+
+
+def test_the_fast_loss_takes_one_mask_for_all_and_refuses_other_lengths():
+    q, k = random_qk()
+    mask = torch.arange(T)[None] < 9
+    for whole, ours in zip(
+        *(mimicry_in_blocks(q, k, q.exp(), k.exp(), key_mask=m) for m in (mask.expand(B, T), mask))
+    ):
+        torch.testing.assert_close(whole, ours)
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        mimicry_in_blocks(q[:, :, :5], k, q[:, :, :5].exp(), k.exp())

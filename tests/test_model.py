@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import linear_weights, softmax_weights
-from feature_maps import FEATURE_MAPS
+from feature_maps import FEATURE_MAPS, FeatureMap
 from model import GPT, GPTConfig, apply_rope, renewed, rope_table, sample_token
 
 ATTENTIONS = ["softmax", *FEATURE_MAPS]
@@ -306,3 +306,41 @@ def test_the_options_of_learned_maps_reach_them():
         attn(q, k, k), attn.weights(q, k) @ k
     )  # kernels take a square W, and get features here
     assert model(torch.randint(50, (1, 40)))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"causal": False}, "options cannot set causal"),
+        ({"n_head": 3}, "options cannot set n_head"),
+        ({"scale": "abc"}, "do not fit hedgehog"),
+        ({"n_features": 1.5, "init": "random"}, "do not fit hedgehog"),
+    ],
+)
+def test_options_that_the_model_decides_or_of_another_type_are_one_line(options, line):
+    with pytest.raises(ValueError, match=line):
+        GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, options=options))
+
+
+def test_layers_inside_a_readers_map_keep_their_initialisation(monkeypatch):
+    class Mine(FeatureMap):
+        def __init__(self, n_head, head_dim):
+            super().__init__(n_head, head_dim)
+            self.layer = torch.nn.Linear(head_dim, head_dim)
+            torch.nn.init.eye_(self.layer.weight)
+
+        def features(self, x, offset):
+            return self.layer(x).exp()
+
+    monkeypatch.setitem(FEATURE_MAPS, "mine", Mine)
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16, attention="mine"))
+    assert torch.equal(model.transformer.h[0].attn.attend.phi.layer.weight, torch.eye(8))
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_a_bfloat16_model_knows_its_positions(attention):
+    """The rotations are those of float32, within and beyond the training length."""
+    model, idx = tiny(attention, block_size=32), torch.randint(50, (1, 48))
+    want = model(idx)[0]
+    got = model.bfloat16()(idx)[0]
+    assert got.dtype == torch.bfloat16 and (got.float() - want).norm() / want.norm() < 0.03

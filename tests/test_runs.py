@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
-from config import TrainConfig, changes
+from config import TrainConfig
 from experiments.ablations import ABLATIONS, AblationsConfig, configs_of
 from experiments.recall import RecallConfig
 from experiments.runs import code_of, finished, log_of, one, progress, same_config, sweep_and_seeds
@@ -21,6 +21,7 @@ from experiments.tables import grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, write_json
 from support.cli import RunError
+from support.earlier import changes
 from support.log import Log
 
 

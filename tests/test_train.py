@@ -634,3 +634,50 @@ def test_a_run_written_by_an_earlier_version_is_evaluated_resumed_sampled_and_re
     assert command("sample", tmp_path / "run", "--max_new_tokens", 3)[0] == 0
     code, stdout, stderr = train("--eval_only", "--init_from", ROOT / "tests" / "old_run", "--n_embd", 8)
     assert code == 0 and "bits per byte" in stdout, stderr
+
+
+def test_a_finetuned_run_never_takes_the_folder_of_another_or_of_its_source(
+    train, command, tmp_path, monkeypatch, text
+):
+    """Without --out_dir the folder has the attention of the checkpoint, and is not the checkpoint's own."""
+    monkeypatch.chdir(tmp_path)
+    for attention in ("softmax", "hedgehog"):
+        assert train("--attention", attention, "--out_dir", f"out/text-{attention}")[0] == 0
+    before = {p: p.read_bytes() for p in Path("out").rglob("*.safetensors")}
+    small = [
+        "--max_steps",
+        2,
+        "--eval_interval",
+        2,
+        "--eval_tokens",
+        200,
+        "--batch_size",
+        4,
+        "--device",
+        "cpu",
+    ]
+    code, stdout, stderr = command("train", "--init_from", "out/text-softmax", *small)
+    assert code == 0 and "softmax attention" in stdout and "out_dir out/text-softmax-finetuned" in stdout, (
+        stderr
+    )
+    code, _, stderr = command(
+        "train", "--init_from", "out/text-hedgehog", "--out_dir", "out/text-hedgehog", *small
+    )
+    assert code == 2 and "is the run that --init_from names" in stderr
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_prompt_fills_learned_positions_to_the_last(train, command, tmp_path):
+    train("--out_dir", tmp_path / "run", "--position", "learned")
+    for n, code in ((17, 0), (18, 2)):  # 16 tokens, 17 more: the last one is not read again
+        assert command("sample", tmp_path / "run", "--prompt", "x" * 16, "--max_new_tokens", n)[0] == code
+
+
+def test_bytes_that_are_not_text_are_one_line(train, command, tmp_path, monkeypatch):
+    import io
+
+    train("--out_dir", tmp_path / "run")
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
+        code, _, stderr = command("sample", tmp_path / "run", "--prompt", "-")
+        assert code == 2 and "standard input is not UTF-8 text" in stderr
