@@ -18,7 +18,6 @@ transformers = pytest.importorskip("transformers")
 
 import data  # noqa: E402
 from attention import LinearAttention, softmax_attention  # noqa: E402
-from config import changes  # noqa: E402
 from convert_gpt2 import OWN, SMALL  # noqa: E402
 from experiments import ladder  # noqa: E402
 from experiments.glue import BertConfig  # noqa: E402
@@ -29,6 +28,7 @@ from experiments.vit import ViTConfig  # noqa: E402
 from hf import linearize  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import parse, tagged  # noqa: E402
+from support.earlier import changes  # noqa: E402
 from swap import sockets  # noqa: E402
 
 QUICK = """--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1
