@@ -29,7 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feature_maps import FEATURE_MAPS, Learned, at_least_float32, make_feature_map, unknown, without_autocast
+from feature_maps import (
+    FEATURE_MAPS,
+    as_bool,
+    at_least_float32,
+    is_learned,
+    make_feature_map,
+    unknown,
+    without_autocast,
+)
 
 CHUNK = 64  # tokens in a chunk
 
@@ -46,7 +54,12 @@ def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tens
     mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
     if causal:
         mask = mask.tril(diagonal=Tk - Tq)
-    return mask if key_mask is None else mask & key_mask[:, None, None, :]
+    return mask if key_mask is None else mask & as_bool(key_mask)[:, None, None, :]
+
+
+def without_padding(phi_k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """phi(k) with zeros at padding: (B, H, T, F). The mask comes after phi, since phi(0) is not 0."""
+    return phi_k if key_mask is None else phi_k.masked_fill(~as_bool(key_mask)[:, None, :, None], 0.0)
 
 
 def normalise(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -157,9 +170,7 @@ def linear_attention_bidirectional(
 ) -> Tensor:
     """Every query sees every key: y_i = phi(q_i) S / phi(q_i).z, with S and z over the whole sequence."""
     with without_autocast(v):
-        phi_q, phi_k = at_least_float32(phi_q), at_least_float32(phi_k)
-        if key_mask is not None:
-            phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+        phi_q, phi_k = at_least_float32(phi_q), without_padding(at_least_float32(phi_k), key_mask)
         S = phi_k.mT @ v.to(phi_k.dtype)  # (B, H, F, D)
         z = phi_k.sum(2)  # (B, H, F)
         return normalise(phi_q @ S, phi_q @ z[..., None]).to(v.dtype)
@@ -180,15 +191,13 @@ def attend(
 ) -> tuple[Tensor, State | None]:
     """Linear attention with the feature map phi, by the plain forms above: (y, state).
 
-    offset is the position of the first token. carry=False: the caller does not want the state. fused.attend
-    is the same function, faster; LinearAttention calls that one where the folder fused/ is there.
+    offset: the position of the first token.  carry: whether the caller wants the state. fused.attend is the
+    same function, faster; LinearAttention calls that one where the folder fused/ is there.
     """
     phi_q, phi_k = getattr(phi, "query", phi)(q, offset), getattr(phi, "key", phi)(k, offset)
     if not causal:
         return linear_attention_bidirectional(phi_q, phi_k, v, key_mask=key_mask), None
-    if key_mask is not None:
-        phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)  # after phi, since phi(0) is not 0
-    return linear_attention_chunked(phi_q, phi_k, v, state, chunk_size=chunk_size)
+    return linear_attention_chunked(phi_q, without_padding(phi_k, key_mask), v, state, chunk_size=chunk_size)
 
 
 try:
@@ -196,9 +205,14 @@ try:
 except ImportError:  # this file was copied without the folder
     fastest = attend
 try:
-    from zoo.window import WINDOWS, WindowAttention
+    from zoo import SYSTEMS  # other attentions by name: see zoo/__init__.py
 except ImportError:
-    WINDOWS = {}
+    SYSTEMS = {}
+
+
+def refuse_cache_unless(causal: bool) -> None:
+    if not causal:
+        raise ValueError("bidirectional attention has no cache: new keys would change the earlier outputs")
 
 
 class SoftmaxAttention(nn.Module):
@@ -217,6 +231,7 @@ class SoftmaxAttention(nn.Module):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
         """Attend from new tokens to the cache and to each other. The cache of keys and values grows."""
+        refuse_cache_unless(self.causal)
         if "k" in cache:
             k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
         cache.update(k=k, v=v)
@@ -240,20 +255,23 @@ class LinearAttention(nn.Module):
     def attend(
         self, q, k, v, state=None, *, key_mask=None, offset=0, carry=True
     ) -> tuple[Tensor, State | None]:
-        """(y, state): attention that continues `state`, whose tokens ended at position `offset`. Causal, with
-        more keys than queries: the last query belongs to the token of the last key; the keys before are a
-        state."""
-        if self.causal and k.size(2) < q.size(2):
-            raise ValueError(f"causal attention of {q.size(2)} queries needs as many keys, not {k.size(2)}")
+        """(y, state): attention that continues `state`, whose tokens ended at position `offset`.
+
+        Causal, with more keys than queries: the last query belongs to the token of the last key. The earlier
+        keys become a state. Fewer keys than queries are a ValueError.
+        """
         options = dict(causal=self.causal, chunk_size=self.chunk_size)
-        if self.causal and (early := k.size(2) - q.size(2)) > 0:
-            past, mask = (k[:, :, :early], k[:, :, :early], v[:, :, :early]), key_mask
-            if mask is not None:
-                mask, key_mask = mask[:, :early], mask[:, early:]
-            _, state = fastest(self.phi, *past, state, key_mask=mask, offset=offset, **options)
-            k, v, offset = k[:, :, early:], v[:, :, early:], offset + early
-        options.update(key_mask=key_mask, offset=offset, carry=carry)
-        y, state = fastest(self.phi, q, k, v, state, **options)
+        mask = None if key_mask is None else as_bool(key_mask)
+        early = k.size(2) - q.size(2) if self.causal else 0  # keys before the first query
+        if early < 0:
+            raise ValueError(f"causal attention of {q.size(2)} queries needs as many keys, not {k.size(2)}")
+        if early:
+            (k_early, k), (v_early, v) = ((x[:, :, :early], x[:, :, early:]) for x in (k, v))
+            mask_early, mask = (None, None) if mask is None else (mask[:, :early], mask[:, early:])
+            past = dict(key_mask=mask_early, offset=offset, **options)
+            _, state = fastest(self.phi, k_early, k_early, v_early, state, **past)
+        here = dict(key_mask=mask, offset=offset + early, carry=carry, **options)
+        y, state = fastest(self.phi, q, k, v, state, **here)
         return y, State(*state) if carry and self.causal else None
 
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -266,6 +284,7 @@ class LinearAttention(nn.Module):
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:
         """Attend from new tokens to the cache and to each other. The cache is a State of constant size.
         key_mask is that of the new tokens."""
+        refuse_cache_unless(self.causal)
         offset = cache.get("length", 0)
         y, state = self.attend(q, k, v, cache.get("state"), key_mask=key_mask, offset=offset)
         cache.update(state=state, length=offset + q.size(2))
@@ -277,33 +296,29 @@ class LinearAttention(nn.Module):
 
 def attentions() -> list[str]:
     """Every name that make_attention knows."""
-    return ["softmax", *FEATURE_MAPS, *WINDOWS]
+    return ["softmax", *FEATURE_MAPS, *SYSTEMS]
 
 
 def learns_map(name: str) -> bool:
     """Whether the attention called `name` has a feature map with parameters."""
-    return name in WINDOWS or issubclass(FEATURE_MAPS.get(name, object), Learned)
+    return name in SYSTEMS or is_learned(name)
 
 
 def make_attention(
     name: str, n_head: int, head_dim: int, *, causal: bool = True, max_len: int | None = None, **options
 ) -> nn.Module:
-    """The attention called `name`: "softmax"; linear attention with the feature map of that name;
-    "hedgehog_window", Hedgehog with exact softmax over the last tokens; "softmax_window", those tokens alone.
+    """The attention called `name`: "softmax"; linear attention with the feature map of that name; or a system
+    of zoo/, such as "hedgehog_window".
 
-    max_len: the most positions that cosformer can tell apart. Other options go to make_feature_map, and
-    `window` to the windows. Raises ValueError for an unknown name, and for a window that is not causal.
+    max_len: the most positions that cosformer can tell apart. Other options go to make_feature_map, or to the
+    system. Raises ValueError for an unknown name or option, and for a system that is not causal or only causal.
     """
     if name == "softmax":
         if unexpected := set(options) - {"tie"}:  # it has no map that could be tied
             raise ValueError(f"softmax takes no option {', '.join(sorted(unexpected))}")
         return SoftmaxAttention(causal)
-    if name in WINDOWS:
-        if not causal:
-            raise ValueError(f"{name} is causal: it has no bidirectional form")
-        window = options.pop("window", 32)
-        phi = make_feature_map("hedgehog", n_head, head_dim, **options)
-        return WindowAttention(phi, n_head, head_dim, window, linear=WINDOWS[name])
+    if name in SYSTEMS:
+        return SYSTEMS[name](n_head, head_dim, causal, **options)
     if name not in FEATURE_MAPS:
         raise ValueError(unknown("attention", name, attentions()))
     if name == "cosformer" and max_len is not None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import data
 import fused
-from attention import learns_map
 from config import FitConfig, may_change
-from distill import distill, load_teacher, pupil_of
+from distill import distill, folder_of, load_teacher, pupil_of
+from feature_maps import is_learned
 from model import GPT, GPTConfig
 from perplexity import perplexity
 from support import gpt2_folder
@@ -66,7 +66,7 @@ class ConvertConfig(FitConfig):
 
     def check(self) -> None:
         super().check()
-        if not learns_map(self.feature_map) or self.feature_map.endswith("_window"):
+        if not is_learned(self.feature_map):
             raise ValueError(f"--feature_map takes hedgehog, hedgehog_exp or t2r, not {self.feature_map!r}")
         if min(self.distil_steps, self.held_out, self.block_size, self.distil_lr, self.dev_tokens) <= 0:
             raise ValueError("distil_steps, distil_lr, held_out, block_size and dev_tokens must be positive")
@@ -104,27 +104,25 @@ def from_pretrained(name_or_path: str | Path, **overrides) -> GPT:
 
 def load(config, given: set[str]) -> tuple[GPT, str]:
     """(the softmax teacher, the name of its tokenizer). Settings that were not given take the values of the
-    recipe for this kind of model. Raises UserError for a model that is not softmax or too short."""
-    path, changes = Path(config.model), SMALL if config.small else {}
+    recipe for this kind of model. Raises UserError for a model that is too short."""
+    path, recipe = Path(config.model), dict(SMALL) if config.small else {}
     if path.suffix == ".safetensors" or any(
         (path / f"{name}.safetensors").exists() for name in ("best", "last")
     ):
         teacher, saved = load_teacher(config.model)
-        tokenizer, of = saved["tokenizer"], saved["config"]
-        changes = OWN | {"dataset": of["dataset"], "data_dir": of["data_dir"]}
+        tokenizer = saved["tokenizer"]
+        recipe = OWN | {name: saved["config"][name] for name in ("dataset", "data_dir")}
     else:
         teacher, tokenizer = from_pretrained(config.model), "gpt2"
         gpt2_folder.check_tokenizer(teacher, data.get_tokenizer(tokenizer))
-    longest = min(changes.get("block_size", config.block_size), teacher.config.block_size)
-    for name, value in {**changes, "block_size": longest}.items():
-        if name not in given:
-            setattr(config, name, value)
+    longest = teacher.config.block_size
+    recipe["block_size"] = min(recipe.get("block_size", config.block_size), longest)
+    for name in recipe.keys() - given:
+        setattr(config, name, recipe[name])
     with as_user_error():
         config.check()
-        longest = teacher.config.block_size
-        if config.block_size > longest and teacher.config.position == "learned":
-            raise ValueError(f"block_size {config.block_size}: this model has {longest} positions")
-        pupil_of(teacher, "hedgehog")  # complains if the teacher is not softmax
+    if config.block_size > longest and teacher.config.position == "learned":
+        raise UserError(f"block_size {config.block_size}: this model has {longest} positions")
     return teacher, tokenizer
 
 
@@ -153,13 +151,14 @@ def main() -> None:
     with as_user_error():
         fused.use(config.kernel, world.device)
 
-    # 1. Load the teacher, with softmax, and its text.
+    # 1. Load the teacher, with softmax, its copy with linear attention, and its text.
     teacher, tokenizer = load(config, given)
-    teacher.to(world.device).eval()
+    with as_user_error():
+        model = pupil_of(teacher.to(world.device).eval(), config.feature_map, tie=config.tie)
     tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
     train, dev, test = texts(config, tokens)
     T, dtype = config.block_size, pick_dtype(config.dtype, world.device)
-    out = Path(config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-{config.feature_map}")
+    out = Path(config.out_dir or f"out/{folder_of(config.model).name}-{config.dataset}-{config.feature_map}")
 
     def batch(step: int):
         return data.batch_of(train, step, config.batch_size, T, config.seed)
@@ -181,7 +180,6 @@ def main() -> None:
     say("teacher, softmax", teacher)
 
     # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on activations of the teacher.
-    model = pupil_of(teacher, config.feature_map, tie=config.tie)
     sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
     maps = stage(
         "distil",

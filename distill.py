@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import data
 import fused
-from attention import LinearAttention, learns_map, linear_weights, softmax_attention, softmax_weights
+from attention import LinearAttention, linear_weights, softmax_attention, softmax_weights
 from config import FitConfig
+from feature_maps import as_bool, is_learned
 from fused import mimicry as fast
 from model import GPT, GPTConfig, map_parameters
 from support.checkpoints import load_checkpoint, restore, save_checkpoint
@@ -55,7 +56,7 @@ def attention_cross_entropy(
     A = linear_weights(phi_q, phi_k, causal=causal, key_mask=key_mask)  # the pupil: (B, H, T, T)
     loss = -(P * A.clamp(min=TINY).log()).sum(-1)  # Eq. 3: (B, H, T)
     entropy = -torch.special.xlogy(P, P).sum(-1)
-    real = torch.ones_like(loss) if key_mask is None else key_mask[:, None].expand_as(loss)
+    real = torch.ones_like(loss) if key_mask is None else as_bool(key_mask)[:, None].expand_as(loss)
     if not real.any():
         raise ValueError("there is no real token to compare attention weights at")
     return tuple((x * real).sum((0, 2)) / real[:, 0].sum() for x in (loss, entropy))
@@ -186,10 +187,16 @@ class DistillConfig(FitConfig):
 
     def check(self) -> None:
         super().check()
-        if not learns_map(self.feature_map) or self.feature_map.endswith("_window"):
+        if not is_learned(self.feature_map):
             raise ValueError(f"--feature_map takes hedgehog, hedgehog_exp or t2r, not {self.feature_map!r}")
         if self.held_out < 1:
             raise ValueError(f"held_out must be at least 1, not {self.held_out}")
+
+
+def folder_of(checkpoint: str) -> Path:
+    """The folder of a run, given the folder or a file in it."""
+    path = Path(checkpoint)
+    return path.parent if path.suffix == ".safetensors" else path
 
 
 def load_teacher(path: str) -> tuple[GPT, dict]:
@@ -211,15 +218,15 @@ def main() -> None:
     with as_user_error():
         fused.use(config.kernel, world.device)
     teacher, saved = load_teacher(config.checkpoint)
-    config.out_dir = config.out_dir or f"{Path(config.checkpoint).as_posix()}-{config.feature_map}"
+    config.out_dir = config.out_dir or f"{folder_of(config.checkpoint).as_posix()}-{config.feature_map}"
     with as_user_error():
         model = pupil_of(teacher.to(world.device), config.feature_map, tie=config.tie)
     n_trained = sum(p.numel() for p in map_parameters(model))
     print(f"{config.feature_map} maps: {n_trained:,} of {model.num_params():,} parameters train")
 
     # the data of the teacher, in sequences of the length that it was trained on
-    of, T = saved["config"], teacher.config.block_size
-    tokens = data.prepare(of["dataset"], config.data_dir or of["data_dir"], saved["tokenizer"])
+    trained, T = saved["config"], teacher.config.block_size
+    tokens = data.prepare(trained["dataset"], config.data_dir or trained["data_dir"], saved["tokenizer"])
     ids, validation = tokens.split("train", T), tokens.split("validation", T)
     held_out = [(x[None],) for x in data.batch_of(validation, 0, config.held_out, T, seed=0)[0]]
 
@@ -231,7 +238,7 @@ def main() -> None:
     found = distill(model, batch, held_out, lambda model, x: model(x), stage, world, meta)
 
     out, minutes = Path(config.out_dir), (time.perf_counter() - began) / 60
-    meta = {"config": {**of, **asdict(model.config)}, "tokenizer": saved["tokenizer"]}
+    meta = {"config": {**trained, **asdict(model.config)}, "tokenizer": saved["tokenizer"]}
     save_checkpoint(out / "best.safetensors", model, distilled=asdict(config), **meta)
     write_heads(out, found, config=asdict(config), minutes=round(minutes, 2))
     print(heads_table(found["kl"]))

@@ -41,6 +41,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def as_bool(key_mask: Tensor) -> Tensor:
+    """A mask of real tokens as bool. Raises ValueError for a floating mask: elsewhere those are added to scores,
+    and 0 means real there."""
+    if key_mask.is_floating_point():
+        raise ValueError("key_mask must be bool, or 1 for real tokens and 0 for padding, not floating point")
+    return key_mask.bool()
+
+
 class FeatureMap(nn.Module):
     """Base of all maps.
 
@@ -87,7 +95,7 @@ class ELU(FeatureMap):
     """1 + ELU(x) (Katharopoulos et al., 2020), written so that small values keep their digits."""
 
     def features(self, x: Tensor, offset: int) -> Tensor:
-        return x.clamp(min=0) + x.clamp(-EXP_MAX, 0).exp()  # x + 1 above zero, e^x below
+        return F.relu(x) + x.clamp(-EXP_MAX, 0).exp()  # x + 1 above zero, e^x below
 
 
 class ReLU(FeatureMap):
@@ -128,7 +136,9 @@ class Performer(FeatureMap):
 
     def __init__(self, n_head: int, head_dim: int, n_features: int | None = None):
         super().__init__(n_head, head_dim)
-        self.feature_dim = n_features or 2 * head_dim
+        self.feature_dim = 2 * head_dim if n_features is None else n_features
+        if self.feature_dim < 1:
+            raise ValueError(f"n_features must be at least 1, not {n_features}")
         self.register_buffer("w", torch.empty(n_head, head_dim, self.feature_dim))
         self.redraw()
 
@@ -219,7 +229,7 @@ class Learned(FeatureMap):
 
     def __init__(self, n_head, head_dim, n_features=None, init="identity", scale=1.0, share_heads=False):
         super().__init__(n_head, head_dim)
-        d, n_maps = n_features or head_dim, 1 if share_heads else n_head
+        d, n_maps = head_dim if n_features is None else n_features, 1 if share_heads else n_head
         if init not in ("identity", "random"):
             raise ValueError(f"a learned map begins with init identity or random, not {init!r}")
         if init == "identity" and d != head_dim:
@@ -284,6 +294,11 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 }
 
 
+def is_learned(name: str) -> bool:
+    """Whether the feature map called `name` has parameters."""
+    return issubclass(FEATURE_MAPS.get(name, object), Learned)
+
+
 def unknown(what: str, name: str, known) -> str:
     """What to say of a name that is none of `known`."""
     likeness = {n: difflib.SequenceMatcher(None, n, name).ratio() for n in known}
@@ -311,7 +326,7 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
     check_features(name, phi)
     if tie:
         return phi
-    if not issubclass(cls, Learned):
+    if not is_learned(name):
         raise ValueError(f"tie=False needs a learned map (t2r, hedgehog ...), and {name} has no parameters")
     # both begin as one: with a random W each, phi(q).phi(k) would be noise
     return Untied(phi, copy.deepcopy(phi))
@@ -320,7 +335,7 @@ def make_feature_map(name: str, n_head: int, head_dim: int, *, tie: bool = True,
 @torch.no_grad()
 def check_features(name: str, phi: FeatureMap) -> None:
     """Try a new map on a few tokens. A mistake would otherwise show much later, as a loss that is NaN."""
-    D, tokens = phi.head_dim, 5
+    D, tokens = phi.head_dim, min(5, getattr(phi, "max_len", 5))
     x = 2 * torch.ones(tokens * D).cumsum(0).sin().view(1, 1, tokens, D).expand(1, phi.n_head, -1, -1)
     if x.is_meta:  # a model without numbers (of linspace transformers takes care that it is never meta)
         return

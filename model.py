@@ -144,7 +144,8 @@ class Block(nn.Module):
 
 def map_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all feature maps in a model."""
-    return [p for m in model.modules() if isinstance(m, FeatureMap) for p in m.parameters()]
+    maps = (m for m in model.modules() if isinstance(m, FeatureMap))
+    return list(dict.fromkeys(p for m in maps for p in m.parameters()))  # a map inside a map counts once
 
 
 def param_groups(
@@ -157,7 +158,8 @@ def param_groups(
     """GPT.param_groups for any model. rest: what trains beside the feature maps, by default all other parameters."""
     maps = map_parameters(model)
     if rest is None:
-        rest = [p for p in model.parameters() if not any(p is m for m in maps)]
+        of_maps = set(maps)
+        rest = [p for p in model.parameters() if p not in of_maps]
     groups = [
         dict(name="matrices", params=[p for p in rest if p.dim() >= 2], lr=lr, weight_decay=weight_decay),
         dict(name="vectors", params=[p for p in rest if p.dim() < 2], lr=lr, weight_decay=0.0),

@@ -9,7 +9,6 @@ is:
     set_mode(model, "linear")     linear attention with the map
 """
 
-import torch
 from torch import Tensor, nn
 
 from attention import LinearAttention, SoftmaxAttention, softmax_attention
@@ -21,17 +20,17 @@ class SoftmaxTeacher(LinearAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
 
-    extend = SoftmaxAttention.extend
+    weights, extend = SoftmaxAttention.weights, SoftmaxAttention.extend
 
 
 class ZeroAttention(LinearAttention):
     """The control: no attention at all. A score that is reached here does not need attention."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(q)
+        return v.new_zeros(*q.shape[:3], v.size(-1))
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict) -> Tensor:
-        return torch.zeros_like(q)
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:
+        return self(q, k, v)
 
 
 # Names for set_mode. distill.py adds "mimic" when it is imported.
@@ -61,4 +60,5 @@ def set_mode(model: nn.Module, mode: str | type[LinearAttention]) -> None:
     if not (found := sockets(model)):
         raise ValueError("this model has no linear attention whose mode could be set")
     for socket in found:
-        socket.attend = mode(socket.attend.phi, socket.attend.causal)
+        old = socket.attend
+        socket.attend = mode(old.phi, old.causal, old.chunk_size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from feature_maps import at_least_float32, without_autocast
+from feature_maps import as_bool, at_least_float32, without_autocast
 
 LEAST = -1e30  # the score of a hidden key: its exp is 0, and 0 times it is not NaN
 TINY = 1e-30  # the smallest weight, before normalisation, whose logarithm is taken: features keep weights above it
@@ -46,7 +46,7 @@ class CrossEntropy(torch.autograd.Function):
         (B, H, T, _), scale = q.shape, 1 / math.sqrt(q.size(-1))
         if k.size(2) != T:
             raise ValueError(f"Eq. 3 needs as many keys as queries, not {k.size(2)} and {T}")
-        key_mask = None if key_mask is None else key_mask.expand(B, T)
+        key_mask = None if key_mask is None else as_bool(key_mask).expand(B, T)
         real = q.new_ones(B, T) if key_mask is None else key_mask.to(q.dtype)
         if not real.any():
             raise ValueError("there is no real token to compare attention weights at")

@@ -442,3 +442,28 @@ def test_weights_know_the_position_of_the_first_query(name):
     q, k, v = torch.randn(1, 2, 3, 8), *torch.randn(2, 1, 2, 40, 8)
     attn = make_attention(name, 2, 8, max_len=50)
     torch.testing.assert_close(attn.weights(q, k) @ v, attn(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [5, 20, 70])  # the forms of fused/ change at 16 tokens
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["softmax", "hedgehog", "elu", "hedgehog_window"])
+def test_a_mask_of_ones_and_zeros_is_a_mask(name, causal, T):
+    if name == "hedgehog_window" and not causal:
+        pytest.skip("windows are causal")
+    torch.manual_seed(0)
+    attend, (q, k, v) = make_attention(name, 2, 8, causal=causal), torch.randn(3, 2, 2, T, 8)
+    mask = torch.rand(2, T) > 0.3
+    want, weights = attend(q, k, v, key_mask=mask), attend.weights(q, k, key_mask=mask)
+    for dtype in (torch.long, torch.uint8):
+        assert torch.equal(attend(q, k, v, key_mask=mask.to(dtype)), want)
+        assert torch.equal(attend.weights(q, k, key_mask=mask.to(dtype)), weights)
+    for look in (attend, lambda q, k, v, key_mask: attend.weights(q, k, key_mask)):
+        with pytest.raises(ValueError, match="must be bool"):
+            look(q, k, v, key_mask=mask.float())
+
+
+@pytest.mark.parametrize("name", ["softmax", "hedgehog"])
+def test_bidirectional_attention_has_no_cache(name):
+    attend, x = make_attention(name, 2, 8, causal=False), torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="bidirectional attention has no cache"):
+        attend.extend(x, x, x, {})

@@ -14,6 +14,7 @@ from distill import (
     MimicAttention,
     attention_cross_entropy,
     distill,
+    folder_of,
     mimicry,
     pupil_of,
 )
@@ -311,3 +312,22 @@ def test_the_fast_loss_takes_one_mask_for_all_and_refuses_other_lengths():
         torch.testing.assert_close(whole, ours)
     with pytest.raises(ValueError, match="as many keys as queries"):
         mimicry_in_blocks(q[:, :, :5], k, q[:, :, :5].exp(), k.exp())
+
+
+def test_a_mode_keeps_what_belongs_to_the_map_and_computes_what_it_says():
+    model = GPT(GPTConfig(32, 64, n_layer=1, n_head=2, n_embd=16))
+    (socket,) = sockets(model)
+    socket.attend.chunk_size = 7
+    q, k, v = torch.randn(3, 1, 2, 9, 8).double()
+    set_mode(model, "softmax")
+    assert torch.equal(socket.attend.weights(q, k), softmax_weights(q, k))
+    set_mode(model, "zero")
+    narrow, cache = v[..., :3].float(), {}
+    for y in (socket.attend(q, k, narrow), socket.attend.extend(q, k, narrow, cache, key_mask=None)):
+        assert torch.equal(y, torch.zeros(1, 2, 9, 3))  # the shape and dtype of v
+    set_mode(model, "linear")
+    assert socket.attend.chunk_size == 7
+
+
+def test_a_file_of_a_run_names_the_run():
+    assert folder_of("out/a/best.safetensors") == folder_of("out/a")

@@ -257,3 +257,22 @@ def test_orthogonal_relu_features_give_a_uniform_row_instead_of_nan():
     A = linear_weights(phi(q).expand(1, 1, 2, 2), phi(k))
     torch.testing.assert_close(A[0, 0].sum(-1), torch.ones(2))
     assert phi(q).min() == FLOOR
+
+
+def test_the_slope_of_elu_is_one_at_zero():
+    x = torch.zeros(1, 1, 1, 4, requires_grad=True)
+    make_feature_map("elu", 1, 4)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", ["performer", "hedgehog", "t2r", "hedgehog_exp"])
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_map_needs_a_feature(name, n):
+    options = {} if name == "performer" else {"init": "random"}
+    with pytest.raises(ValueError, match="n_features must be at least 1"):
+        make_feature_map(name, 2, 8, n_features=n, **options)
+
+
+@pytest.mark.parametrize("max_len", [1, 4])
+def test_cosformer_may_be_made_for_few_positions(max_len):
+    assert make_feature_map("cosformer", 1, 4, max_len=max_len)(torch.ones(1, 1, max_len, 4)).isfinite().all()

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from attention import linear_weights, softmax_weights
-from feature_maps import FEATURE_MAPS, FeatureMap
-from model import GPT, GPTConfig, apply_rope, renewed, rope_table, sample_token
+from feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
+from model import GPT, GPTConfig, apply_rope, map_parameters, renewed, rope_table, sample_token
 
 ATTENTIONS = ["softmax", *FEATURE_MAPS]
 
@@ -344,3 +344,13 @@ def test_a_bfloat16_model_knows_its_positions(attention):
     want = model(idx)[0]
     got = model.bfloat16()(idx)[0]
     assert got.dtype == torch.bfloat16 and (got.float() - want).norm() / want.norm() < 0.03
+
+
+def test_a_map_inside_a_map_trains_once():
+    class Outer(FEATURE_MAPS["elu"]):
+        def __init__(self):
+            super().__init__(2, 8)
+            self.inner = make_feature_map("hedgehog", 2, 8)
+
+    outer = Outer()
+    assert list(map(id, map_parameters(outer))) == list(map(id, outer.inner.parameters()))

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feature_maps import at_least_float32, without_autocast
+from feature_maps import as_bool, at_least_float32, make_feature_map, without_autocast
 from fused.chunked import CHUNK, normalise
 
-WINDOWS = {"hedgehog_window": True, "softmax_window": False}  # name -> with the linear branch, or without it
 LEAST = -60.0  # smaller scores count as this: a row's denominator is at least exp(LEAST), and never 0
 
 
@@ -45,7 +44,7 @@ def window_attention(
         q, k, phi_q, phi_k = (at_least_float32(x) for x in (q, k, phi_q, phi_k))
         U = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # [V 1]: the denominator is the numerator of 1
         R = phi_k.new_zeros(*phi_k.shape[:2], phi_k.size(-1), U.size(-1))
-        real = k.new_ones(k.size(0), k.size(2), dtype=torch.bool) if key_mask is None else key_mask
+        real = k.new_ones(k.size(0), k.size(2), dtype=torch.bool) if key_mask is None else as_bool(key_mask)
         phi_k = phi_k.masked_fill(~real[:, None, :, None], 0.0)
         if state is not None:
             R, before = state.R, F.pad(state.v.to(U.dtype), (0, 1), value=1.0)
@@ -103,3 +102,13 @@ class WindowAttention(nn.Module):
         y, state = self.attend(q, k, v, cache.get("state"))
         cache.update(state=state)
         return y
+
+
+def make_window(
+    linear: bool, n_head: int, head_dim: int, causal: bool, window: int = 32, **options
+) -> WindowAttention:
+    """WindowAttention with Hedgehog's map; options go to the map."""
+    if not causal:
+        raise ValueError("attention with a window is causal: it has no bidirectional form")
+    phi = make_feature_map("hedgehog", n_head, head_dim, **options)
+    return WindowAttention(phi, n_head, head_dim, window, linear)
