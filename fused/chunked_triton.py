@@ -97,6 +97,21 @@ def load_rows(x, bh, rows, cols, T, n_cols, s: tl.constexpr):
 
 
 @triton.jit
+def rounded(x):
+    """x to the nearest number with 10 bits of fraction, which tf32 keeps: a tensor core cuts the others off."""
+    near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, near, x)  # NaN stays NaN
+
+
+@triton.jit
+def product(a, b, c, s: tl.constexpr):
+    """a b + c in the precision s.P."""
+    if s.P == "tf32":
+        a, b = rounded(a), rounded(b)
+    return tl.dot(a, b, c, input_precision=s.P)
+
+
+@triton.jit
 def extremes(u, bh, rows, T, s: tl.constexpr):
     """What softmax(u) and softmax(-u) need of a row: its maximum and sum of exp(u - max), its minimum and
     sum of exp(min - u)."""
@@ -108,7 +123,7 @@ def extremes(u, bh, rows, T, s: tl.constexpr):
         over = tl.sum(tl.where(inside, tl.exp(U - high[:, None]), 0.0), 1)
         under = tl.sum(tl.where(inside, tl.exp(low[:, None] - U), 0.0), 1)
     else:
-        high = tl.zeros([rows.shape[0]], tl.float32)
+        high = tl.full([rows.shape[0]], 0.0, tl.float32)
         low, over, under = high, high, high
     return high, over, low, under
 
@@ -156,11 +171,11 @@ def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
     """S, z[b, h, chunk] = phi(x)^T [R w] of the chunk."""
     bh, chunk, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2) % s.NF, tl.program_id(2) // s.NF
     es, one = j * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
-    S_ij, z_i = tl.zeros([s.BF, s.BE], tl.float32), tl.zeros([s.BF], tl.float32)
+    S_ij, z_i = tl.full([s.BF, s.BE], 0.0, tl.float32), tl.full([s.BF], 0.0, tl.float32)
     for t in range(s.C // s.BT):
         rows = chunk * s.C + t * s.BT + tl.arange(0, s.BT)
         X = features(x, extremes(x, bh, rows, T, s), i, bh, rows, T, s)
-        S_ij = tl.dot(tl.trans(X), load_rows(R, bh, rows, es, T, s.E, s), S_ij, input_precision=s.P)
+        S_ij = product(tl.trans(X), load_rows(R, bh, rows, es, T, s.E, s), S_ij, s)
         z_i += tl.sum(X * load_rows(w, bh, rows, one, T, 1, s), 0)
     n, fs = bh.to(tl.int64) * tl.num_programs(1) + chunk, block(i, s)
     at, inside = tile(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
@@ -174,7 +189,7 @@ def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr
     """x[bh] (N, M) becomes `first` plus the sum of the rows before (REVERSE: after); last: plus all rows."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bh = tl.program_id(0).to(tl.int64)
-    total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.zeros([BLOCK], tl.float32)
+    total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.full([BLOCK], 0.0, tl.float32)
     for i in range(N):
         to = x + (bh * N + (N - 1 - i if REVERSE else i)) * M + at
         row = tl.load(to, mask=at < M)
@@ -196,24 +211,24 @@ def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.const
     chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
     n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
     row = extremes(x, bh, rows, T, s)
-    N, d_m = tl.zeros([s.BT, s.BE], tl.float32), tl.zeros([s.BT], tl.float32)
+    N, d_m = tl.full([s.BT, s.BE], 0.0, tl.float32), tl.full([s.BT], 0.0, tl.float32)
     for i in range(s.NF):  # the state
         X, fs = features(x, row, i, bh, rows, T, s), block(i, s)
-        N = tl.dot(X, load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E), N, input_precision=s.P)
+        N = product(X, load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E), N, s)
         if w2 is not None:
             d_m += tl.sum(X * load(z + n * s.F, s.F, one, fs, 1, s.F), 1)
     start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
     for t in range(start, stop):  # tiles of the chunk
         rows2 = t * s.BT + tl.arange(0, s.BT)
         row2 = extremes(y, bh, rows2, T, s)
-        A = tl.zeros([s.BT, s.BT], tl.float32)
+        A = tl.full([s.BT, s.BT], 0.0, tl.float32)
         for i in range(s.NF):
             X = features(x, row, i, bh, rows, T, s)
             Y = features(y, row2, i, bh, rows2, T, s)
-            A = tl.dot(X, tl.trans(Y), A, input_precision=s.P)
+            A = product(X, tl.trans(Y), A, s)
         seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
         A = tl.where(seen, A, 0.0)
-        N = tl.dot(A, load_rows(R2, bh, rows2, es, T, s.E, s), N, input_precision=s.P)
+        N = product(A, load_rows(R2, bh, rows2, es, T, s.E, s), N, s)
         if w2 is not None:
             d_m += tl.sum(A * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s)), 1)
     if w2 is not None:
@@ -232,25 +247,25 @@ def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.
     n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
     w_m = load_rows(w, bh, rows, one, T, 1, s)
     start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
-    du = tl.zeros([s.BT, s.BF], tl.float32)
+    du = tl.full([s.BT, s.BF], 0.0, tl.float32)
     for i in range(s.NF):
         fs = block(i, s)
         dX = w_m * load(z + n * s.F, s.F, one, fs, 1, s.F)
         for j in range(0, s.E, s.BE):
             es = j + tl.arange(0, s.BE)
             S_ij = load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
-            dX = tl.dot(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(S_ij), dX, input_precision=s.P)
+            dX = product(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(S_ij), dX, s)
         for t in range(start, stop):
             rows2 = t * s.BT + tl.arange(0, s.BT)
             G = w_m * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s))
             for j in range(0, s.E, s.BE):
                 es = j + tl.arange(0, s.BE)
                 R2_j = load_rows(R2, bh, rows2, es, T, s.E, s)
-                G = tl.dot(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(R2_j), G, input_precision=s.P)
+                G = product(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(R2_j), G, s)
             seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
             row2 = extremes(y, bh, rows2, T, s)
             Y = features(y, row2, i, bh, rows2, T, s)
-            dX = tl.dot(tl.where(seen, G, 0.0), Y, dX, input_precision=s.P)
+            dX = product(tl.where(seen, G, 0.0), Y, dX, s)
         if s.MAP:
             p = softmax(x, extremes(x, bh, rows, T, s), i, tl.arange(0, s.BF), bh, rows, T, s)
             du += p * (dX - tl.sum(p * dX, 1)[:, None]) * (1 - 2 * i)
@@ -263,28 +278,31 @@ def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.
 
 
 @triton.jit
-def decode_kernel(q, k, v, S, z, out, s: tl.constexpr):
-    """One token of one head: S += phi(k) v^T, z += phi(k), out = phi(q) S / phi(q).z  (Eq. 6)."""
+def decode_kernel(q, k, v, S, z, S_after, z_after, out, s: tl.constexpr):
+    """One token of one head: S += phi(k) v^T, z += phi(k), out = phi(q) S / phi(q).z  (Eq. 6). The new state
+    goes to other memory: warps that hold copies of a tile would otherwise read what another one has written."""
     bh, one = tl.program_id(0), tl.arange(0, 1)
     row, row2 = extremes(q, bh, one, 1, s), extremes(k, bh, one, 1, s)
     base, of_f = head(z, bh, s)
-    d = tl.zeros([1], tl.float32)
+    d = tl.full([1], 0.0, tl.float32)
     for i in range(s.NF):
         Q, K = features(q, row, i, bh, one, 1, s), features(k, row2, i, bh, one, 1, s)
         at, inside = tile(base, of_f, block(i, s), one, s.F, 1)
         z_i = tl.load(at, mask=inside, other=0.0) + tl.trans(K)
-        tl.store(at, z_i, mask=inside)
+        to, _ = tile(z_after + bh.to(tl.int64) * s.F, 1, block(i, s), one, s.F, 1)
+        tl.store(to, z_i, mask=inside)
         d += tl.sum(tl.trans(Q) * z_i, 0)
     base, of_f = head(S, bh, s)
     for j in range(0, s.E, s.BE):
-        es, N = j + tl.arange(0, s.BE), tl.zeros([s.BE], tl.float32)
+        es, N = j + tl.arange(0, s.BE), tl.full([s.BE], 0.0, tl.float32)
         v_j = load_rows(v, bh, one, es, 1, s.E, s)
         for i in range(s.NF):
             Q = features(q, row, i, bh, one, 1, s)
             K = features(k, row2, i, bh, one, 1, s)
             at, inside = tile(base, of_f, block(i, s), es, s.F, s.E)
             S_ij = tl.load(at, mask=inside, other=0.0) + tl.trans(K) * v_j
-            tl.store(at, S_ij, mask=inside)
+            to, _ = tile(S_after + bh.to(tl.int64) * s.F * s.E, s.E, block(i, s), es, s.F, s.E)
+            tl.store(to, S_ij, mask=inside)
             N += tl.sum(tl.trans(Q) * S_ij, 0)
         at, inside = tile(out + bh.to(tl.int64) * s.E, s.E, one, es, 1, s.E)
         tl.store(at, (N / tl.where(d > 0, d, 1.0))[None, :], mask=inside)
@@ -418,9 +436,9 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
 
 def decode(q, k, v, Wq, bq, Wk, bk, S, z):
     """(y, S, z) after one token: y (B, H, 1, E), and the new state."""
-    S, z = S.clone(), z.clone()
     s, (B, H), E = sizes(q, v, Wq), v.shape[:2], v.size(-1)
     y = v.new_empty(B, H, 1, E, dtype=torch.float32)
-    sides = [rows(x) for x in (linear(q, Wq, bq), linear(k, Wk, bk), v)]
-    launch(decode_kernel, (B * H,), *sides, (S, *S.stride()[:3]), (z, *z.stride()), y, s=s)
-    return y, S, z
+    S_after, z_after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (S, z))
+    sides = [rows(x) for x in (linear(q, Wq, bq), linear(k, Wk, bk), v, S)]
+    launch(decode_kernel, (B * H,), *sides, (z, *z.stride()), S_after, z_after, y, s=s)
+    return y, S_after, z_after
