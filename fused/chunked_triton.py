@@ -98,7 +98,7 @@ def load_rows(x, bh, rows, cols, T, n_cols, s: tl.constexpr):
 
 @triton.jit
 def rounded(x):
-    """x to the nearest number with 10 bits of fraction, which tf32 keeps: a tensor core cuts the others off."""
+    """x to the nearest number with 10 bits of fraction. tf32 keeps those, and a tensor core cuts the others."""
     near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, near, x)  # NaN stays NaN
 
@@ -189,7 +189,9 @@ def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr
     """x[bh] (N, M) becomes `first` plus the sum of the rows before (REVERSE: after); last: plus all rows."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bh = tl.program_id(0).to(tl.int64)
-    total = tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.full([BLOCK], 0.0, tl.float32)
+    total = (
+        tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.full([BLOCK], 0.0, tl.float32)
+    )
     for i in range(N):
         to = x + (bh * N + (N - 1 - i if REVERSE else i)) * M + at
         row = tl.load(to, mask=at < M)
@@ -280,7 +282,7 @@ def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.
 @triton.jit
 def decode_kernel(q, k, v, S, z, S_after, z_after, out, s: tl.constexpr):
     """One token of one head: S += phi(k) v^T, z += phi(k), out = phi(q) S / phi(q).z  (Eq. 6). The new state
-    goes to other memory: warps that hold copies of a tile would otherwise read what another one has written."""
+    goes to other memory: otherwise a warp could read what another warp has already written."""
     bh, one = tl.program_id(0), tl.arange(0, 1)
     row, row2 = extremes(q, bh, one, 1, s), extremes(k, bh, one, 1, s)
     base, of_f = head(z, bh, s)

@@ -1,6 +1,7 @@
 """The C++ kernel is Eq. 6: outputs, states and all gradients, against the plain forms in float64; and the loader."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from attention import (
     linear_attention_recurrent,
 )
 from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
+from fused import check as machine
 from fused.chunked import chunked, normalise
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
@@ -650,3 +652,23 @@ fused.use("cpp")
 """
     run = loader_in_a_new_process(tmp_path, script, ATEN_CPU_CAPABILITY=capability)
     assert f"kernel cpp ({capability.upper()})" in run.stdout
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_check_of_a_machine_finds_a_kernel_that_is_wrong(wrong, monkeypatch, tmp_path, capsys):
+    attend = fused.attend
+
+    def doubled(*args, **options):
+        y, state = attend(*args, **options)
+        return 2 * y, state
+
+    monkeypatch.setattr(machine, "LENGTHS", (1, 17))
+    monkeypatch.setattr(machine, "MAPS", (("hedgehog", 16), ("elu", 8)))
+    monkeypatch.setattr(machine, "PIECES", 3)
+    monkeypatch.setattr(fused, "attend", doubled if wrong else attend)
+    out = tmp_path / "new" / "check.json"
+    monkeypatch.setattr(sys, "argv", f"check --device cpu --repeats 3 --out {out}".split())
+    assert machine.main() == int(wrong)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 20 and sum(not row["ok"] for row in rows) == (18 if wrong else 0)
+    assert ("FAIL" in capsys.readouterr().out) == wrong
