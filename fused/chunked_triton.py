@@ -98,7 +98,7 @@ def load_rows(x, bh, rows, cols, T, n_cols, s: tl.constexpr):
 
 @triton.jit
 def rounded(x):
-    """x to the nearest number with 10 bits of fraction. tf32 keeps those, and a tensor core cuts the others."""
+    """x to the nearest number with 10 bits of fraction: a tensor core would cut the other bits off."""
     near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, near, x)  # NaN stays NaN
 
@@ -420,7 +420,7 @@ def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
 
 
 def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
-    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z, in float32; dS, dz None: zero."""
+    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z, float32; dS, dz None: zero."""
     size = sizes(q, v, Wq)
     k, v, w = masked(k, v, mask)
     u, u2 = linear(q, Wq, bq), linear(k, Wk, bk)
