@@ -15,7 +15,7 @@ import support.cli
 
 
 class Understood(Exception):
-    """Raised as soon as a command has read its flags, so that nothing is trained."""
+    """Raised with the configuration as soon as a command has read its flags, so that nothing is trained."""
 
 
 def blocks_of(text: str) -> list[tuple[str, str]]:
@@ -74,19 +74,24 @@ def check_command(line: str, monkeypatch) -> str:
     Returns the module of the command ("train", "experiments.recall"), or "" if the line runs no
     script of ours. A flag that the command does not know raises UserError.
     """
+    return understood(line, monkeypatch)[0]
+
+
+def understood(line: str, monkeypatch) -> tuple[str, object]:
+    """(the module of a command, the configuration that it reads from `line`)."""
     name, argv = split_command(line)
     if not name or "--help" in argv:
-        return name
+        return name, None
     if "." in name and not name.startswith("experiments."):  # results/render.py, docs/pictures.py ...
         assert importlib.util.find_spec(name), f"there is no module {name}: {line}"
         assert not argv, f"{name} takes no flags: {line}"
-        return name
+        return name, None
     module, parse = importlib.import_module(name), support.cli.parse
 
     def read(*args, **kwargs):
         config = parse(*args, **kwargs)[0]
         config.check()
-        raise Understood
+        raise Understood(config)
 
     ours = [m for m in list(sys.modules.values()) if under_root(m) and m is not support.cli]
     with monkeypatch.context() as patch:
@@ -96,8 +101,8 @@ def check_command(line: str, monkeypatch) -> str:
                 patch.setattr(reader, "parse", read)
         try:
             module.main()
-        except Understood:
-            return name
+        except Understood as e:
+            return name, e.args[0]
     raise AssertionError(f"{name} did not read its flags with support.cli.parse: {line}")
 
 
