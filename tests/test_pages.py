@@ -493,6 +493,8 @@ def test_the_papers_share_is_that_of_table_1():
     shares = [100 * (f(25.6) - f(20.8)) / (f(25.6) - f(18.6)) for f in (log, float)]
     text = "{:.0f}% of the nats ({:.1f}% of the perplexity)".format(*shares)
     assert text in PAGES["README"].read_text()
+    row = "| the paper, WikiText-103 | {:.0f}% | {:.1f}% |".format(*shares)
+    assert row in PAGES["from_scratch"].read_text()
 
 
 def test_gaps_are_closed_as_the_page_says_in_perplexity_too():
