@@ -163,9 +163,8 @@ def why() -> list[str]:
         f"Hedgehog with plain exp reaches {three('hedgehog_exp')}",
         f"{config('recall-long')['max_steps']:,} steps the two reach {long['exp_t2']:.1f} and "
         f"{long['hedgehog_exp']:.1f}%",
-        f"stages of {stages['config']['stage_steps']} steps instead of {c['stage_steps']}, "
-        "exp(2x) reaches "
-        f"{100 * stages['final']['accuracy']:.1f}%",
+        f"stages of {stages['config']['stage_steps']} steps instead of {c['stage_steps']}, and "
+        f"{stages['config']['max_steps']:,} steps in all, exp(2x) reaches {100 * stages['final']['accuracy']:.1f}%",
         f"{alone['softmax']:.1f} minutes for softmax, {alone['hedgehog']:.1f} for Hedgehog and "
         f"{alone['taylor']:.1f} for Taylor",
         "W = I and b = 0",
@@ -216,9 +215,9 @@ def converting() -> list[str]:
         f"{a['distil_steps']}, "
         f"the same {a['max_steps']} steps of finetuning ended at {long['hedgehog']:.2f}, which is "
         f"{times('convert-smollm2-400', 'hedgehog'):.2f} times the teacher (KL {kl400:.3f}",
-        f"With {config('convert-smollm2-300')['max_steps']} steps of finetuning, in which the "
-        "maps learned at the "
-        f"model's own rate, it was {times('convert-smollm2-300', 'hedgehog'):.2f} times",
+        f"With {config('convert-smollm2-300')['distil_steps']} steps of distillation and "
+        f"{config('convert-smollm2-300')['max_steps']} of finetuning, in which the maps learned at the "
+        f"model's own rate, Hedgehog was at {times('convert-smollm2-300', 'hedgehog'):.2f} times",
         f"LoRA of rank {e['lora_r']} on q, k, v and o at learning rate {e['lr']:g}, with the maps "
         "at "
         f"{e['lr'] * e['map_lr_scale']:.3f}, for {e['max_steps']} steps. T2R has "
