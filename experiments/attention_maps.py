@@ -152,11 +152,11 @@ def table(facts: dict) -> str:
         means = (f"{np.mean(of_map[key]):.3f}" for key in ("entropy", "tau", "kl"))
         rows.append([label_of(name, facts["attention"]), *means])
     rows.append(["uniform", f"{facts['uniform_entropy']:.3f}", "", ""])
-    head = ["attention weights", "entropy, nats", "Kendall's tau", "KL from softmax, nats"]
+    head = ["attention weights", "entropy, nats", "Kendall's tau", "KL(softmax, it), nats"]
     below = np.mean(facts["below_minus_one"])
     return (
-        f"{markdown(head, rows)}\n\nTaylor's weight 1 + x + x²/2, with x = q.k / sqrt(D), grows again as x falls "
-        f"below -1. {below:.0%} of all x are there."
+        f"{markdown(head, rows)}\n\nTaylor's weight, 1 + x + x²/2, falls with x below x = -1. "
+        f"{below:.0%} of all q.k / sqrt(D) are there."
     )
 
 

@@ -151,7 +151,7 @@ def table(results: list[dict]) -> str:
     """The comparison, the least loss first; behind softmax, with the share of the gap that Hedgehog closes."""
     groups = by_attention(results)
     text = "bits per byte" if results[0]["config"]["vocab_size"] == 256 else "perplexity"
-    head = ["attention", "nats per token, mean ± sd (seeds)", text, "gap closed by Hedgehog, %"]
+    head = ["attention", "nats per token, mean ± sd (seeds)", text, "Hedgehog closes of its gap, %"]
     head += ["lr", "tokens/s", "minutes a run"]
     rows, behind = [], False
     for name, runs in groups.items():

@@ -168,6 +168,7 @@ def why() -> list[str]:
         f"{alone['softmax']:.1f} minutes for softmax, {alone['hedgehog']:.1f} for Hedgehog and "
         f"{alone['taylor']:.1f} for Taylor",
         "W = I and b = 0",
+        "below x = −1 it grows",
     ]
 
 
