@@ -48,20 +48,18 @@ class FitConfig:
     save_interval: int = may_change(200)  # optimiser steps between two checkpoints
     log_interval: int = may_change(10)  # steps between lines of the log
 
-    def check(self) -> None:
-        """Raise ValueError for numbers that make no sense."""
-        positive = (
-            "max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval".split()
+    def check(self, positive: str = "", at_least_zero: str = "") -> None:
+        """Raise ValueError for numbers that make no sense. positive, at_least_zero: fields of a subclass."""
+        positive += (
+            " max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval"
         )
-        at_least_zero = "stop_loss patience warmup_steps weight_decay grad_clip seed".split()
+        at_least_zero += " stop_loss patience warmup_steps weight_decay grad_clip seed beta1 beta2"
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, not {self.seed}")
-        for name in positive + at_least_zero + ["beta1", "beta2"]:
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-                raise ValueError(
-                    f"{name} must be {'positive' if name in positive else 'zero or more'}, not {value}"
-                )
+        for name in f"{positive} {at_least_zero}".split():
+            value, least = getattr(self, name), "positive" if name in positive.split() else "zero or more"
+            if not math.isfinite(value) or value < 0 or (value == 0 and least == "positive"):
+                raise ValueError(f"{name} must be {least}, not {value}")
             if name.startswith("beta") and value >= 1:
                 raise ValueError(f"{name} must be below 1, not {value}")
 
@@ -97,10 +95,7 @@ class TrainConfig(GPTConfig, FitConfig):
     prompt: str = may_change("def ")  # how the sample begins
 
     def check(self) -> None:
-        super().check()
-        for name in ("eval_stride", "eval_tokens", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be zero or more, not {getattr(self, name)}")
+        super().check(at_least_zero="eval_stride eval_tokens sample_tokens")
         if not self.prompt or self.prompt.encode(errors="ignore").decode() != self.prompt:
             raise ValueError("prompt must be at least one character, and UTF-8")
 

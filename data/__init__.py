@@ -10,6 +10,9 @@ The file of a data set has
 glue.py and dialogue.py have examples for finetuning, and are not text for language modelling.
 """
 
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
 import hashlib
 import importlib
 import itertools

@@ -4,16 +4,14 @@
 files with the fields `dialogue` and `summary`.
 """
 
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
 import json
-import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports, which fail when this folder is first on the path
-    print("error: data/dialogue.py is not a command: see python -m experiments.llama --help", file=sys.stderr)
-    sys.exit(2)
-
-from data.reading import hub, read_text  # noqa: E402
-from support.cli import UserError  # noqa: E402
+from data.reading import check_unicode, hub, read_text
+from support.cli import UserError
 
 SETS = {"samsum": "knkarthick/samsum", "dialogsum": "knkarthick/dialogsum"}
 SPLITS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
@@ -43,26 +41,28 @@ def load(name: str, data_dir: str = "") -> dict[str, list[tuple[str, str]]]:
     return splits
 
 
-def rows(path: Path) -> list[dict]:
+def rows(path: Path) -> list:
     """The objects in a .json file (one list) or a .jsonl file (one object a line)."""
-    text = read_text(path)
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path} is not {path.suffix[1:]} ({e}): give one object a line, or one list of objects"
-        ) from e
+    if path.suffix == ".jsonl":
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
+        return [parsed(line, f"{path}, row {i}") for i, line in enumerate(lines, 1)]
+    found = parsed(read_text(path), str(path))
     if not isinstance(found, list):
         raise UserError(f"{path} is no list of objects")
     return found
 
 
+def parsed(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        advice = "give one object a line in .jsonl, or one list of objects in .json"
+        raise UserError(f"{where} is not JSON ({e}): {advice}") from e
+
+
 def pairs(rows: list[dict], where: str) -> list[tuple[str, str]]:
     """(dialogue, summary) of all rows in which neither is empty. One row of SAMSum is empty."""
-    found = [pair(row, where) for row in rows]
+    found = [pair(row, f"{where}, row {i}") for i, row in enumerate(rows, 1)]
     kept = [texts for texts in found if all(texts)]
     if len(kept) < len(found):
         print(f"{where}: {len(found) - len(kept)} of {len(found):,} rows are empty and are left out")
@@ -72,7 +72,9 @@ def pairs(rows: list[dict], where: str) -> list[tuple[str, str]]:
 def pair(row: dict, where: str) -> tuple[str, str]:
     try:
         dialogue, summary = row["dialogue"] or "", row["summary"] or ""
-        return dialogue.replace("\r\n", "\n").strip(), summary.strip()
+        texts = dialogue.replace("\r\n", "\n").strip(), summary.strip()
     except (KeyError, TypeError, AttributeError):  # no such field, no row, no text
-        text = f"{where} has a row without the texts dialogue and summary: {str(row)[:80]}"
+        text = f"{where} is without the texts dialogue and summary: {str(row)[:80]}"
         raise UserError(text) from None
+    check_unicode(where, *texts)
+    return texts

@@ -4,19 +4,17 @@
 rows from the hub or from the original TSV files, `scores` computes the metrics.
 """
 
-import math
-import sys
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-if __name__ == "__main__":  # before the imports, which fail when this folder is first on the path
-    print("error: data/glue.py is not a command: see python -m experiments.glue --help", file=sys.stderr)
-    sys.exit(2)
-
-from data.reading import hub, read_lines  # noqa: E402
-from support.cli import UserError  # noqa: E402
+from data.reading import check_unicode, hub, read_text
+from support.cli import UserError
 
 INCOMPLETE = 0.01  # Rows that lack columns are left out, up to this share: the file of QQP has some.
 
@@ -29,12 +27,7 @@ class Task(NamedTuple):
     width: int  # how many columns such a file has
     labels: tuple[str, ...]  # in the order of the hub's numbers; (): a number from 0 to 5, regression
     metrics: tuple[str, ...]  # the first one is the score of the task
-    paper: tuple[float, ...]  # Table 2, x 100: BERT-FT, T2R, T2R-HH, Hedgehog
-
-    @property
-    def n_labels(self) -> int:
-        """Outputs of a classifier."""
-        return len(self.labels) or 1
+    paper: tuple[float | None, ...]  # Table 2, x 100: BERT-FT, T2R, T2R-HH, Hedgehog
 
 
 # Names of columns, in the headers of the original files and on the hub.
@@ -60,7 +53,7 @@ TASKS = {
     "qqp": Task(
         "QQP", DUPLICATES, QUESTIONS, (3, 4, 5), 6, BINARY, ("accuracy", "f1"), (91.0, 86.7, 90.0, 91.0)
     ),
-    "mnli": Task("MNLI", GOLD, PREMISE, (8, 9, 11), 12, NLI, ACCURACY, (84.7, math.nan, 77.4, 82.6)),
+    "mnli": Task("MNLI", GOLD, PREMISE, (8, 9, 11), 12, NLI, ACCURACY, (84.7, None, 77.4, 82.6)),
     "qnli": Task("QNLI", ANSWER, ANSWER, (1, 2, 3), 4, ENTAILED, ACCURACY, (91.3, 84.6, 84.5, 89.6)),
     "rte": Task("RTE", PAIR, PAIR, (1, 2, 3), 4, ENTAILED, ACCURACY, (68.2, 54.1, 56.3, 69.3)),
 }
@@ -84,10 +77,8 @@ def load(name: str, data_dir: str = "") -> dict[str, list[Row]]:
     if name == "mnli":
         splits |= {"validation": "validation_matched", "validation_mismatched": "validation_mismatched"}
     if not data_dir:
-        found = hub(
-            "nyu-mll/glue", name, remedy=f"get GLUE's folder {task.folder} and pass --data_dir FOLDER"
-        )
-        numbers = tuple(map(str, range(len(task.labels))))  # the labels of the hub
+        remedy = f"get GLUE's folder {task.folder} and pass --data_dir FOLDER"
+        found, numbers = hub("nyu-mll/glue", name, remedy=remedy), [str(i) for i in range(len(task.labels))]
         return {
             split: [
                 row_of([str(row[n]) for n in task.hub], numbers, f"{part}, row {i}")
@@ -95,19 +86,17 @@ def load(name: str, data_dir: str = "") -> dict[str, list[Row]]:
             ]
             for split, part in splits.items()
         }
-    folder = Path(data_dir)
-    if (folder / task.folder).is_dir():
-        folder = folder / task.folder
-    return {
-        split: read_tsv(task, folder / f"{part.replace('validation', 'dev')}.tsv")
-        for split, part in splits.items()
-    }
+    folder = Path(data_dir) / task.folder
+    if not folder.is_dir():
+        folder = Path(data_dir)
+    files = {split: folder / f"{part.replace('validation', 'dev')}.tsv" for split, part in splits.items()}
+    return {split: read_tsv(task, path) for split, path in files.items()}
 
 
 def read_tsv(task: Task, path: Path) -> list[Row]:
     """The rows of a file in GLUE's layout, which has no quoting. The header is optional."""
-    lines = [(i, line.removeprefix("\ufeff").rstrip("\r\n")) for i, line in enumerate(read_lines(path), 1)]
-    rows = [(i, line.split("\t")) for i, line in lines if line.strip()]
+    lines = read_text(path).split("\n")
+    rows = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
     first, columns = rows[0][1] if rows else [], task.columns
     header = next((names for names in (task.names, task.hub) if set(names) <= set(first)), None)
     if header:
@@ -140,6 +129,7 @@ def row_of(cells: list[str], labels: tuple[str, ...], where: str) -> Row:
     except ValueError:
         allowed = " or ".join(labels) or "a number from 0 to 5"
         raise UserError(f"{where}: the label {label!r} is not {allowed}") from None
+    check_unicode(where, *texts)
     return Row(tuple(texts), value)
 
 
@@ -149,10 +139,10 @@ def scores(task: Task, labels: np.ndarray, found: np.ndarray) -> dict[str, float
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     metrics = {
-        "matthews": lambda: matthews_corrcoef(labels, found),
-        "accuracy": lambda: accuracy_score(labels, found),
-        "f1": lambda: f1_score(labels, found, zero_division=0.0),
-        "pearson": lambda: pearsonr(labels, found).statistic,
-        "spearman": lambda: spearmanr(labels, found).statistic,
+        "matthews": matthews_corrcoef,
+        "accuracy": accuracy_score,
+        "f1": partial(f1_score, zero_division=0.0),
+        "pearson": lambda *both: pearsonr(*both).statistic,
+        "spearman": lambda *both: spearmanr(*both).statistic,
     }
-    return {name: 100 * float(np.nan_to_num(metrics[name]())) for name in task.metrics}
+    return {name: 100 * float(np.nan_to_num(metrics[name](labels, found))) for name in task.metrics}

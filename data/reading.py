@@ -1,5 +1,8 @@
 """Reading text: UTF-8 files, data sets of the Hugging Face hub, and how a text is split."""
 
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,16 +18,27 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, with their line ends as they are."""
+    n = 0
     try:
-        with open(path, encoding="utf-8", newline="\n") as f:
+        with open(path, "rb") as f:
             for line in f:
-                if "\0" in line:
+                n += 1
+                if b"\0" in line:
                     raise ValueError("a NUL byte")
-                yield line
+                yield line.decode()
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give a file with UTF-8 text") from e
     except ValueError as e:  # a UnicodeDecodeError is a ValueError
-        raise UserError(f"{path} is not UTF-8 text: convert it, or leave it out") from e
+        raise UserError(f"{path} is not UTF-8 text (line {n}): convert it, or leave it out") from e
+
+
+def check_unicode(where: str, *texts: str) -> None:
+    """Raise UserError for half of a surrogate pair, which JSON can hold, and which no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start]
+        raise UserError(f"{where} has broken Unicode ({half!r}): repair it, or leave it out") from None
 
 
 def split_file(text: str) -> dict[str, list[str]]:

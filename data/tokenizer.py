@@ -3,6 +3,9 @@
 Prepared data and checkpoints remember a tokenizer by its `name`.
 """
 
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from experiments import figures
-from experiments.ladder import ARMS, with_new_names
+from experiments.ladder import ARMS, table_of
 from experiments.metrics import rank_correlation
 from experiments.tables import markdown, mean_sd
 
@@ -19,11 +19,9 @@ DRAWS = 100  # bootstrap samples; the standard error is then known to 7%
 
 def slim(run: dict) -> dict:
     """A result without the prediction for every example, which result.json keeps."""
-    sets = {
-        name: {key: x for key, x in of_set.items() if key not in ("found", "labels")}
-        for name, of_set in run["final"]["sets"].items()
-    }
-    return {**run, "final": {**run["final"], "sets": sets}}
+    final, each = run["final"], {"found", "labels"}
+    sets = {name: {k: x for k, x in found.items() if k not in each} for name, found in final["sets"].items()}
+    return {**run, "final": {**final, "sets": sets}}
 
 
 def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
@@ -33,13 +31,12 @@ def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
     samples for both models and all seeds. scores(labels, predictions): {metric: x 100}.
     """
     name, *_ = runs[0]["final"]["sets"]
+    n, rng = len(runs[0]["final"]["sets"][name]["labels"]), np.random.default_rng(0)
+    picks = [np.arange(n), *rng.integers(0, n, (DRAWS, n))]  # first the set itself
     drawn = {}  # {arm: {seed: the score of each sample}}
     for r in runs:
-        of_set, rng = r["final"]["sets"][name], np.random.default_rng(0)
-        labels, found = np.asarray(of_set["labels"]), np.asarray(of_set["found"])
-        n = len(labels)
-        picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(DRAWS))]  # first the set itself
-        each = [next(iter(scores(labels[i], found[i]).values())) for i in picks]
+        pairs = np.array([r["final"]["sets"][name][key] for key in ("labels", "found")])
+        each = [next(iter(scores(*pairs[:, i]).values())) for i in picks]
         drawn.setdefault(r["arm"], {})[r["config"]["seed"]] = np.array(each)
     fair, result = drawn.pop("teacher_finetuned", {}), {}
     for arm, of_arm in drawn.items():
@@ -51,17 +48,19 @@ def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
 
 def by_arm(facts: dict) -> dict[str, list[dict]]:
     """The runs of each arm, one for each seed."""
-    runs = with_new_names(facts)["runs"]
-    groups = {name: [r for r in runs if r["arm"] == name] for name in ARMS}
-    return {name: of_arm for name, of_arm in groups.items() if of_arm}
+    groups = {name: [r for r in facts["runs"] if r["arm"] == name] for name in ARMS}
+    return {name: runs for name, runs in groups.items() if runs}
+
+
+def scores_of(facts: dict, arm: str) -> dict[int, float]:
+    """The score of an arm with each seed."""
+    return {r["config"]["seed"]: r["final"]["score"] for r in facts["runs"] if r["arm"] == arm}
 
 
 def recovered(facts: dict, arm: str) -> list[float]:
     """100 x the score of an arm / that of the equally finetuned teacher, seed by seed."""
-    groups = by_arm(facts)
-    fair = {r["config"]["seed"]: r["final"]["score"] for r in groups.get("teacher_finetuned", [])}
-    pairs = [(r["final"]["score"], fair.get(r["config"]["seed"])) for r in groups.get(arm, [])]
-    return [100 * score / of_teacher for score, of_teacher in pairs if of_teacher]
+    fair = scores_of(facts, "teacher_finetuned")
+    return [100 * score / fair[seed] for seed, score in scores_of(facts, arm).items() if fair.get(seed)]
 
 
 def points(facts: dict) -> list[tuple[str, float, dict]]:
@@ -90,83 +89,77 @@ def correlations(found: list[tuple[str, float, dict]]) -> str:
 
 def progress(runs: list[dict]) -> str:
     """Finished runs in Markdown, within 80 columns: what the command prints as it goes on."""
-    rows = []
-    for r in runs:
-        kl = "" if r["kl"] is None else f"{r['kl']:.3f}"
-        lr = f"{r['config']['lr']:g}" if ARMS[r["arm"]].finetuned else ""
-        minutes = f"{sum(r['minutes'].values()):.1f}"
-        rows.append([r["label"], r["config"]["seed"], f"{r['final']['score']:.1f}", kl, lr, minutes])
-    return markdown(["arm", "seed", "score", "KL", "lr", "minutes"], rows)
+    scores = {"seed": lambda r: r["config"]["seed"], "score": lambda r: f"{r['final']['score']:.1f}"}
+    return table_of(runs, scores, {"lr": rate})
+
+
+def rate(run: dict) -> str:
+    """The learning rate that was chosen for an arm."""
+    return f"{run['config']['lr']:g}" if ARMS[run["arm"]].finetuned else ""
 
 
 def table(facts: dict) -> str:
     """The arms in Markdown: all metrics, what is recovered, the cost, and the paper's score."""
-    facts = with_new_names(facts)
     sets = facts["runs"][0]["final"]["sets"]
-    metrics = [(name, key) for name, found in sets.items() for key in found if key != "loss"]
-    (_, metric), *others = metrics  # the first is the score
-    names = [f"{name.removeprefix('validation').removeprefix('_')} {key}".strip() for name, key in others]
+    (_, metric), *others = [(name, key) for name, found in sets.items() for key in found if key != "loss"]
     rows = []
     for arm, runs in by_arm(facts).items():
-        share, difference = recovered(facts, arm), facts["differences"].get(arm)
-        kls = [r["kl"] for r in runs if r["kl"] is not None]
-        minutes = mean(sum(r["minutes"].values()) for r in runs)
-        others_of = [mean(r["final"]["sets"][s][key] for r in runs) for s, key in others]
-        rows.append(
-            [
-                ARMS[arm].label,
-                f"{mean_sd([r['final']['score'] for r in runs], '.1f')} ({len(runs)})",
-                *(f"{x:.1f}" for x in others_of),
-                mean_sd(share, ".1f") if share else "",
-                f"{difference[0]:+.1f} ± {difference[1]:.1f}" if difference else "",
-                f"{mean(kls):.3f}" if kls else "",
-                f"{runs[0]['config']['lr']:g}" if ARMS[arm].finetuned else "",
-                f"{minutes:.1f}",
-                f"{facts['paper'][arm]:.1f}" if arm in facts["paper"] else "",
-            ]
-        )
-    score = f"{metric}, mean ± sd (seeds)"
-    costs = ["recovered, %", "minus the teacher, ± se", "KL", "lr", "minutes", "paper"]
-    lines = [markdown(["arm", score, *names, *costs], rows)]
-    if said := correlations(points(facts)):
-        lines += ["", said]
-    return "\n".join(lines)
+        scores, share = list(scores_of(facts, arm).values()), recovered(facts, arm)
+        row = {
+            "arm": ARMS[arm].label,
+            f"{metric}, mean ± sd (seeds)": f"{mean_sd(scores, '.1f')} ({len(runs)})",
+        }
+        for name, key in others:
+            head = f"{name.removeprefix('validation').removeprefix('_')} {key}".strip()
+            row[head] = f"{mean(r['final']['sets'][name][key] for r in runs):.1f}"
+        difference, kls = facts["differences"].get(arm), [r["kl"] for r in runs if r["kl"] is not None]
+        row |= {
+            "recovered, %": mean_sd(share, ".1f") if share else "",
+            "minus the teacher, ± se": "{:+.1f} ± {:.1f}".format(*difference) if difference else "",
+            "KL": f"{mean(kls):.3f}" if kls else "",
+            "lr": rate(runs[0]),
+            "minutes": f"{mean(sum(r['minutes'].values()) for r in runs):.1f}",
+            "paper": f"{facts['paper'][arm]:.1f}" if arm in facts["paper"] else "",
+        }
+        rows.append(row)
+    texts = [markdown(list(row), map(dict.values, rows)), correlations(points(facts))]
+    return "\n\n".join(filter(None, texts))
 
 
 def tasks_table(tasks: list[dict]) -> str:
     """Table 2 in Markdown: the score of every arm on every task, mean ± sd of seeds; what is recovered."""
-    tasks = [with_new_names(facts) for facts in tasks]
     rows = []
     for arm in ARMS:
-        scores = [[r["final"]["score"] for r in by_arm(facts).get(arm, [])] for facts in tasks]
+        scores = [list(scores_of(facts, arm).values()) for facts in tasks]
         if not any(scores):
             continue
-        shares = [recovered(facts, arm) for facts in tasks]
         row = [ARMS[arm].label]
+        shares = [mean(found) if (found := recovered(facts, arm)) else None for facts in tasks]
         for of_task, share in zip(scores, shares):
-            percent = f" ({mean(share):.0f}%)" if share else ""
+            percent = "" if share is None else f" ({share:.0f}%)"
             row.append(mean_sd(of_task, ".1f") + percent if of_task else "")
-        means = [mean(share) for share in shares if share]  # averages need every task
+        means = [share for share in shares if share is not None and all(scores)]  # averages need every task
         average = f"{mean(map(mean, scores)):.1f}" if all(scores) else ""
-        rows.append([*row, average, f"{mean(means):.1f}" if means and all(scores) else ""])
-    names = [facts["title"] for facts in tasks]
-    lines = [markdown(["arm", *names, "average", "recovered, %"], rows)]
-    pairs = [(facts["title"], facts["differences"].get("hedgehog")) for facts in tasks]
-    if said := [f"{title} {pair[0]:+.1f} ± {pair[1]:.1f}" for title, pair in pairs if pair]:
-        what = "Hedgehog minus the teacher, ± standard error over the examples"
-        lines += ["", f"{what}: {', '.join(said)}."]
+        rows.append([*row, average, f"{mean(means):.1f}" if means else ""])
+    titles = [facts["title"] for facts in tasks]
+    texts = [markdown(["arm", *titles, "average", "recovered, %"], rows)]
+    notes = {
+        "Hedgehog minus the teacher, ± standard error over the examples": [
+            "{} {:+.1f} ± {:.1f}".format(facts["title"], *facts["differences"]["hedgehog"])
+            for facts in tasks
+            if "hedgehog" in facts["differences"]
+        ]
+    }
     for name, arm in (("Hedgehog", "hedgehog"), ("T2R-HH", "t2r_hh")):
-        kls = [(facts["title"], [r["kl"] for r in by_arm(facts).get(arm, [])]) for facts in tasks]
-        if said := [f"{title} {mean(kl):.3f}" for title, kl in kls if kl]:
-            lines += ["", f"{name}'s KL before finetuning: {', '.join(said)}."]
-    if said := correlations([point for facts in tasks for point in points(facts)]):
-        lines += ["", said]
-    return "\n".join(lines)
+        kls = [[r["kl"] for r in by_arm(facts).get(arm, [])] for facts in tasks]
+        said = [f"{title} {mean(kl):.3f}" for title, kl in zip(titles, kls) if kl]
+        notes[f"{name}'s KL before finetuning"] = said
+    texts += [f"{what}: {', '.join(said)}." for what, said in notes.items() if said]
+    texts.append(correlations([point for facts in tasks for point in points(facts)]))
+    return "\n\n".join(filter(None, texts))
 
 
-def draw(path: Path, tasks: list[dict]) -> str:
-    """What is recovered, on one task or several, against KL, tau and entropy of the weights."""
-    names = ", ".join(facts["title"] for facts in tasks)
-    commands = "; ".join(facts["command"] for facts in tasks)
-    found = [(ARMS[arm], *rest) for facts in tasks for arm, *rest in points(facts)]
-    return figures.recovery(path, found, names, commands)
+def draw(path: Path, facts: dict) -> str:
+    """What is recovered, against KL, tau and entropy of the weights."""
+    found = [(ARMS[arm], *rest) for arm, *rest in points(facts)]
+    return figures.recovery(path, found, facts["title"], facts["command"])

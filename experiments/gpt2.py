@@ -21,57 +21,51 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import nn
-
 from convert_gpt2 import load
 from distill import pupil_of
-from experiments.ladder import HELP, ConvertConfig, groups_of, ladder, language_modelling, table_perplexity
+from experiments import ladder
 from support.checkpoints import save_checkpoint
 from support.cli import as_user_error, parse, run
 from support.devices import pick_device
 
 
 @dataclass
-class GPT2Config(ConvertConfig):
+class GPT2Config(ladder.ConvertConfig):
     model: str = "gpt2"  # hub name, folder with GPT-2 weights, or a softmax run of train.py
     small: bool = False  # a recipe to try GPT-2: WikiText-2, 256 tokens, 200 steps a stage
-    # -- distillation
     distil_steps: int = 28800  # optimiser steps of distillation: two epochs of WikiText-103
-    # -- training
     max_steps: int = 14400  # optimiser steps of finetuning: one epoch
     batch_size: int = 8
     lr: float = 6e-4  # peak learning rate of finetuning (App. C.2)
     warmup_steps: int = 100
-    # -- data
     dataset: str = "wikitext103"  # a data set of train.py; by default a run's own
     block_size: int = 1024  # tokens of context in every stage; by default at most the model's
     dev_tokens: int = 65536
     eval_tokens: int = 0
-    # -- output
     eval_interval: int = 500
     save_interval: int = 500
 
 
 def main() -> None:
     with as_user_error():
-        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
+        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
         config.check()  # before anything is loaded
 
     teacher, tokenizer = load(config, given)
     config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-converted"
     teacher.to(pick_device(config.device))
 
-    def build(feature_map: str, tie: bool = True, **options) -> nn.Module:
+    def build(feature_map, tie=True, **options):
         if not feature_map:
             return copy.deepcopy(teacher)
         return pupil_of(teacher, feature_map, tie=tie, options=options)
 
-    def save(model: nn.Module, folder: Path) -> None:
+    def save(model, folder):
         about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
         save_checkpoint(folder / "best.safetensors", model, config=about, tokenizer=tokenizer)
 
-    subject = language_modelling(config, build, groups_of, save, tokenizer)
-    ladder(config, subject, table_perplexity)
+    subject = ladder.language_modelling(config, build, ladder.groups_of, save, tokenizer)
+    ladder.ladder(config, subject, ladder.table_perplexity)
 
 
 if __name__ == "__main__":

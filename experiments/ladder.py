@@ -8,7 +8,7 @@ A conversion has four stages:
     distil      give every attention a feature map, and train only the maps
                 until their attention weights are those of softmax (distill.py)
     finetune    train on the task with linear attention
-    evaluate    measure on text that no stage has trained on
+    evaluate    measure on data that no stage has trained on
 
 The score of a converted model alone means little, so there are controls. Does the task need attention at all
 (zero)? Is the teacher better if it is finetuned for as long (teacher_finetuned)? Are fixed maps (elu, relu
@@ -22,8 +22,8 @@ interrupted.
 
 import difflib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import fused
@@ -85,25 +84,21 @@ ARMS = {
     "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", True, shared=True),
     "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
     "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
-    "worst_heads": Arm(
-        "Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", distilled=True, finetuned=False, kept=2
-    ),
+    "worst_heads": Arm("Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", True, False, kept=2),
     "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
 }
 LADDER = "teacher teacher_finetuned zero swap elu relu exp_t1 t2r t2r_hh distilled hedgehog".split()
 HELP = __doc__.split("\n\n", 2)[2] + f"\nArms: {', '.join(ARMS)}."  # for --help of the commands
 RENAMED = {"exp": "exp_t1", "exp2": "exp_t2"}  # how earlier results call two of the arms
-STAGES = ("measure", "distil", "finetune", "evaluate")
+STAGES = "measure distil finetune evaluate".split()
 
 
 def with_new_names(facts: dict) -> dict:
     """What ladder.json or recover.json says, with today's names of the arms."""
-    facts = {**facts}
-    for key in ("differences", "paper"):  # by arm
-        if key in facts:
-            facts[key] = {RENAMED.get(arm, arm): value for arm, value in facts[key].items()}
-    facts["runs"] = [{**r, "arm": RENAMED.get(r["arm"], r["arm"])} for r in facts["runs"]]
-    return facts
+    runs = [{**r, "arm": RENAMED.get(r["arm"], r["arm"])} for r in facts["runs"]]
+    by_arm = {key: facts[key].items() for key in ("differences", "paper") if key in facts}
+    renamed = {key: {RENAMED.get(arm, arm): x for arm, x in items} for key, items in by_arm.items()}
+    return {**facts, **renamed, "runs": runs}
 
 
 # ---------------------------------------------------------------- settings
@@ -144,23 +139,31 @@ class ConvertConfig(FitConfig):
     distil_dir: str = ""  # distilled maps, if several out_dirs share them; by default out_dir
     resume: bool = True  # always true: a stage continues from its last checkpoint
 
-    def check(self) -> None:
-        super().check()
+    @property
+    def arm(self) -> Arm:
+        """The arm, in a configuration of one."""
+        return ARMS[self.arms[0]]
+
+    def check(self, positive: str = "", at_least_zero: str = "") -> None:
+        super().check(
+            f"distil_steps held_out block_size distil_lr dev_tokens {positive}",
+            f"distil_patience eval_stride eval_tokens map_features {at_least_zero}",
+        )
         for name in set(self.arms) - set(ARMS):
             near = RENAMED.get(name) or difflib.get_close_matches(name, ARMS, 1, cutoff=0.0)[0]
             raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
         if not self.resume:
             raise UserError("stages always continue: to start again, name a new --out_dir")
-        if self.stage not in STAGES:
-            raise UserError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}")
-        for name in ("distil_steps", "held_out", "block_size", "distil_lr", "dev_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("distil_patience", "eval_stride", "eval_tokens", "map_features"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be zero or more, not {getattr(self, name)}")
+        check_choices(self, stage=STAGES)
         if self.eval_stride > self.block_size:
             raise UserError(f"--eval_stride must be at most block_size ({self.block_size})")
+
+
+def check_choices(config: ConvertConfig, **choices: Iterable[str]) -> None:
+    """Raise UserError for a setting that is none of the choices for it."""
+    for name, values in choices.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(f"--{name} takes {' or '.join(values)}, not {value!r}")
 
 
 def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:
@@ -168,67 +171,60 @@ def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:
     return replace(config, out_dir=str(Path(config.out_dir) / name), arms=[name])
 
 
-def stage_in(folder: Path, config: ConvertConfig, **changes) -> ConvertConfig:
-    """The configuration of a stage, which continues from the checkpoint in its folder."""
-    resume = (folder / "last.safetensors").exists()
-    return replace(config, out_dir=str(folder), resume=resume, **changes)
-
-
 def settings_of(stage: ConvertConfig, what: str) -> dict:
-    """The settings of a stage that the maps (what: "maps") or the teacher (what: "teacher") depend on."""
-    of_fit = {field.name for field in fields(FitConfig)}
-    values = asdict(stage).items()
-    return {name: x for name, x in values if name in of_fit or tagged(stage, name, what)}
-
-
-def map_options(config: ConvertConfig, arm: Arm) -> dict:
-    """Options of make_feature_map for the map of an arm. Fixed maps have none."""
-    if not learns_map(arm.feature_map):
-        return {}
-    wide = {"n_features": config.map_features, "init": "random"} if config.map_features else {}
-    shared = {"share_heads": True} if arm.shared else {}
-    return {"tie": config.tie, **wide, **shared}
+    """The settings of a stage that the maps (what: "maps"), the teacher ("teacher") or all ("") depend on."""
+    of_fit, values = vars(FitConfig()), asdict(stage).items()
+    return {n: x for n, x in values if not what or n in of_fit or tagged(stage, n, what)}
 
 
 # ---------------------------------------------------------------- stages
 
 
 class Subject(NamedTuple):
-    """What a conversion needs to know of a model and its task."""
+    """What a conversion needs to know of a model and its task. Rows are tuples of tensors (B, ...)."""
 
     build: Callable  # build(feature_map, **map_options): the pretrained model; with softmax for the map ""
     groups: Callable  # groups(model, config): AdamW's groups in finetuning; LoRA is added here
-    batch: Callable[[int], tuple[Tensor, ...]]  # batch, loss and evaluate are those of train.fit
-    held_out: list[tuple[Tensor, ...]]  # rows that Eq. 3 is measured on
+    batch: Callable  # batch(step) -> rows; batch, loss and evaluate are those of train.fit
+    held_out: list  # rows that Eq. 3 is measured on
     forward: Callable  # forward(model, *rows): runs the model, for distillation
     loss: Callable
-    evaluate: Callable[[nn.Module], dict]  # on development data, which chooses the checkpoint
-    final: Callable[[nn.Module], dict]  # on test data, which is reported
-    save: Callable[[nn.Module, Path], None]  # write a finished model into a folder
+    evaluate: Callable  # evaluate(model) -> numbers on development data, which chooses the checkpoint
+    final: Callable  # final(model) -> numbers on test data, which are reported
+    save: Callable  # save(model, folder): write a finished model
     tokenizer: str
     data: str  # checksum of the training data
 
 
-def made_before(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
+def made_before(config: ConvertConfig, subject: Subject) -> dict | None:
     """The result of an arm that was finished with the same settings and data."""
-    of_maps = [f.name for f in fields(config) if f.name.startswith(("distil_", "map_"))]
-    apart = [] if ARMS[name].feature_map else of_maps  # softmax does not depend on these
-    result = finished(of_arm(name, config), apart)
+    of_maps = [name for name in vars(config) if name.startswith(("distil_", "map_"))]
+    result = finished(config, [] if config.arm.feature_map else of_maps)  # softmax does not depend on these
     return result if result and result.get("data") == subject.data else None
 
 
-def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
-    """All stages of an arm: the result, as in out_dir/NAME/result.json; None if config.stage ends before."""
-    if result := made_before(name, config, subject):
-        return result
-    arm, mine = ARMS[name], of_arm(name, config)
-    stages = STAGES[: STAGES.index(config.stage) + 1]
+def build(config: ConvertConfig, subject: Subject) -> nn.Module:
+    """The pretrained model with the feature maps of an arm as they begin."""
+    arm, options = config.arm, {}
+    if learns_map(arm.feature_map):
+        options["tie"] = config.tie
+        if config.map_features:
+            options |= {"n_features": config.map_features, "init": "random"}
+        if arm.shared:
+            options["share_heads"] = True
     torch.manual_seed(config.seed)
-    model = subject.build(arm.feature_map, **map_options(config, arm))
+    return subject.build(arm.feature_map, **options)
+
+
+def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
+    """All stages of an arm: the result, as in out_dir/result.json; None if config.stage ends before."""
+    if result := made_before(config, subject):
+        return result
+    arm, out, stages = config.arm, Path(config.out_dir), STAGES[: STAGES.index(config.stage) + 1]
+    model = build(config, subject)
     minutes, trained, dev_loss, kl = {}, 0, None, None  # KL(softmax, linear): (L, H)
     if arm.distilled and "distil" in stages:
-        found, minutes["distil"] = distil_maps(model, arm, config, subject)
-        kl = found["kl"]
+        kl, minutes["distil"] = distil_maps(model, config, subject)
     elif arm.feature_map and arm.mode == "linear":
         set_mode(model, "mimic")
         device = pick_device(config.device)
@@ -239,14 +235,15 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     if arm.kept and "distil" in stages:
         keep_softmax(model, kl, arm.kept)
     if arm.finetuned and "finetune" in stages:
-        trained, dev_loss, minutes["finetune"] = finetune(model, name, config, subject)
-    if config.stage != "evaluate" and (config.stage, name) != ("measure", "teacher"):
+        dev_loss, minutes["finetune"] = finetune(model, config, subject)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if config.stage != "evaluate" and (config.stage, config.arms) != ("measure", ["teacher"]):
         return None
     began = time.perf_counter()
     result = {
-        "arm": name,
+        "arm": config.arms[0],
         "label": arm.label,
-        "config": asdict(mine),
+        "config": asdict(config),
         "data": subject.data,
         **provenance(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -258,7 +255,6 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
         "final": subject.final(model.eval()),
     }
     minutes["evaluate"] = round((time.perf_counter() - began) / 60, 2)
-    out = Path(mine.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if (arm.finetuned or arm.distilled) and not arm.kept:
         subject.save(model, out)
@@ -266,57 +262,55 @@ def run_arm(name: str, config: ConvertConfig, subject: Subject) -> dict | None:
     return result
 
 
-def distil_maps(model: nn.Module, arm: Arm, config: ConvertConfig, subject: Subject) -> tuple[dict, float]:
-    """Distil the maps of an arm: (mimicry on held_out, minutes)."""
-    folder = Path(config.distil_dir or config.out_dir) / arm.maps
+def train_stage(
+    model: nn.Module, what: str, folder: Path, config: ConvertConfig, subject: Subject, **changes
+) -> tuple:
+    """Train in a folder, and go on from the checkpoint there: (what was reached, minutes).
+
+    what: "maps" are distilled, until mimicry on held_out is reached; the "teacher", or all ("") of an arm are
+    finetuned, until the least development loss. changes: the settings in which this stage is not config.
+    """
+    last, world = folder / "last.safetensors", World(0, 1, pick_device(config.device))
+    stage = replace(config, out_dir=str(folder), resume=last.exists(), **changes)
+    meta = {"config": settings_of(stage, what) | {"data": subject.data}, "tokenizer": subject.tokenizer}
+    if what == "maps":
+        reached = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, meta)
+    else:
+        groups = subject.groups(model, stage)
+        fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world, meta)
+        tensors, saved = load_checkpoint(folder / "best.safetensors")
+        restore(tensors, model, path=folder)
+        reached = saved["best"]
+    return reached, round(load_checkpoint(last)[1]["seconds"] / 60, 2)
+
+
+def distil_maps(model: nn.Module, config: ConvertConfig, subject: Subject) -> tuple[Tensor, float]:
+    """Distil the maps of an arm: (KL(softmax, linear) by layer and head, minutes)."""
+    folder = Path(config.distil_dir or Path(config.out_dir).parent) / config.arm.maps
     how = dict(max_steps=config.distil_steps, lr=config.distil_lr, patience=config.distil_patience)
-    stage = stage_in(folder, config, weight_decay=0.0, map_lr_scale=1.0, stop_loss=0.0, **how)
-    world = World(0, 1, pick_device(config.device))
-    meta = {"config": settings_of(stage, "maps") | {"data": subject.data}, "tokenizer": subject.tokenizer}
-    found = distill(model, subject.batch, subject.held_out, subject.forward, stage, world, meta)
-    minutes = minutes_of(stage)
-    write_heads(Path(stage.out_dir), found, label=arm.label, minutes=minutes)
-    return found, minutes
+    how |= dict(weight_decay=0.0, map_lr_scale=1.0, stop_loss=0.0)
+    found, minutes = train_stage(model, "maps", folder, config, subject, **how)
+    write_heads(folder, found, label=config.arm.label, minutes=minutes)
+    return found["kl"], minutes
 
 
-def finetune(
-    model: nn.Module, name: str, config: ConvertConfig, subject: Subject
-) -> tuple[int, float, float]:
-    """Finetune an arm: (trained parameters, least development loss, minutes)."""
-    arm, steps = ARMS[name], config.max_steps
+def finetune(model: nn.Module, config: ConvertConfig, subject: Subject) -> tuple[float, float]:
+    """Finetune an arm: (least development loss, minutes)."""
+    arm, steps = config.arm, config.max_steps
     if config.same_time and arm.feature_map and arm.mode == "linear" and not arm.distilled:
         steps += config.distil_steps // 2  # a step of distillation has half of the backward pass
-    folder = Path(config.out_dir) / name / "finetune"
-    stage = stage_in(folder, of_arm(name, config), max_steps=steps, stage="finetune")
     torch.manual_seed(config.seed)  # LoRA starts the same in every arm, and after an interruption
-    groups = subject.groups(model, config)
-    trained = sum(p.numel() for group in groups for p in group["params"])
-    return trained, *fit_stage(model, groups, stage, asdict(stage), subject)
-
-
-def fit_stage(
-    model: nn.Module, groups: list[dict], stage: ConvertConfig, settings: dict, subject: Subject
-) -> tuple[float, float]:
-    """Train `groups`: (least development loss, minutes). The model then is that of the best checkpoint."""
-    world = World(0, 1, pick_device(stage.device))
-    meta = {"config": settings | {"data": subject.data}, "tokenizer": subject.tokenizer}
-    fit(model, groups, subject.batch, subject.loss, subject.evaluate, stage, world, meta)
-    tensors, saved = load_checkpoint(Path(stage.out_dir) / "best.safetensors")
-    restore(tensors, model, path=stage.out_dir)
-    return saved["best"], minutes_of(stage)
-
-
-def minutes_of(stage: FitConfig) -> float:
-    return round(load_checkpoint(Path(stage.out_dir) / "last.safetensors")[1]["seconds"] / 60, 2)
+    folder, how = Path(config.out_dir) / "finetune", dict(max_steps=steps, stage="finetune")
+    return train_stage(model, "", folder, config, subject, **how)
 
 
 def minutes_together(runs: list[dict]) -> float:
     """The minutes of all stages. Maps that several arms share are distilled once."""
-    each = {}
-    for r in runs:
-        for stage, minutes in r["minutes"].items():
-            whose = ARMS[r["arm"]].maps if stage == "distil" else r["arm"]
-            each[r["config"]["seed"], whose, stage] = minutes
+    each = {
+        (r["config"]["seed"], ARMS[r["arm"]].maps if stage == "distil" else r["arm"], stage): minutes
+        for r in runs
+        for stage, minutes in r["minutes"].items()
+    }
     return round(sum(each.values()), 1)
 
 
@@ -326,10 +320,10 @@ class PartlySoftmax(LinearAttention):
     heads: list[int]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        y = super().forward(q, k, v, key_mask).clone()
         own = (x[:, self.heads] for x in (q, k, v))
-        softmax = softmax_attention(*own, causal=self.causal, key_mask=key_mask)
-        heads = torch.tensor(self.heads, dtype=torch.long, device=q.device)
-        return super().forward(q, k, v, key_mask).index_copy(1, heads, softmax)
+        y[:, self.heads] = softmax_attention(*own, causal=self.causal, key_mask=key_mask)
+        return y
 
     def extend(self, *args) -> Tensor:
         raise ValueError("some of these heads are softmax and have no state: give whole sequences")
@@ -337,32 +331,41 @@ class PartlySoftmax(LinearAttention):
 
 def keep_softmax(model: nn.Module, kl: Tensor, n: int) -> None:
     """Give softmax back to the n heads with the largest kl (L, H)."""
-    layers, heads = np.unravel_index(kl.flatten().topk(n).indices.numpy(), kl.shape)
-    for layer, socket in enumerate(sockets(model)):
+    least = kl.flatten().topk(n).values.min()
+    for socket, of_layer in zip(sockets(model), kl):
         socket.attend = PartlySoftmax(socket.attend.phi, socket.attend.causal)
-        socket.attend.heads = heads[layers == layer].tolist()
+        socket.attend.heads = [head for head, x in enumerate(of_layer) if x >= least]
 
 
-def ladder(config: ConvertConfig, subject: Subject, table: Callable[[list[dict]], str]) -> None:
-    """Run every arm. The table and out_dir/ladder.json also have the arms that were finished before."""
+def begin(config: ConvertConfig, table: Callable) -> None:
+    """Choose the kernel, and print the header of the table. Each arm adds its row when it is finished."""
     with as_user_error():
         fused.use(config.kernel, pick_device(config.device))
+    if config.stage in ("measure", "evaluate"):
+        print(table([]))
+
+
+def try_arm(config: ConvertConfig, subject: Subject) -> dict | None:
+    """run_arm. If the loss is not finite, this is said, and the other arms go on."""
+    try:
+        return run_arm(config, subject)
+    except RunError as e:
+        print(f"{config.arm.label}, lr {config.lr:g}: {e}")
+        return None
+
+
+def ladder(config: ConvertConfig, subject: Subject, table: Callable) -> None:
+    """Run every arm. The table and out_dir/ladder.json also have the arms that were finished before."""
 
     def all_finished() -> list[dict]:
-        return [result for name in ARMS if (result := made_before(name, config, subject))]
+        return [result for name in ARMS if (result := made_before(of_arm(name, config), subject))]
 
-    if config.stage in ("measure", "evaluate"):
-        print(table([]))  # the header; each arm adds its row when it is finished
+    begin(config, table)
     for i, name in enumerate(config.arms, 1):
-        tqdm.write(f"--- {ARMS[name].label} ({i} of {len(config.arms)})")
-        try:
-            result = run_arm(name, config, subject)
-        except RunError as e:
-            tqdm.write(f"{ARMS[name].label}: {e}")
-            continue
-        if result:
+        print(f"--- {ARMS[name].label} ({i} of {len(config.arms)})")
+        if result := try_arm(of_arm(name, config), subject):
             others = [r for r in all_finished() if r["arm"] != name]
-            tqdm.write(table([*others, result]).splitlines()[-1])
+            print(table([*others, result]).splitlines()[-1])
     if results := all_finished():
         facts = {"minutes": minutes_together(results), "runs": results}
         write_json(Path(config.out_dir) / "ladder.json", {"ladder": 1, **provenance(), **facts})
@@ -382,9 +385,7 @@ def language_modelling(
     tokens = data.prepare(config.dataset, config.data_dir, tokenizer)
     T, dtype = config.block_size, pick_dtype(config.dtype, pick_device(config.device))
     train, dev, test = texts(config, tokens)
-
-    stride = config.eval_stride or T
-    score = partial(perplexity, tokenizer=tokens.tokenizer, block_size=T, stride=stride, dtype=dtype)
+    how = dict(tokenizer=tokens.tokenizer, block_size=T, stride=config.eval_stride or T, dtype=dtype)
     x, y = data.batch_of(dev, 0, config.held_out, T, seed=0)  # (N, T)
     return Subject(
         build=build,
@@ -393,10 +394,10 @@ def language_modelling(
         held_out=list(zip(x[:, None], y[:, None])),
         forward=lambda model, x, y: model(x),
         loss=lambda model, x, y: model(x, y)[1],
-        evaluate=lambda model: score(model, dev, max_tokens=config.dev_tokens),
-        final=lambda model: score(model, test, max_tokens=config.eval_tokens),
+        evaluate=lambda model: perplexity(model, dev, max_tokens=config.dev_tokens, **how),
+        final=lambda model: perplexity(model, test, max_tokens=config.eval_tokens, **how),
         save=save,
-        tokenizer=tokens.tokenizer.name,
+        tokenizer=tokenizer,
         data=checksum({"train": torch.from_numpy(np.array(train))}, ""),
     )
 
@@ -404,26 +405,33 @@ def language_modelling(
 # ---------------------------------------------------------------- tables
 
 
-def table_of(results: list[dict], heads: list[str], scores: list[list[str]]) -> str:
-    """The arms in Markdown: scores, KL(softmax, linear) before finetuning, and the cost."""
-    rows = []
-    for r, of_arm in zip(results, scores):
-        of_maps = r["map_parameters"] if "distil" in r["minutes"] else 0
-        trained = max(r["finetuned_parameters"], of_maps)
-        kl = "" if r["kl"] is None else f"{r['kl']:.3f}"
-        minutes = f"{sum(r['minutes'].values()):.1f}"
-        rows.append([r["label"], *of_arm, kl, f"{trained:,}", minutes])
-    return markdown(["arm", *heads, "KL", "trained parameters", "minutes"], rows)
+def table_of(runs: list[dict], scores: dict[str, Callable], more: dict[str, Callable]) -> str:
+    """Runs of arms in Markdown. scores, more: {head of a column: the cell of a run}."""
+    columns = {
+        "arm": lambda r: r["label"],
+        **scores,
+        "KL": lambda r: "" if r["kl"] is None else f"{r['kl']:.3f}",
+        **more,
+        "minutes": lambda r: f"{sum(r['minutes'].values()):.1f}",
+    }
+    return markdown(list(columns), [[cell(r) for cell in columns.values()] for r in runs])
 
 
-def table_perplexity(results: list[dict]) -> str:
-    found = {r["arm"]: r["final"]["perplexity"] for r in results}
+def trained_parameters(run: dict) -> str:
+    of_maps = run["map_parameters"] if "distil" in run["minutes"] else 0
+    return f"{max(run['finetuned_parameters'], of_maps):,}"
+
+
+def table_perplexity(runs: list[dict]) -> str:
+    found = {r["arm"]: r["final"]["perplexity"] for r in runs}
     fair = found.get("teacher_finetuned")
-    scores = [[f"{x:.2f}", f"{x / fair:.2f}" if fair else ""] for x in found.values()]
-    return table_of(results, ["perplexity", "x finetuned teacher"], scores)
+    scores = {
+        "perplexity": lambda r: f"{found[r['arm']]:.2f}",
+        "x finetuned teacher": lambda r: f"{found[r['arm']] / fair:.2f}" if fair else "",
+    }
+    return table_of(runs, scores, {"trained parameters": trained_parameters})
 
 
-def table_rouge(results: list[dict]) -> str:
-    names = ("rouge1", "rouge2", "rougeL")
-    scores = [[f"{r['final'][name]:.1f}" for name in names] for r in results]
-    return table_of(results, ["ROUGE-1", "ROUGE-2", "ROUGE-L"], scores)
+def table_rouge(runs: list[dict]) -> str:
+    scores = {f"ROUGE-{n}": lambda r, n=n: f"{r['final'][f'rouge{n}']:.1f}" for n in "12L"}
+    return table_of(runs, scores, {"trained parameters": trained_parameters})

@@ -22,26 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from config import may_change
 from data import dialogue
-from experiments.ladder import (
-    ARMS,
-    HELP,
-    ConvertConfig,
-    Subject,
-    groups_of,
-    ladder,
-    language_modelling,
-    shapes_both,
-    shapes_maps,
-    table_perplexity,
-    table_rouge,
-)
-from experiments.pretrained import build, check_shape, save, stacked
+from experiments import ladder
+from experiments.ladder import ARMS, ConvertConfig, Subject, check_choices, shapes_both, shapes_maps
+from experiments.pretrained import build, by_length, check_shape, save, stacked
 from hf.lora import add_lora
-from hf.models import LanguageModel, Tokenizer, load, read_config, transformers
+from hf.models import LanguageModel, Tokenizer, load, transformers
 from support.checkpoints import checksum
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import pick_device, step_seed
@@ -52,63 +40,51 @@ class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
     task: str = shapes_both("lm")  # lm: perplexity; dialogue: ROUGE
     weights: str = shapes_maps("float32")  # float32, or with lora bfloat16: half the memory
-    # -- training
-    finetune: str = "lora"  # lora, or all parameters
-    lora_r: int = 8  # rank of LoRA's update of q, k, v and o
-    lora_alpha: int = 16  # the update is scaled by alpha / r
+    dataset: str = "wikitext2"  # lm: a data set of train.py; dialogue: samsum or dialogsum
     lr: float = 1e-3  # peak learning rate of finetuning; with all parameters start at 1e-4
     batch_size: int = 2
     warmup_steps: int = 20
     beta2: float = 0.99
-    # -- data
-    dataset: str = "wikitext2"  # lm: a data set of train.py; dialogue: samsum or dialogsum
+    eval_interval: int = 50
+    # -- training
+    finetune: str = "lora"  # lora, or all parameters
+    lora_r: int = 8  # rank of LoRA's update of q, k, v and o
+    lora_alpha: int = 16  # the update is scaled by alpha / r
     # -- summaries (task dialogue)
     loss_on: str = "summary"  # finetune on the summary, or on the text (dialogue and summary)
     test_dialogues: int = may_change(200)  # dialogues that ROUGE is measured on
     new_tokens: int = may_change(64)  # tokens of the longest summary
     examples: int = may_change(3)  # number of summaries to print
-    # -- output
-    eval_interval: int = 50
-    save_interval: int = 200
 
     def check(self) -> None:
-        super().check()
-        takes = dict(
-            task="lm dialogue", loss_on="summary text", finetune="lora all", weights="float32 bfloat16"
-        )
-        for name, values in takes.items():
-            if getattr(self, name) not in values.split():
-                raise UserError(f"--{name} takes {values.replace(' ', ' or ')}, not {getattr(self, name)!r}")
+        super().check("lora_r lora_alpha test_dialogues new_tokens")
+        check_choices(self, task=("lm", "dialogue"), loss_on=("summary", "text"))
+        check_choices(self, finetune=("lora", "all"), weights=("float32", "bfloat16"))
         if self.weights == "bfloat16" and self.finetune == "all":
             raise UserError("--weights bfloat16 needs --finetune lora: small steps would be lost")
         if self.task == "dialogue" and any(ARMS[name].kept for name in self.arms):
             raise UserError(
                 "--arms worst_heads needs --task lm: heads with softmax have no state to write with"
             )
-        if min(self.lora_r, self.lora_alpha, self.test_dialogues, self.new_tokens) < 1:
-            raise UserError("lora_r, lora_alpha, test_dialogues and new_tokens must be at least 1")
 
 
 def trained_groups(model: nn.Module, config: LlamaConfig) -> list[dict]:
     """AdamW's groups: LoRA or all parameters, and the feature maps."""
     lora = None if config.finetune == "all" else add_lora(model, config.lora_r, config.lora_alpha)
-    return groups_of(model, config, lora)
+    return ladder.groups_of(model, config, lora)
 
 
-def check_model(config: LlamaConfig) -> None:
-    """Raise UserError if the model cannot be converted with these settings."""
+def positions_of(config: LlamaConfig) -> int:
+    """How many positions the model has. Raises UserError if it cannot be converted with these settings."""
     model = check_shape(config.model, transformers.AutoModelForCausalLM, "a causal language model")
-    positions = getattr(model.config, "max_position_embeddings", None) or config.block_size
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     if config.block_size > positions:
         raise UserError(f"--block_size {config.block_size}: {config.model} has {positions} positions")
-    if config.task == "dialogue" and Tokenizer(config.model).hf.eos_token_id is None:
-        raise UserError(f"the tokenizer of {config.model} has no eos_token, which ends a summary")
     names = [name for name, _ in model.named_modules()]
     if config.finetune == "lora" and not any(name.endswith("q_proj") for name in names):
-        raise UserError(
-            "LoRA needs the projections q_proj, k_proj, v_proj and o_proj, which this model lacks: "
-            "use --finetune all"
-        )
+        lacks = "LoRA needs the projections q_proj, k_proj, v_proj and o_proj, which this model lacks"
+        raise UserError(f"{lacks}: use --finetune all")
+    return positions
 
 
 # ---------------------------------------------------------------- dialogue summarisation
@@ -120,19 +96,19 @@ def prompt_of(text: str) -> str:
 
 def prompts_of(dialogues: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids. They begin with BOS if the tokenizer begins every text so, as Llama's does."""
-    begins = tokenizer.hf("")["input_ids"][:1] == [tokenizer.hf.bos_token_id]
-    begin = [tokenizer.hf.bos_token_id] if begins else []
+    bos = [tokenizer.hf.bos_token_id]
+    begin = bos if tokenizer.hf("")["input_ids"][:1] == bos else []
     return [begin + ids for ids in tokenizer.encode_many([prompt_of(text) for text in dialogues])]
 
 
-def dialogue_summaries(config: LlamaConfig, build: Callable) -> Subject:
+def dialogue_summaries(config: LlamaConfig, build: Callable, positions: int) -> Subject:
     """The task of writing the summary after a dialogue; greedy summaries are scored by ROUGE."""
-    tokenizer = Tokenizer(config.model)
+    tokenizer, device = Tokenizer(config.model), pick_device(config.device)
+    if (end := tokenizer.hf.eos_token_id) is None:
+        raise UserError(f"the tokenizer of {config.model} has no eos_token, which ends a summary")
     sets = dialogue.load(config.dataset, config.data_dir)
-    end, device = tokenizer.hf.eos_token_id, pick_device(config.device)
     dialogues, summaries = map(list, zip(*sets["train"]))
-    prompts, summaries = prompts_of(dialogues, tokenizer), tokenizer.encode_many(summaries)
-    pairs = zip(prompts, summaries)
+    pairs = zip(prompts_of(dialogues, tokenizer), tokenizer.encode_many(summaries))
     rows = [(p, [*s, end]) for p, s in pairs if len(p) + len(s) <= config.block_size]
     test = (sets.get("test") or sets["validation"])[: config.test_dialogues]
     asked, wanted = map(list, zip(*test))
@@ -143,7 +119,6 @@ def dialogue_summaries(config: LlamaConfig, build: Callable) -> Subject:
             "raise it, or give more"
         )
     longest = max(map(len, prompts_of(asked, tokenizer))) + config.new_tokens
-    positions = getattr(read_config(config.model), "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(
             f"a dialogue to summarize has {longest} tokens with its summary, {config.model} "
@@ -155,13 +130,13 @@ def dialogue_summaries(config: LlamaConfig, build: Callable) -> Subject:
     )
     rows, dev = rows[:-kept], rows[-kept:]
 
-    def batch_of(step: int) -> tuple[Tensor, ...]:
+    def batch_of(step):
         rng = np.random.default_rng(step_seed(config.seed, step))
         picks = rng.integers(0, len(rows), config.batch_size)
         return padded([rows[i] for i in picks], end, config.loss_on == "text")
 
     @torch.no_grad()
-    def evaluate(model: nn.Module) -> dict:
+    def evaluate(model):
         nats, n = 0.0, 0
         for i in range(0, len(dev), 8):
             x, y, _ = (t.to(device) for t in padded(dev[i : i + 8], end))
@@ -169,7 +144,7 @@ def dialogue_summaries(config: LlamaConfig, build: Callable) -> Subject:
             nats, n = nats + model(x, y)[1].item() * count, n + count
         return {"loss": nats / n, "loss_name": "validation loss of the summary"}
 
-    def final(model: nn.Module) -> dict:
+    def final(model):
         written = summarize(model.hf, tokenizer, asked, config, device)
         for (d, s), w in zip(test[: config.examples], written):
             print(f"--- dialogue\n{d}\n--- its summary\n{s}\n--- written\n{w}")
@@ -190,9 +165,7 @@ def dialogue_summaries(config: LlamaConfig, build: Callable) -> Subject:
     )
 
 
-def padded(
-    rows: list[tuple[list[int], list[int]]], pad: int, whole: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def padded(rows: list[tuple], pad: int, whole: bool = False) -> tuple[Tensor, ...]:
     """(prompt, summary) rows as x, y, mask, each (B, T), padded on the right.
 
     y is x one token later in the summary (whole: in all of the text). Elsewhere it is -100, which the loss
@@ -210,13 +183,11 @@ def summarize(
     model: nn.Module, tokenizer: Tokenizer, dialogues: list[str], config: LlamaConfig, device
 ) -> list[str]:
     """Greedy summaries, 16 dialogues at a time, padded on the left."""
-    prompts = prompts_of(dialogues, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-    written, end = [""] * len(prompts), tokenizer.hf.eos_token_id
-    for start in tqdm(range(0, len(order), 16), desc="summaries", unit="batch", mininterval=10.0):
-        picks = order[start : start + 16]
+    prompts, end = prompts_of(dialogues, tokenizer), tokenizer.hf.eos_token_id
+    written = [""] * len(prompts)
+    how = dict(max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end)
+    for picks in by_length(prompts, len, 16, "summaries"):
         x, mask = stacked([prompts[i] for i in picks], end, "left")
-        how = dict(max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end)
         y = model.generate(input_ids=x.to(device), attention_mask=mask.to(device), **how)
         for i, row in zip(picks, y[:, x.size(1) :].tolist()):
             row = row[: row.index(end)] if end in row else row
@@ -236,24 +207,27 @@ def rouge(references: list[str], written: list[str]) -> dict:
 
 def main() -> None:
     with as_user_error():
-        config, given = parse(LlamaConfig(), sys.argv[1:], f"{__doc__}\n{HELP}", "model")
+        config, given = parse(LlamaConfig(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
         config.check()
     if config.task == "dialogue" and "dataset" not in given:
         config.dataset = "samsum"
-    name = Path(config.model).name.removesuffix(".gguf")
-    config.out_dir = config.out_dir or f"out/{name}-{config.dataset}-{config.finetune}"
-    config.distil_dir = config.distil_dir or f"out/{name}-{config.dataset}-maps"
+    name = f"out/{Path(config.model).name.removesuffix('.gguf')}-{config.dataset}"
+    config.out_dir = config.out_dir or f"{name}-{config.finetune}"
+    config.distil_dir = config.distil_dir or f"{name}-maps"
+    positions = positions_of(config)
 
-    def build_with(feature_map: str, **options) -> nn.Module:
+    def build_with(feature_map, **options):
         model = LanguageModel(load(config.model, dtype=getattr(torch, config.weights)))
         return build(model, pick_device(config.device), feature_map, **options)
 
-    check_model(config)
     if config.task == "dialogue":
-        ladder(config, dialogue_summaries(config, build_with), table_rouge)
+        subject = dialogue_summaries(config, build_with, positions)
     else:
-        subject = language_modelling(config, build_with, trained_groups, save, f"hf:{config.model}")
-        ladder(config, subject, table_perplexity)
+        tokenizer = f"hf:{config.model}"
+        subject = ladder.language_modelling(config, build_with, trained_groups, save, tokenizer)
+    ladder.ladder(
+        config, subject, ladder.table_rouge if config.task == "dialogue" else ladder.table_perplexity
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ here with one line.
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ for package in ("transformers", "peft", "rouge_score", "sklearn"):
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from hf import linearize, save_linearized
 from hf.convert import attention_modules, check_plain
@@ -53,9 +55,19 @@ def check_shape(source: str, kind, what: str, text: bool = True) -> nn.Module:
     return model
 
 
-def has_head(of_model, task: str) -> bool:
-    """Whether a model is finetuned on a task, such as "ForImageClassification", already."""
-    return any(task in kind for kind in of_model.architectures or [])
+def is_taught(of_model, kind, n: int, data: str) -> bool:
+    """Whether a model is finetuned on a task of this `kind`, a class of transformers, already.
+
+    Raises UserError if its classifier is for another number of labels than the n of the data.
+    """
+    task = kind.__name__.removeprefix("AutoModel")  # such as ForImageClassification
+    taught = any(task in name for name in of_model.architectures or [])
+    if taught and of_model.num_labels != n:
+        raise UserError(
+            f"{of_model.name_or_path} has a classifier for {of_model.num_labels} labels, and {data} has {n}: "
+            "give one for these, or a model without a classifier"
+        )
+    return taught
 
 
 def build(model: nn.Module, device: torch.device, feature_map: str, **options) -> nn.Module:
@@ -78,3 +90,11 @@ def stacked(rows: list[list[int]], fill: int, side: str = "right") -> tuple[Tens
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side=side)
     return pad(tensors, padding_value=fill), pad([torch.ones_like(x) for x in tensors])
+
+
+def by_length(rows: list, length: Callable, size: int, what: str) -> Iterator[list[int]]:
+    """The places of all rows, `size` at a time: like with like, so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    starts = range(0, len(rows), size)
+    for start in tqdm(starts, what, unit="batch", delay=10.0, leave=False, mininterval=5.0):
+        yield order[start : start + size]

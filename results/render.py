@@ -288,7 +288,7 @@ def draw() -> None:
     from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib"))
     facts = read("recall")
     figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
-    finetuned.draw(FIGURES / "recovery.png", [read("cola-controls")])
+    finetuned.draw(FIGURES / "recovery.png", read("cola-controls"))
     bench = read("bench-cpu")
     since = f"{bench['crossover']['forward cpp']:,} tokens on (forward)"
     title = f"Hedgehog, C++, is faster than softmax from {since}"

@@ -24,6 +24,10 @@ TINY = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --max_steps 6 --eval_interval 3 "
     "--save_interval 3 --log_interval 1 --eval_tokens 200 --sample_tokens 5 --dtype float32 --device cpu"
 ).split()
+QUICK = (  # a conversion: a few steps of each stage
+    "--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 "
+    "--held_out 2 --dev_tokens 64 --eval_tokens 128 --batch_size 2 --device cpu --dtype float32"
+).split()
 FORMS = [f"linear_attention_{form}" for form in ("recurrent", "chunked", "quadratic", "bidirectional")]
 student: ModuleType | None = None  # the file of --attention
 replaced: list[str] = []  # those of FORMS that are its own
@@ -122,6 +126,22 @@ def command(monkeypatch, capsys):
 def train(command, text):
     """train(*flags): a tiny run of train.py on the small text; returns (exit code, stdout, stderr)."""
     return lambda *flags: command("train", "--dataset", "text", "--data_dir", text, *TINY, *flags)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """The folder of a random Llama of bytes."""
+    from tiny import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def convert(command, llama, text, tmp_path):
+    """convert(*flags): a tiny run of experiments/llama.py on the small text."""
+    where = ["--out_dir", tmp_path / "out", "--distil_dir", tmp_path / "maps"]
+    flags = ["--dataset", "text", "--data_dir", text, "--block_size", 32, *QUICK, *where]
+    return lambda *more: command("experiments.llama", llama, *flags, *more)
 
 
 def start(*argv, stderr=subprocess.PIPE, new_session: bool = False, **environment: str) -> subprocess.Popen:

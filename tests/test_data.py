@@ -5,12 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from conftest import start as start_process
 
 import data
 from data import batch_of, batched, prepare, read_text, split_files
 from perplexity import windows_of
 from support.cli import UserError
+
+FILES = list((ROOT / "data").glob("*.py"))
 
 
 def quiet(*_):
@@ -175,7 +178,7 @@ def test_wikitext_reads_the_original_files_and_the_hubs_rows_alike(tmp_path):
 def test_a_binary_wikitext_file_is_refused(tmp_path, content):
     for name in ("wiki.train.raw", "wiki.valid.raw"):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"wiki.train.raw is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"wiki.train.raw is not UTF-8 text \(line 1\)"):
         prepare("wikitext2", str(tmp_path), tokenizer="bytes", say=quiet)
 
 
@@ -248,11 +251,31 @@ def test_the_file_of_a_data_set_is_a_command_that_prepares_it(tmp_path):
     assert code == 2 and stderr.count("\n") == 1 and "did you mean --tokenizer" in stderr
 
 
-@pytest.mark.parametrize("name", ["glue", "dialogue"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in FILES if p.stem not in data.DATASETS))
 def test_a_file_that_is_no_command_says_so_in_one_line(name):
     code, stdout, stderr = run_file(name)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith(f"error: data/{name}.py is not a command: see python -m experiments.")
+
+
+def test_every_other_file_is_a_command():
+    """All in one process, in which the folder of the file is first on the path, as Python puts it there."""
+    program = """
+import runpy, sys
+for path in sys.argv[1:]:
+    sys.argv, sys.path[0] = [path, "--help"], "data"
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as e:
+        assert not e.code
+    for name in [m for m in sys.modules if m.split(".")[0] == "data"]:
+        del sys.modules[name]
+"""
+    names = [p.stem for p in FILES if p.stem in data.DATASETS]
+    process = start_process("-c", program, *(f"data/{name}.py" for name in names))
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert all(f"Prepare {name}: python data/{name}.py [FOLDER]" in stdout for name in data.DATASETS)
 
 
 # ---------------------------------------------------------------- batches and windows

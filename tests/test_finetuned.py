@@ -2,6 +2,7 @@
 every arm is what its name says, and wrong input is one line."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments import finetuned_tables
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
+from experiments import ladder  # noqa: E402
 from experiments.finetuned import (  # noqa: E402
     RecoverConfig,
     batches_of,
@@ -25,11 +27,12 @@ from experiments.finetuned import (  # noqa: E402
     subject_of,
     weights_of,
 )
-from experiments.glue import KIND, BertConfig, examples_of, models_of, padded  # noqa: E402
-from experiments.ladder import ARMS, settings_of, stage_in  # noqa: E402
-from experiments.vit import digits  # noqa: E402
+from experiments.glue import KIND, BertConfig, padded, task_of  # noqa: E402
+from experiments.ladder import ARMS  # noqa: E402
+from experiments.vit import ViTConfig, digits  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf.models import Classifier, load  # noqa: E402
+from results.render import read  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import UserError, parse  # noqa: E402
 from swap import sockets  # noqa: E402
@@ -86,29 +89,30 @@ def test_every_epoch_has_every_example_once_and_batches_have_like_with_like():
 
 
 def test_what_chooses_is_not_trained_on_and_the_same_for_every_seed(encoder, files):
-    config, examples = config_of(encoder, files), examples_of(config_of(encoder, files))
-    numbered = examples._replace(train=[(i, *row) for i, row in enumerate(examples.train)])
-    train, dev = split_dev(numbered, config)
-    assert {r[0] for r in train} | {r[0] for r in dev} == set(range(120)) and len(train) == 108
-    assert (train, dev) == split_dev(numbered, replace(config, seed=7))
-    fewer, chosen = split_dev(numbered, replace(config, train_rows=60))
-    assert len(fewer) == 54 and not {r[0] for r in fewer} & {r[0] for r in chosen}
+    config, rows = config_of(encoder, files), list(range(120))
+    train, dev = split_dev(rows, config)
+    assert {*train, *dev} == set(rows) and len(train) == 108
+    assert (train, dev) == split_dev(rows, replace(config, seed=7))
+    fewer, chosen = split_dev(rows, replace(config, train_rows=60))
+    assert len(fewer) == 54 and not {*fewer} & {*chosen}
+    task = task_of(config)
+    assert (len(task.train), len(task.dev)) == (108, 12)
 
 
 @pytest.mark.parametrize("feature_map", ["", "hedgehog", "elu"])
 @pytest.mark.parametrize("pooling", ["model", "mean"])
 def test_padding_and_order_change_no_output(encoder, files, feature_map, pooling):
     config = config_of(encoder, files)
-    examples, model = examples_of(config), load(str(encoder), KIND, new=("classifier", "pooler"))
+    task, model = task_of(config), load(str(encoder), KIND, new=("classifier", "pooler"))
     if feature_map:
         linearize(model, feature_map)
     model = Classifier(model, pooling).eval()
-    rows = examples.train[:9]
-    alone = [outputs_of(model, [row], examples, torch.device("cpu"))[0][0] for row in rows]
-    together, labels = outputs_of(model, rows, examples, torch.device("cpu"))
+    rows = task.train[:9]
+    alone = [outputs_of(model, [row], task, torch.device("cpu"))[0][0] for row in rows]
+    together, labels = outputs_of(model, rows, task, torch.device("cpu"))
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)
     assert labels.tolist() == [label for *_, label in rows]
-    ids, segments, mask, _ = padded(rows, 0, False)
+    ids, segments, mask, _ = padded(rows, 0)
     assert mask.sum(1).tolist() == [len(row[0]) for row in rows] and not ids[~mask.bool()].any()
 
 
@@ -122,22 +126,20 @@ def test_pairs_have_segments_and_regression_has_labels_that_are_numbers(files, t
     )
     tokenizer.backend_tokenizer.post_processor = pair
     tokenizer.save_pretrained(folder)
-    examples = examples_of(replace(config_of(folder, files), task="stsb"))
-    ids, segments, mask, labels = examples.collate(examples.train[:3])
+    task = task_of(replace(config_of(folder, files), task="stsb"))
+    ids, segments, mask, labels = task.collate(task.train[:3])
     for row, parts, real in zip(ids, segments, mask):
         first = row.tolist().index(tokenizer.eos_token_id) + 1
         assert parts.tolist() == [0] * first + [1] * (int(real.sum()) - first) + [0] * (
             len(row) - int(real.sum())
         )
-    assert examples.regression and labels.dtype == torch.float32
+    assert labels.dtype == torch.float32
 
 
 def test_what_is_mimicked_is_the_teacher_in_use_without_dropout(encoder, files):
     config = config_of(encoder, files)
-    examples = examples_of(config)
-    model = models_of(config, taught=False)
-    subject = subject_of(config, examples, model, str(encoder))
-    net = model.load(str(encoder)).train()
+    task = task_of(config)
+    subject, net = subject_of(config, task), task.load(str(encoder), True).train()
     assert net.hf.config.hidden_dropout_prob > 0
     rows = subject.batch(0)
     assert torch.equal(subject.forward(net, *rows), net.eval()(*rows[:-1]))
@@ -250,10 +252,8 @@ def test_a_converted_model_is_what_its_files_give_back(convert, encoder, files, 
     assert code == 0, stderr
     (result,) = runs_in(tmp_path / "out")
     model = load_linearized(tmp_path / "out" / "seed1" / "lr0.002" / "hedgehog" / "linear.safetensors")
-    examples = examples_of(config_of(encoder, files))
-    outputs, labels = outputs_of(
-        Classifier(model), examples.tests["validation"], examples, torch.device("cpu")
-    )
+    task = task_of(config_of(encoder, files))
+    outputs, labels = outputs_of(Classifier(model), task.tests["validation"], task, torch.device("cpu"))
     loss = torch.nn.functional.cross_entropy(outputs, labels).item()
     assert loss == pytest.approx(result["final"]["sets"]["validation"]["loss"], rel=1e-4)
 
@@ -269,14 +269,12 @@ def test_a_finetuned_model_needs_no_teacher(command, convert, files, tmp_path):
     assert given["final"]["sets"] == taught["final"]["sets"]
     assert not (tmp_path / "given" / "seed1" / "teach").exists()
     code, _, stderr = command("experiments.glue", "cola", "--model", teacher, *flags)
-    assert code == 2 and "has a classifier for 1 labels, and cola has 2" in stderr
+    assert code == 2 and "teacher has a classifier for 1 labels, and cola has 2" in stderr
 
 
 def test_few_examples_choose_however_many_there_are(encoder, files):
-    config = config_of(encoder, files, dev_share=0.5, dev_rows=20)
-    examples = examples_of(config)
-    train, dev = split_dev(examples, config)
-    assert len(dev) == 20 and len(train) == len(examples.train) - 20
+    train, dev = split_dev(list(range(120)), config_of(encoder, files, dev_share=0.5, dev_rows=20))
+    assert len(dev) == 20 and len(train) == 100
 
 
 def test_a_finetuned_model_may_have_its_labels_in_another_order(tmp_path, files):
@@ -290,24 +288,25 @@ def test_a_finetuned_model_may_have_its_labels_in_another_order(tmp_path, files)
         text = "\n".join(["sentence1\tsentence2\tgold_label", *rows])
         (tmp_path / f"{name}.tsv").write_text(text)
     config = BertConfig(task="mnli", model=str(model), data_dir=str(tmp_path), block_size=64)
-    examples = examples_of(config)
-    assert [label for *_, label in examples.train[:4]] == [2, 1, 0, 2]
-    assert [label for *_, label in examples.tests["validation_mismatched"][:3]] == [2, 1, 0]
-    assert examples.collate(examples.train[:3])[-1].tolist() == [2, 1, 0]
+    config = replace(config, batch_size=8, held_out=4)
+    task = task_of(config)
+    assert [label for *_, label in task.tests["validation"][:4]] == [2, 1, 0, 2]
+    assert [label for *_, label in task.tests["validation_mismatched"][:3]] == [2, 1, 0]
+    assert task.collate(task.tests["validation"][:3])[-1].tolist() == [2, 1, 0]
     others = dict(enumerate(["yes", "no", "maybe"]))
     model = save_encoder(tmp_path / "others", *kind, num_labels=3, id2label=others)
     with pytest.raises(UserError, match="tells yes, no, maybe apart, and mnli entailment"):
-        examples_of(replace(config, model=str(model)))
+        task_of(replace(config, model=str(model)))
     model = save_encoder(tmp_path / "none", *kind, num_labels=3)  # LABEL_0 ...: as the task has them
-    examples = examples_of(replace(config, model=str(model)))
-    assert [label for *_, label in examples.train[:3]] == [0, 1, 2]
+    task = task_of(replace(config, model=str(model)))
+    assert [label for *_, label in task.tests["validation"][:3]] == [0, 1, 2]
 
 
-def test_performers_weights_are_those_of_the_arm(encoder, files):
-    config = config_of(encoder, files)
-    examples = examples_of(config)
-    subject = subject_of(config, examples, models_of(config, taught=False), str(encoder))
-    once, again, other = (weights_of("performer", replace(config, seed=seed), subject) for seed in (1, 1, 2))
+def test_performers_weights_are_those_of_the_arm(files, tmp_path):
+    taught = save_encoder(tmp_path / "taught", "BertForSequenceClassification")
+    config = config_of(taught, files, arms=["performer"])
+    subject = subject_of(config, task_of(config))
+    once, again, other = (weights_of(replace(config, seed=seed), subject) for seed in (1, 1, 2))
     assert once == again and once["kl"] != other["kl"]
 
 
@@ -317,7 +316,7 @@ def test_performers_weights_are_those_of_the_arm(encoder, files):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["wnli"], "unknown task 'wnli': choose one of cola"),
+        (["wnli"], "--task takes cola or sst2"),
         (["cola", "--data_dir", "nowhere"], "cannot read"),
         (["cola", "--model", "nowhere"], "cannot load nowhere"),
         (["cola", "--block_size", "8"], "positions are 8: cut such examples with --truncate"),
@@ -450,15 +449,15 @@ def test_paired_differences_are_means_over_seeds_with_the_bootstraps_error(monke
 
 
 def test_digits_are_split_once_and_cover_the_pixels():
-    examples = digits()
-    pixels, labels = examples.collate(examples.train)
+    task = digits(ViTConfig())
+    trained_on = task.train + task.dev
+    pixels, labels = task.collate(trained_on)
     assert pixels.shape == (1347, 1, 8, 8) and pixels.min() == -1 and pixels.max() == 1
     assert set(labels.tolist()) == set(range(10))
     trained, others = (
-        {tuple(x.flatten().tolist()) for x, _ in rows}
-        for rows in (examples.train, examples.tests["validation"])
+        {tuple(x.flatten().tolist()) for x, _ in rows} for rows in (trained_on, task.tests["validation"])
     )
-    assert len(examples.tests["validation"]) == 450 and not trained & others
+    assert len(task.tests["validation"]) == 450 and not trained & others
 
 
 def test_the_vit_command_converts_draws_and_keeps_what_it_made(command, tmp_path):
@@ -488,7 +487,7 @@ def test_a_folder_of_images_and_a_finetuned_vit_are_imagenet(command, tmp_path):
     assert (tmp_path / "out" / "patches.png").exists()
     save_vit(tmp_path / "three", classes=3)
     code, _, stderr = command("experiments.vit", tmp_path / "three", *flags)
-    assert code == 2 and "is for 3 classes, and these images have 2" in stderr
+    assert code == 2 and "three has a classifier for 3 labels, and imagenet has 2" in stderr
     shutil.rmtree(tmp_path / "images" / "train" / "dog")
     shutil.rmtree(tmp_path / "images" / "validation" / "dog")
     code, _, stderr = command("experiments.vit", tmp_path / "vit", *flags)
@@ -507,12 +506,14 @@ def test_numbers_that_make_no_sense_are_refused():
     for changes in (
         dict(seeds=0),
         dict(epochs=0),
+        dict(epochs=math.nan),
+        dict(lrs=[math.nan]),
         dict(lrs=[]),
         dict(dev_share=1.0),
         dict(train_rows=-1),
         dict(map_features=-1),
     ):
-        with pytest.raises(Exception, match="seeds|lrs|dev_share|train_rows|map_features"):
+        with pytest.raises(Exception, match="seeds|epochs|lrs|dev_share|train_rows|map_features"):
             replace(RecoverConfig(out_dir="x"), **changes).check()
 
 
@@ -569,15 +570,16 @@ def test_a_teacher_and_maps_have_exactly_the_settings_that_earlier_versions_wrot
     )
     rows = dict(train_rows=0, dev_share=0.1, dev_rows=2000, block_size=64, truncate=False)
     task = dict(task="cola", dataset="glue", model="bert", pooling="model")
-    stage = stage_in(Path("teach"), config, max_steps=26, lr=config.teacher_lr)
-    assert settings_of(stage, "teacher") == {**fit, **rows, **task, "teacher_epochs": 2.0}
+    stage = replace(config, out_dir="teach", max_steps=26, lr=config.teacher_lr, resume=False)
+    assert ladder.settings_of(stage, "teacher") == {**fit, **rows, **task, "teacher_epochs": 2.0}
     of_maps = dict(tie=True, map_features=0, held_out=2, dev_tokens=1)
-    assert settings_of(stage, "maps") == {**fit, **rows, **task, **of_maps}
+    assert ladder.settings_of(stage, "maps") == {**fit, **rows, **task, **of_maps}
 
 
 def test_results_with_earlier_names_of_arms_are_rendered():
     facts = json.loads((ROOT / "results" / "cola-controls.json").read_text())
     assert {"exp", "exp2"} <= {r["arm"] for r in facts["runs"]} and "exp2" in facts["paper"]
+    facts = read("cola-controls")
     rows = {line.split(" | ")[0]: line for line in finetuned_tables.table(facts).splitlines()}
     assert rows["| exp(2x), finetuned"].endswith("| 50.0 |")  # the paper's
     assert " ± " in rows["| exp(x), finetuned"].split(" | ")[4]  # difference to the teacher

@@ -129,6 +129,17 @@ def test_other_wrong_input(tmp_path):
         load("stsb", write(tmp_path, lines, lines))
 
 
+def test_broken_unicode_is_one_line_with_the_file_and_the_row(tmp_path, monkeypatch):
+    folder = write(tmp_path, "")
+    (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\nfine\t1\nhalf \xed\xa0\xbd\t1\n")  # of a pair
+    with pytest.raises(UserError, match=r"train.tsv is not UTF-8 text \(line 3\)"):
+        load("sst2", folder)
+    rows = [dict(sentence="fine", label=1), dict(sentence="half \ud83d", label=1)]
+    monkeypatch.setattr(glue, "hub", lambda *_, remedy: {"train": rows, "validation": rows})
+    with pytest.raises(UserError, match=r"train, row 1 has broken Unicode \('\\ud83d'\)"):
+        load("sst2")
+
+
 def test_few_incomplete_lines_are_left_out_aloud(tmp_path, capsys):
     found = load("sst2", write(tmp_path, "sentence\tlabel\n" + "fine\t1\n" * 150 + "cut off\n"))
     assert (

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import QUICK, start
 from safetensors.torch import load_file, save_file
-from tiny import save_byte_tokenizer, save_llama
+from tiny import save_byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,23 +30,6 @@ from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import parse, tagged  # noqa: E402
 from support.earlier import changes  # noqa: E402
 from swap import sockets  # noqa: E402
-
-QUICK = """--distil_steps 4 --max_steps 4 --eval_interval 2 --save_interval 2 --log_interval 1
-    --warmup_steps 1 --held_out 2 --dev_tokens 64 --eval_tokens 128 --batch_size 2
-    --device cpu --dtype float32""".split()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def convert(command, llama, text, tmp_path):
-    """convert(*flags): a tiny run of experiments/llama.py on the small text."""
-    where = ["--out_dir", tmp_path / "out", "--distil_dir", tmp_path / "maps"]
-    flags = ["--dataset", "text", "--data_dir", text, "--block_size", 32, *QUICK, *where]
-    return lambda *more: command("experiments.llama", llama, *flags, *more)
 
 
 def runs_in(folder: Path) -> list[dict]:
@@ -171,7 +154,7 @@ def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
     facts = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [r["arm"] for r in facts["runs"]] == ["teacher", "swap", "elu"]
     code, stdout, _ = convert("--arms", "exp_t1", "teacher_finetuned", "--lr", 1e30, "--finetune", "all")
-    assert code == 0 and "exp(x), finetuned: step" in stdout  # said; the next arm is tried
+    assert code == 0 and "exp(x), finetuned, lr 1e+30: step" in stdout  # said; the next arm is tried
 
 
 def test_a_teacher_does_not_depend_on_how_maps_are_distilled(convert, tmp_path):
@@ -219,7 +202,7 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
         (["--arms", "hedgehod"], "not 'hedgehod': did you mean hedgehog?"),
         (["--arms", "teacher", "exp"], "not 'exp': did you mean exp_t1?"),
         (["--arms", "exp2"], "not 'exp2': did you mean exp_t2?"),
-        (["--stage", "convert"], "unknown stage 'convert'"),
+        (["--stage", "convert"], "--stage takes measure or distil or finetune or evaluate, not 'convert'"),
         (["--finetune", "some"], "--finetune takes lora or all"),
         (["--loss_on", "some"], "--loss_on takes summary or text"),
         (["--task", "dialogue", "--arms", "worst_heads"], "heads with softmax have no state"),
@@ -471,28 +454,30 @@ def test_stages_have_exactly_the_settings_that_earlier_versions_wrote(same_comma
 
     def distil(model, batch, held_out, forward, config, world, meta):
         settings["distil"] = meta["config"]
+        return {"kl": None}
 
     def fit(model, groups, batch, loss, evaluate, config, world, meta):
         settings["finetune"] = meta["config"]
 
     monkeypatch.setattr(ladder, "distill", distil)
     monkeypatch.setattr(ladder, "fit", fit)
-    ladder.distil_maps(None, ARMS["hedgehog"], same_command, subject)
-    ladder.finetune(None, "hedgehog", same_command, subject)
+    config = ladder.of_arm("hedgehog", same_command)
+    ladder.distil_maps(None, config, subject)
+    ladder.finetune(None, config, subject)
     for stage, found in settings.items():
         assert found == {**BEFORE[stage], "data": "d9e1060e"}
         assert changes(found, BEFORE[stage]) == {}
 
 
 def test_a_result_of_an_earlier_version_is_kept(same_command, tmp_path):
-    config = replace(same_command, out_dir=str(tmp_path))
+    config = ladder.of_arm("hedgehog", replace(same_command, out_dir=str(tmp_path)))
     (tmp_path / "hedgehog").mkdir()
     result = {"arm": "hedgehog", "config": BEFORE["result"], "data": "d9e1060e"}
     (tmp_path / "hedgehog" / "result.json").write_text(json.dumps(result))
     subject = ladder.Subject(*[None] * 9, tokenizer="bytes", data="d9e1060e")
-    assert ladder.made_before("hedgehog", config, subject) == result
-    assert ladder.made_before("hedgehog", replace(config, max_steps=5), subject) is None
-    assert ladder.made_before("hedgehog", config, subject._replace(data="other")) is None
+    assert ladder.made_before(config, subject) == result
+    assert ladder.made_before(replace(config, max_steps=5), subject) is None
+    assert ladder.made_before(config, subject._replace(data="other")) is None
 
 
 def test_results_with_earlier_names_of_arms_have_todays():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_ladder import QUICK
-from tiny import save_byte_tokenizer, save_dialogues, save_gpt2, save_llama
+from conftest import QUICK
+from tiny import save_byte_tokenizer, save_dialogues, save_gpt2
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,20 +25,6 @@ from model import map_parameters  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import UserError  # noqa: E402
 from swap import set_mode  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def convert(command, llama, text, tmp_path):
-    """convert(*flags): a tiny run of experiments/llama.py on the small text."""
-    where = ["--out_dir", tmp_path / "out", "--distil_dir", tmp_path / "maps"]
-    flags = ["--dataset", "text", "--data_dir", text, "--block_size", 32, *QUICK, *where]
-    return lambda *more: command("experiments.llama", llama, *flags, *more)
-
 
 # ---------------------------------------------------------------- LoRA
 
@@ -138,6 +124,14 @@ def test_a_dialogue_beyond_the_models_positions_is_one_line(summaries, dialogues
     assert "Traceback" not in stderr
 
 
+def test_broken_unicode_in_a_dialogue_is_one_line(summaries, dialogues):
+    path = dialogues / "some.train.jsonl"
+    path.write_text(path.read_text() + '\n{"dialogue": "half \\ud83d", "summary": "of a pair"}')
+    code, _, stderr = summaries("--arms", "teacher")
+    assert code == 2 and stderr.count("\n") == 1
+    assert f"error: {path}, row 281 has broken Unicode ('\\ud83d'): repair it" in stderr
+
+
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(llama):
     tokenizer = Tokenizer(str(llama))
     plain = tokenizer.encode_many([prompt_of("A: hi")])[0]
@@ -199,6 +193,9 @@ def test_rouge_is_that_of_equal_and_of_disjoint_texts():
     assert rouge(["the cat sat", "a b"], ["dogs run", "a b"])["rouge1"] == 50.0
 
 
+BROKEN = r"x.train.jsonl, row 2 has broken Unicode \('\\ud83d'\): repair it"
+
+
 @pytest.mark.parametrize(
     "name, rows, message",
     [
@@ -206,7 +203,18 @@ def test_rouge_is_that_of_equal_and_of_disjoint_texts():
         ("x.train.jsonl", '{"dialogue": 3, "summary": "b"}', "without the texts dialogue"),
         ("x.train.jsonl", "[1]", "without the texts dialogue and summary"),
         ("x.train.json", "3", "no list of objects"),
-        ("x.train.jsonl", "not json", "is not jsonl"),
+        ("x.train.jsonl", "not json", "row 1 is not JSON .*: give one object a line"),
+        (
+            "x.train.jsonl",
+            '{"dialogue": "a", "summary": "b"}\n{"dialogue": "a \\ud83d", "summary": "b"}',
+            BROKEN,
+        ),
+        (
+            "x.train.json",
+            '[{"dialogue": "a", "summary": "\\udc00 b"}]',
+            r"train.json, row 1 has broken Unicode",
+        ),
+        ("x.train.jsonl", "[" * 10**5, "row 1 is not JSON"),
         ("x.train.txt", "", "no .json or .jsonl file for: train"),
     ],
 )
