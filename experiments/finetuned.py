@@ -210,8 +210,8 @@ def teach(config: RecoverConfig, task: Task, subject: Subject) -> None:
     torch.manual_seed(config.seed)
     net = task.load(config.model, True).to(pick_device(config.device))
     how = dict(max_steps=steps_of(config.teacher_epochs, task, config), lr=config.teacher_lr)
-    teach = folder.with_name("teach")
-    error, minutes = ladder.train_stage(net, "teacher", teach, config, subject, **how)
+    stage = folder.with_name("teach")
+    error, minutes = ladder.train_stage(net, "teacher", stage, config, subject, **how)
     if not folder.exists():
         net.hf.save_pretrained(beside)
         if task.tokenizer:
@@ -220,8 +220,8 @@ def teach(config: RecoverConfig, task: Task, subject: Subject) -> None:
     print(f"teacher, seed {config.seed}: dev score {100 * (1 - error):.2f}, {minutes} minutes")
 
 
-def unfinetuned(config: RecoverConfig, subject: Subject) -> nn.Module:
-    """The teacher with the maps of an arm before finetuning, in mode "softmax", on the CPU."""
+def unfinetuned(config: RecoverConfig, subject: Subject) -> tuple[nn.Module, list[nn.Module]]:
+    """(the teacher, in mode "softmax", the linear attention of an arm before finetuning by layer), on the CPU."""
     net = ladder.build(config, subject)
     if config.arm.distilled:
         net.requires_grad_(False)
@@ -229,15 +229,15 @@ def unfinetuned(config: RecoverConfig, subject: Subject) -> nn.Module:
             p.requires_grad_()
         folder = Path(config.distil_dir) / config.arm.maps
         restore(load_checkpoint(folder)[0], net, path=folder)
-    set_mode(net.eval(), "softmax")
-    return net.cpu()
+    own = [socket.attend for socket in sockets(net)]
+    set_mode(net.eval(), "softmax")  # has the same maps
+    return net.cpu(), own
 
 
 @torch.no_grad()
 def weights_of(config: RecoverConfig, subject: Subject) -> dict[str, float]:
     """Entropy, Kendall's tau and KL of an arm's weights before finetuning, on the teacher's q and k."""
-    net, found = unfinetuned(config, subject), []
-    own = [socket.attend for socket in sockets(net)]
+    (net, own), found = unfinetuned(config, subject), []
     for *inputs, _ in subject.held_out:
         layers = queries_and_keys(net, *inputs)
         found.append(measure(layers, own[0].causal, lambda layer: {"map": own[layer]})["maps"]["map"])

@@ -42,7 +42,6 @@ from hf.models import ImageClassifier, load, transformers
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.hub import one_line
 from support.log import provenance
-from swap import sockets
 
 KIND = transformers.AutoModelForImageClassification
 PAPER = dict(teacher=80.3, t2r_hh=77.0, hedgehog=79.5)  # ViT-B/16 on ImageNet-1k, top-1; second-hand
@@ -148,10 +147,10 @@ def imagenet(config: ViTConfig) -> Task:
 def draw_patches(config: ViTConfig, task: Task) -> str:
     """What the class token of the last layer attends to, on the teacher's queries and keys."""
     mine = of_seed(config, task, config.seed)
-    net = unfinetuned(replace(mine, arms=["hedgehog"]), subject_of(mine, task))
+    net, own = unfinetuned(replace(mine, arms=["hedgehog"]), subject_of(mine, task))
     images, _ = task.collate(task.tests["validation"][:8])
     q, k = queries_and_keys(net, images)[-1]
-    weights = all_weights(q, k, False, {"Hedgehog": sockets(net)[-1].attend})  # by name: (B, H, T, T)
+    weights = all_weights(q, k, False, {"Hedgehog": own[-1]})  # by name: (B, H, T, T)
     side = round((q.size(2) - 1) ** 0.5)  # patches in a row
     maps = {  # by name, one for each image: the mean over heads of the class token's weights
         name: list(A.mean(1)[:, 0, 1:].unflatten(1, (side, side)).numpy()) for name, A in weights.items()
