@@ -372,9 +372,10 @@ def finetuned() -> list[str]:
 def rank_correlations() -> list[str]:
     """Of what CoLA's arms recover with the measures of their weights, as the page writes them."""
     from experiments.finetuned_tables import points
+    from experiments.ladder import with_new_names
     from experiments.metrics import rank_correlation
 
-    found = points(read("cola-controls"))
+    found = points(with_new_names(read("cola-controls")))
     assert len(found) == 12
     said = []
     for key in ("kl", "tau", "entropy"):
