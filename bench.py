@@ -10,23 +10,28 @@ the time of the contender, at the same length and with as many heads: above 1, t
 faster. The time of a contender includes the feature map. The clock is in support/timing.py.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-import attention
 import fused
-from feature_maps import make_feature_map
+from attention import (
+    linear_attention_quadratic,
+    linear_attention_recurrent,
+    make_attention,
+    softmax_attention,
+)
 from model import GPT, GPTConfig
 from support import timing
 from support.cli import UserError, parse, run, setting
 from support.devices import peak_gib, pick_device
 from support.log import provenance
-from support.peers import fast_transformers, flash_linear_attention
-from support.timing import Report, progress, say
+from support.timing import Report, say
 
 PARTS = ["forward", "training", "memory", "decode", "model"]
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -82,35 +87,29 @@ class BenchConfig:
 # ---------------------------------------------------------------- the contenders
 
 
-class OfFeatures(nn.Module):
-    """Hedgehog's features, then a function of (phi_q, phi_k, v)."""
+def fast_transformers(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
+    """The CPU kernel of another project. It does not compute the denominator."""
+    from fast_transformers.causal_product import causal_dot_product
 
-    def __init__(self, form: Callable, n_head: int, head_dim: int):
-        super().__init__()
-        self.form, self.phi = form, make_feature_map("hedgehog", n_head, head_dim)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = self.form(self.phi(q), self.phi(k), v)
-        return y[0] if isinstance(y, tuple) else y  # without the state
+    return causal_dot_product(phi_q, phi_k, v.contiguous())
 
 
-def linear(feature_map: str) -> Callable[[int, int], nn.Module]:
-    return lambda H, D: attention.LinearAttention(make_feature_map(feature_map, H, D))
-
-
-CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {  # name: (heads, head_dim) -> module
-    "softmax": lambda H, D: attention.SoftmaxAttention(),  # PyTorch's scaled_dot_product_attention
-    "quadratic": lambda H, D: OfFeatures(attention.linear_attention_quadratic, H, D),
-    "recurrent": lambda H, D: OfFeatures(attention.linear_attention_recurrent, H, D),
-    "torch": linear("hedgehog"),  # chunked, in PyTorch
-    "cpp": linear("hedgehog"),  # chunked, in C++
-    "triton": linear("hedgehog"),  # chunked, in Triton
-    "elu": linear("elu"),
-    "taylor": linear("taylor"),
-    "fla": lambda H, D: OfFeatures(flash_linear_attention, H, D),
-    "fast": lambda H, D: OfFeatures(fast_transformers, H, D),
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # functions of Hedgehog's features
+    "quadratic": linear_attention_quadratic,
+    "recurrent": lambda phi_q, phi_k, v: linear_attention_recurrent(phi_q, phi_k, v)[0],
+    "fast": fast_transformers,
 }
-IMPLEMENTATIONS = ("torch", "cpp", "triton")  # of the same function, in fused/
+IMPLEMENTATIONS = ["torch", "cpp", "triton"]  # of LinearAttention with Hedgehog, in fused/
+CONTENDERS = ["softmax", "quadratic", "recurrent", *IMPLEMENTATIONS, "elu", "taylor", "fast"]
+
+
+def make(name: str, config: BenchConfig, heads: int, device: torch.device) -> nn.Module:
+    """The contender: a module of (q, k, v). "softmax" is PyTorch's scaled_dot_product_attention."""
+    kind = "hedgehog" if name in (*FORMS, *IMPLEMENTATIONS) else name
+    attend = make_attention(kind, heads, config.head_dim).to(device)
+    if form := FORMS.get(name):
+        attend.forward = lambda q, k, v: form(attend.phi(q), attend.phi(k), v)
+    return attend
 
 
 def choose(name: str, device: torch.device) -> None:
@@ -121,26 +120,24 @@ def choose(name: str, device: torch.device) -> None:
 # ---------------------------------------------------------------- what is measured
 
 
-def random(T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
-    """Random q, k, v, or gradient of y: (1, H, T, D)."""
-    return torch.randn(1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
+def random(n: int, T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
+    """n random inputs of attention: (n, 1, H, T, D)."""
+    return torch.randn(n, 1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
+
+
+def forward_and_backward(attend: nn.Module, qkv: list[Tensor], dy: Tensor) -> None:
+    torch.autograd.grad(attend(*qkv), [*qkv, *attend.parameters()], dy)
 
 
 def calls_of(part: str, names: list[str], T: int, config: BenchConfig, device) -> dict[str, Callable]:
-    """What is timed: the forward pass of attention alone, or forward and backward."""
-    H, calls = config.heads(T), {}
-    q, k, v, dy = (random(T, H, config, device) for _ in range(4))
+    """What is measured: the forward pass of attention alone, or forward and backward."""
+    H = config.heads(T)
+    *qkv, dy = random(4, T, H, config, device)
+    qkv, calls = [x.requires_grad_() for x in qkv], {}
     for name in names:
-        attend = CONTENDERS[name](H, config.head_dim).to(device)
-        leaves = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), *attend.parameters()]
-
-        def forward(attend=attend) -> Tensor:
-            return attend(q, k, v)
-
-        def forward_and_backward(attend=attend, leaves=leaves) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(attend(q, k, v), leaves, dy)
-
-        calls[name] = forward if part == "forward" else forward_and_backward
+        attend = make(name, config, H, device)
+        both = partial(forward_and_backward, attend, qkv, dy)
+        calls[name] = partial(attend, *qkv) if part == "forward" else both
     return calls
 
 
@@ -148,50 +145,44 @@ def time_attention(part: str, names: list[str], report: Report, config: BenchCon
     what = "Forward pass" if part == "forward" else "Forward and backward pass"
     fewer = " (2 above 8,192 tokens)" if max(config.lengths) > 8192 else ""
     report.begin(part, f"{what} of attention, {config.n_head} heads{fewer}")
-    for T in progress(config.lengths, part):
-        fitting = report.affordable(names, T, config.heads(T), config)
+    for T in config.lengths:
         with torch.set_grad_enabled(part == "training"):
-            calls = calls_of(part, fitting, T, config, report.device)
+            calls = calls_of(part, report.affordable(names, T, config), T, config, report.device)
             report.time(T, config.heads(T), calls, config.rounds)
 
 
 def extra_mib(config: BenchConfig, name: str, T: int, device: torch.device) -> float:
     """MiB that forward and backward add to the memory in use. Runs in a process of its own."""
-    torch.set_num_threads(config.threads)
     choose(name, device)
-    for length in (256, T):  # the first call also loads and builds; the second one counts
-        call = calls_of("memory", [name], length, config, device)[name]
-        mib = timing.extra_mib(call, device)
-    return mib
+    small, large = (calls_of("memory", [name], n, config, device)[name] for n in (256, T))
+    return timing.extra_mib(small, large, device)
 
 
 def measure_memory(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
-    report.begin(part, "Memory that the forward and backward pass of attention adds")
-    for T in progress([T for T in config.lengths if T >= 512], "memory"):
-        for name in report.affordable(names, T, config.heads(T), config):
-            report.memory(T, config.heads(T), name, extra_mib, config, name, T, report.device)
+    lengths = (T for T in config.lengths if T >= 512)
+    calls = ((T, config.heads(T), name) for T in lengths for name in report.affordable(names, T, config))
+    report.memory("Memory that the forward and backward pass of attention adds", calls, extra_mib, config)
 
 
 def time_decoding(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
     """One more token: softmax reads a KV cache of T tokens, linear attention reads a state."""
     H, D = config.n_head, config.head_dim
-    title, baselines = f"Decoding: one more token after a context, {H} heads", ("softmax", "matmul")
-    report.begin(part, title, baselines, label="best KV cache")
-    q, k, v = (random(1, H, config, report.device) for _ in range(3))
+    report.begin(part, f"Decoding: one more token after a context, {H} heads")
+    q, k, v = random(3, 1, H, config, report.device)
     for T in config.bounded(CONTEXTS):
-        K, V = (random(T, H, config, report.device) for _ in range(2))
+        K, V = random(2, T, H, config, report.device)
         calls: dict[str, Callable] = {
-            "softmax": lambda K=K, V=V: attention.softmax_attention(q, K, V),
+            "softmax": partial(softmax_attention, q, K, V),
             "matmul": lambda K=K, V=V: (q @ K.mT / D**0.5).softmax(-1) @ V,
         }
         sizes = {"kv_bytes": K.nbytes + V.nbytes, "state_bytes": 0}
         with torch.no_grad():
-            for name in [name for name in IMPLEMENTATIONS if name in names]:
+            for name in (name for name in IMPLEMENTATIONS if name in names):
                 choose(name, report.device)
-                attn, cache = linear("hedgehog")(H, D).to(report.device), {}
-                attn.extend(q, k, v, cache)  # The state after T tokens is as large as after one.
+                attend, cache = make(name, config, H, report.device), {}
+                calls[name] = partial(attend.extend, q, k, v, cache)
+                calls[name]()  # The state after T tokens is as large as after one.
                 sizes["state_bytes"] = sum(x.nbytes for x in cache["state"])
-                calls[name] = lambda attn=attn, cache=cache: attn.extend(q, k, v, cache)
             report.time(T, H, calls, config.rounds)
         report.rows[-1].update(sizes)
         say(f"{'':11}KV cache {sizes['kv_bytes']:,} bytes, state {sizes['state_bytes']:,} bytes")
@@ -200,37 +191,32 @@ def time_decoding(part: str, names: list[str], report: Report, config: BenchConf
 def time_model(part: str, names: list[str], report: Report, config: BenchConfig) -> None:
     """A whole GPT with each attention: forward and backward, then generation."""
     device, bfloat16 = report.device, config.dtype == "bfloat16"
-    fused.use("auto", device)
 
-    def gpt(name: str, **shape) -> GPT:
+    def gpts(**shape) -> dict[str, GPT]:
         torch.manual_seed(0)
-        return GPT(GPTConfig(attention=name, **shape)).to(device)
+        return {name: GPT(GPTConfig(attention=name, **shape)).to(device) for name in ("softmax", "hedgehog")}
+
+    def step(model: GPT, idx: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = model(idx, idx)[1]
+        torch.autograd.grad(loss, list(model.parameters()))
 
     lengths = config.bounded(SEQUENCES)
     tokens = max(lengths)  # in a batch, whatever the length of the sequences
     small = dict(vocab_size=256, n_layer=2, n_head=6, n_embd=384)
     report.begin(part, f"A GPT of 2 layers: forward and backward pass, {tokens:,} tokens in a batch")
     for T in lengths:
-        calls, idx = {}, torch.randint(256, (tokens // T, T), device=device)
-        for name in ("softmax", "hedgehog"):
-            model = gpt(name, block_size=T, **small)
-
-            def step(model=model, idx=idx) -> None:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    loss = model(idx, idx)[1]
-                torch.autograd.grad(loss, list(model.parameters()))
-
-            calls[name] = step
+        idx = torch.randint(256, (tokens // T, T), device=device)
+        calls = {name: partial(step, model, idx) for name, model in gpts(block_size=T, **small).items()}
         report.time(T, 6, calls, rounds=3, tokens=idx.numel())
     for batch, prompts in PROMPTS.items():
         title = f"A GPT of GPT-2's size: one more token after a prompt, batch size {batch}"
         report.begin(f"generate{batch}", title)
         for T in config.bounded(prompts):
             calls, idx = {}, torch.randint(50257, (batch, T), device=device)
-            for name in ("softmax", "hedgehog"):
-                generated = gpt(name, block_size=T + 32).eval().stream(idx, 10**9, temperature=0)
-                next(generated)  # reads the prompt
-                calls[name] = generated.__next__
+            for name, model in gpts(block_size=T + 32).items():
+                calls[name] = partial(next, model.eval().stream(idx, 10**9, temperature=0))
+                calls[name]()  # reads the prompt
             with torch.no_grad():
                 report.time(T, 12, calls, rounds=3, tokens=batch)
 
@@ -245,21 +231,29 @@ def main() -> None:
     device = pick_device(auto if config.device == "auto" else config.device)
     dtype = getattr(torch, config.dtype)
     torch.set_num_threads(config.threads)
-
-    def once(name: str) -> None:
-        choose(name, device)
-        attend = CONTENDERS[name](1, config.head_dim).to(device)
-        attend(*torch.zeros(3, 1, 1, 1, config.head_dim, device=device))
-
-    names, missing = timing.available(config.contenders or CONTENDERS, once)
-    report = Report(device, before=lambda name: choose(name, device))
+    names, missing = [], {}
+    for name in config.contenders or CONTENDERS:
+        try:
+            choose(name, device)
+            make(name, config, 1, device)(*torch.zeros(3, 1, 1, 1, config.head_dim, device=device))
+            names.append(name)
+        except (ValueError, ImportError) as e:
+            missing[name] = str(e)
+    report = Report(device, before=partial(choose, device=device))
     facts = {"bench": 1, **provenance(), "config": asdict(config), "missing": missing}
     facts["speed"] = timing.machine_speed(device, dtype)
     timing.print_setup(facts, names, device)
     for part in config.what:
         MEASURE.get(part, time_attention)(part, names, report, config)
-    timing.efficiency(report, config.head_dim, dtype.itemsize, facts["speed"])
-    facts["crossover"] = timing.crossovers(report, names)
+    timed = [r for r in report.rows if r["part"] == "forward" and r["contender"] in IMPLEMENTATIONS]
+    if timed:
+        timing.efficiency(timed, config.head_dim, dtype.itemsize, facts["speed"])
+    facts["crossover"] = {}
+    print()
+    for part, name in itertools.product(("forward", "training"), names):
+        facts["crossover"][f"{part} {name}"] = T = report.crossover(part, name)
+        if T and name != "softmax":
+            say(f"{part}: {name} is faster than softmax from {T:,} tokens on (of these lengths)")
     facts["speed_after"] = timing.machine_speed(device, dtype)
     timing.print_change(facts["speed"], facts["speed_after"])
     report.save(config.out, facts | {"peak_gib": peak_gib(device)})

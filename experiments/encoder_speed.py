@@ -11,25 +11,24 @@ model has as many positions as the longest text has tokens. Needs requirements-h
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from feature_maps import FEATURE_MAPS
+from experiments.tables import markdown
 from support import timing
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
 from support.log import provenance
-from support.timing import Report, crossover, machine_speed, progress
-
-LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 @dataclass
 class EncoderConfig:
     # -- what is measured
-    lengths: list[int] = setting(LENGTHS)  # Numbers of tokens in a text.
+    lengths: list[int] = setting([128, 256, 512, 1024, 2048, 4096, 8192])  # Numbers of tokens in a text.
     feature_map: str = "hedgehog"  # Name of the feature map of the converted model.
     n_layer: int = 6  # Number of layers (blocks).
     n_head: int = 12  # Number of heads in each layer.
@@ -43,15 +42,11 @@ class EncoderConfig:
     out: str = "out/bench-encoder.json"  # File that receives all numbers.
 
     def check(self) -> None:
-        if self.feature_map not in FEATURE_MAPS:
-            names = ", ".join(FEATURE_MAPS)
-            raise UserError(f"--feature_map takes {names}, not {self.feature_map}")
         for name in ("n_layer", "n_head", "n_embd", "batch_size", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            widths = f"--n_embd ({self.n_embd}) must be a multiple of --n_head ({self.n_head})"
-            raise UserError(widths)
+            raise UserError(f"--n_embd ({self.n_embd}) must be a multiple of --n_head ({self.n_head})")
         if not self.lengths or min(self.lengths) < 2:
             raise UserError("--lengths takes numbers of tokens, at least 2 each")
 
@@ -78,67 +73,55 @@ def encoders(config: EncoderConfig, device: torch.device) -> dict[str, nn.Module
     return {"softmax": softmax, config.feature_map: converted}
 
 
-def tokens(config: EncoderConfig, T: int, device: torch.device) -> torch.Tensor:
-    return torch.randint(1000, 30000, (config.batch_size, T), device=device)
+def forward(model: nn.Module, config: EncoderConfig, T: int) -> Callable:
+    idx = torch.randint(1000, 30000, (config.batch_size, T), device=model.device)
+    return torch.no_grad()(partial(model, idx))
 
 
-@torch.no_grad()
 def extra_mib(config: EncoderConfig, name: str, T: int, device: torch.device) -> float:
     """MiB that a forward pass adds to the memory in use. Runs in a process of its own."""
-    torch.set_num_threads(config.threads)
     model = encoders(config, device)[name]
-    for length in (min(64, T), T):  # the first call also loads; the second one counts
-        idx = tokens(config, length, device)
-        mib = timing.extra_mib(lambda: model(idx), device)  # noqa: B023
-    return mib
+    return timing.extra_mib(forward(model, config, min(64, T)), forward(model, config, T), device)
 
 
 def main() -> None:
     config, _ = parse(EncoderConfig(), sys.argv[1:], __doc__)
     config.check()
     device = pick_device(config.device)
-    report, lengths = Report(device), sorted(config.lengths)
+    report, lengths = timing.Report(device), sorted(config.lengths)
     torch.set_num_threads(config.threads)
     models = encoders(config, device)
-    speed = machine_speed(device, torch.float32)
+    speed = timing.machine_speed(device, torch.float32)
     facts = {"bench_encoder": 1, **provenance(), "config": asdict(config), "speed": speed}
 
     report.begin("forward", f"Forward pass of a BERT, {config.n_layer} layers")
-    for T in progress(lengths, "forward"):
-        idx = tokens(config, T, device)
-        calls = {name: lambda model=model: model(idx) for name, model in models.items()}  # noqa: B023
-        with torch.no_grad():
-            report.time(T, config.n_head, calls, config.rounds)
-    report.begin("memory", "Memory that the forward pass adds")
-    for T in progress([T for T in lengths if T >= 512], "memory"):
-        for name in models:
-            report.memory(T, config.n_head, name, extra_mib, config, name, T, device)
-
-    facts["crossover"] = crossover(report, "forward", config.feature_map)
+    for T in lengths:
+        calls = {name: forward(model, config, T) for name, model in models.items()}
+        report.time(T, config.n_head, calls, config.rounds)
+    large = ((T, config.n_head, name) for T in lengths if T >= 512 for name in models)
+    report.memory("Memory that the forward pass adds", large, extra_mib, config)
+    facts["crossover"] = report.crossover("forward", config.feature_map)
     print(f"\n{table(facts | {'rows': report.rows})}")
     report.save(config.out, facts)
 
 
 def table(facts: dict) -> str:
     """Time and memory against length in Markdown, and the length from which conversion pays."""
-    rows = {(r["part"], r["T"], r["contender"]): r for r in facts["rows"]}
+    found = {(r["part"], r["T"], r["contender"]): r for r in facts["rows"]}
     name = facts["config"]["feature_map"]
-    lines = [
-        f"| tokens | softmax, ms | {name}, ms | times softmax | softmax, MiB | {name}, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["tokens", "softmax, ms", f"{name}, ms", "times softmax", "softmax, MiB", f"{name}, MiB"]
+    rows = []
     for T in sorted(facts["config"]["lengths"]):
-        softmax, converted = rows["forward", T, "softmax"], rows["forward", T, name]
-        times = [f"{1e3 * r['median']:,.0f}" for r in (softmax, converted)]
-        memory = [rows.get(("memory", T, model)) for model in ("softmax", name)]
+        cells = [f"{1e3 * found['forward', T, model]['median']:,.0f}" for model in ("softmax", name)]
+        memory = [found.get(("memory", T, model)) for model in ("softmax", name)]
         mib = ["" if r is None else f"{r['median']:,.0f}" for r in memory]
-        cells = [f"{T:,}", *times, f"{converted['ratio']:.2f}", *mib]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([f"{T:,}", *cells, f"{found['forward', T, name]['ratio']:.2f}", *mib])
     pays = facts["crossover"]
     where = f"from {pays:,} tokens on, of" if pays else "at none of"
-    lines += ["", "MiB: what a forward pass adds to the memory in use."]
-    lines += [f"The converted encoder is faster {where} the lengths measured."]
-    return "\n".join(lines)
+    return (
+        f"{markdown(head, rows)}\n\nMiB: what a forward pass adds to the memory in use.\n"
+        f"The converted encoder is faster {where} the lengths measured."
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def setting(
     shapes: what must be made again when it changes: "maps" (distilled feature maps), "teacher".
     """
     assert not isinstance(shapes, str), "shapes is a tuple of words"
-    metadata = {"may_change": may_change, "hidden": hidden, "shapes": tuple(shapes)}
+    metadata = {"may_change": may_change, "hidden": hidden, **dict.fromkeys(shapes, True)}
     if isinstance(default, (list, dict)):  # every configuration gets a copy of its own
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -103,11 +103,9 @@ def tagged(config: Any, name: str, tag: str) -> bool:
 
     A tag in a base class counts, too: a new default in a subclass keeps the tags.
     """
-    for base in (config if isinstance(config, type) else type(config)).__mro__:
-        field = getattr(base, "__dataclass_fields__", {}).get(name)
-        if field and (field.metadata.get(tag) is True or tag in field.metadata.get("shapes", ())):
-            return True
-    return False
+    bases = (config if isinstance(config, type) else type(config)).__mro__
+    fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in bases)
+    return any(field.metadata.get(tag) for field in fields if field)
 
 
 # ---------------------------------------------------------------- flags
@@ -130,14 +128,14 @@ def named(word: str) -> tuple[str, Any]:
 
 # type of a field -> (what messages say that the flag takes, reads a word, options of add_argument)
 KINDS: dict[Any, tuple[str, Callable[[str], Any], dict[str, Any]]] = {
-    bool: ("true or false", boolean, {"metavar": "true|false", "nargs": "?", "const": True}),
-    int: ("a whole number", int, {"metavar": "INT"}),
-    float: ("a number", float, {"metavar": "FLOAT"}),
-    str: ("a value", str, {"metavar": "TEXT"}),
-    list[int]: ("one or more whole numbers", int, {"metavar": "INT", "nargs": "+"}),
-    list[float]: ("one or more numbers", float, {"metavar": "FLOAT", "nargs": "+"}),
-    list[str]: ("one or more values", str, {"metavar": "TEXT", "nargs": "+"}),
-    dict: ("one or more words name=value", named, {"metavar": "NAME=VALUE", "nargs": "+"}),
+    bool: ("true or false", boolean, dict(metavar="true|false", nargs="?", const=True)),
+    int: ("a whole number", int, dict(metavar="INT")),
+    float: ("a number", float, dict(metavar="FLOAT")),
+    str: ("a value", str, dict(metavar="TEXT")),
+    list[int]: ("one or more whole numbers", int, dict(metavar="INT", nargs="+")),
+    list[float]: ("one or more numbers", float, dict(metavar="FLOAT", nargs="+")),
+    list[str]: ("one or more values", str, dict(metavar="TEXT", nargs="+")),
+    dict: ("one or more words name=value", named, dict(metavar="NAME=VALUE", nargs="+")),
 }
 
 
@@ -159,10 +157,10 @@ def parse(default: Config, argv: list[str], description: str, first: str = "") -
     try:
         found, unread = parser.parse_known_args(marked(argv, flags))
     except argparse.ArgumentError as e:
-        given = e.message if e.message.startswith("not ") else "and none was given"
-        raise UserError(f"{e.argument_name} takes {flags[e.argument_name[2:]][0]}, {given}") from None
-    if unread:
-        flag = unread[0].removeprefix(" ")
+        raise UserError(
+            f"{e.argument_name} takes {flags[e.argument_name[2:]][0]}, and none was given"
+        ) from None
+    for flag in (word.strip() for word in unread):
         if not re.match("--?[A-Za-z]", flag):
             raise UserError(f"stray word {flag!r}: flags begin with -- (--help lists all)")
         name = flag.lstrip("-").replace("-", "_").removeprefix("no_")
@@ -187,11 +185,11 @@ def marked(argv: list[str], flags: dict[str, tuple]) -> list[str]:
     return words
 
 
-def value_of(read: Callable[[str], Any], word: str) -> Any:
+def value_of(name: str, says: str, read: Callable[[str], Any], word: str) -> Any:
     try:
         return read(word[1:])  # without the space of `marked`
     except ValueError:
-        raise argparse.ArgumentTypeError(f"not {word[1:]!r}") from None
+        raise UserError(f"--{name} takes {says}, not {word[1:]!r}") from None
 
 
 # ---------------------------------------------------------------- --help
@@ -214,12 +212,12 @@ def parser_of(default: Any, flags: dict[str, tuple], description: str, first: st
     titles = [THIS, *(SHARED if dataclasses.is_dataclass(type(default).__base__) else [])]
     titles += sorted((title for title, _ in documents.values()), key="general".__eq__)  # general last
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles)}
-    for name, (_, read, options) in flags.items():
+    for name, (says, read, options) in flags.items():
         title, sentence = documents.get(name, (THIS, ""))
         value = written(getattr(default, name))
         sentence += f" (default:\xa0{value})" if value else ""
         sentence = sentence.strip().replace("%", "%%").replace("-", "\u2011")  # no line ends at \xa0, \u2011
-        reader = functools.partial(value_of, read)
+        reader = functools.partial(value_of, name, says, read)
         groups[title].add_argument(f"--{name}", type=reader, help=sentence, **options)
     return parser
 

@@ -90,7 +90,7 @@ def test_every_contender_and_every_part(report):
     assert decoded["ratio"] == pytest.approx(best / decoded["median"])
     assert "state 1,152 bytes" in text and f"KV cache {2 * 2 * 1024 * 8 * 4:,} bytes" in text
     assert result["command"] and result["commit"] and result["minutes"] > 0
-    assert "without fla:" in text and re.search("^ +1,100  softmax ", text, re.MULTILINE)
+    assert "without fast:" in text and re.search("^ +1,100  softmax ", text, re.MULTILINE)
 
 
 def test_the_speed_of_the_machine_is_measured():
@@ -133,10 +133,10 @@ def test_what_does_not_fit_is_left_out_and_said(measured):
 def test_turns_alternate_and_short_calls_are_repeated():
     order, prepared = [], []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    results = take_turns(calls, 5, CPU, least=1e-4, before=prepared.append)
+    results = take_turns(calls, 5, prepared.append, least=1e-4)
     measured = "".join(order).lstrip("a").lstrip("b")  # after the warm-up
     turns = [group[0] for group in measured.replace("ab", "a b").replace("ba", "b a").split()]
-    assert turns == list("ababababab") and prepared == list("ab" + "ababababab")
+    assert turns == list("ababababab") and prepared == list("aabb" + "ababababab")
     assert all(r["low"] <= r["median"] <= r["high"] for r in results.values())
 
 
@@ -305,10 +305,8 @@ def test_a_machine_that_changed_its_speed_is_reported(capsys):
     assert "from 100 to 80 GFLOP/s" in line and "\n" not in line
 
 
-def test_long_remarks_are_wrapped_and_said_once(capsys):
-    report = Report(CPU)
-    for _ in range(2):
-        report.say_once("without triton: " + "a reason " * 20, "triton")
+def test_long_remarks_are_wrapped(capsys):
+    timing.say("without triton: " + "a reason " * 20)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) == 3
 
@@ -317,8 +315,8 @@ def test_the_crossover_is_the_length_from_which_softmax_is_never_faster():
     report = Report(CPU)
     for T, ratio in ((8, 1.2), (16, 0.9), (32, 1.0), (64, 3.0)):
         report.rows.append({"part": "forward", "contender": "torch", "T": T, "ratio": ratio})
-    assert timing.crossover(report, "forward", "torch") == 32
-    assert timing.crossover(report, "training", "torch") is None
+    assert report.crossover("forward", "torch") == 32
+    assert report.crossover("training", "torch") is None
 
 
 # ---------------------------------------------------------------- a whole encoder
