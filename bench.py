@@ -11,6 +11,7 @@ faster. The time of a contender includes the feature map. The clock is in suppor
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from support.devices import peak_gib, pick_device
 from support.log import provenance
 from support.timing import Report, say
 
+IMPLEMENTATIONS = ["torch", "cpp", "triton"]  # of LinearAttention with Hedgehog, in fused/
+CONTENDERS = ["softmax", "quadratic", "recurrent", *IMPLEMENTATIONS, "elu", "taylor", "fast"]
 PARTS = ["forward", "training", "memory", "decode", "model"]
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CONTEXTS = [1024, 8192, 102400]  # decode: tokens before the new one
@@ -43,9 +46,9 @@ PROMPTS = {1: [128, 4096], 8: [128]}  # model: for each batch size, tokens befor
 @dataclass
 class BenchConfig:
     # -- what is measured
-    what: list[str] = setting(PARTS)  # Parts of the benchmark to run.
+    what: list[str] = setting(PARTS, choices=PARTS)  # Parts of the benchmark to run.
     lengths: list[int] = setting(LENGTHS)  # Numbers of tokens. If given, no part exceeds the largest.
-    contenders: list[str] = setting([])  # Names, such as softmax torch cpp. By default, all that run here.
+    contenders: list[str] = setting([], choices=CONTENDERS)  # Such as softmax torch cpp; by default, all.
     n_head: int = 12  # Number of heads. Above 8,192 tokens there are 2.
     head_dim: int = 64  # Number of dimensions D of a head. Hedgehog has 2 D features.
     rounds: int = 7  # Number of turns that each contender takes.
@@ -53,25 +56,14 @@ class BenchConfig:
     max_gb: float = 4.0  # Leave a contender out where one call needs more gigabytes than this.
     # -- machine
     device: str = "auto"  # Device: cpu, cuda, or auto, which takes cuda if there is one.
-    dtype: str = "float32"  # Type of q, k and v: float32 or bfloat16.
-    threads: int = 1  # Number of threads that PyTorch uses on a CPU.
+    dtype: str = setting("float32", choices=["float32", "bfloat16"])  # Type of q, k and v.
+    threads: int = setting(1, below=(os.cpu_count() or 1) + 1)  # Number of threads of PyTorch, on a CPU.
     # -- output
     out: str = "out/bench.json"  # File that receives all numbers.
 
     def check(self) -> None:
-        if unknown := set(self.what) - set(PARTS):
-            raise UserError(f"--what takes {', '.join(PARTS)}, not {', '.join(unknown)}")
-        if unknown := set(self.contenders) - set(CONTENDERS):
-            raise UserError(f"--contenders takes {', '.join(CONTENDERS)}, not {', '.join(unknown)}")
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device takes auto, cpu or cuda, not {self.device}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype takes float32 or bfloat16, not {self.dtype}")
-        for name in ("n_head", "head_dim", "rounds", "threads", "patience", "max_gb"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be positive, not {getattr(self, name)}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise UserError("--lengths takes numbers of tokens, at least 1 each")
 
     def heads(self, T: int) -> int:
         """Two heads where twelve would keep softmax busy for minutes."""
@@ -99,8 +91,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # functions of
     "recurrent": lambda phi_q, phi_k, v: linear_attention_recurrent(phi_q, phi_k, v)[0],
     "fast": fast_transformers,
 }
-IMPLEMENTATIONS = ["torch", "cpp", "triton"]  # of LinearAttention with Hedgehog, in fused/
-CONTENDERS = ["softmax", "quadratic", "recurrent", *IMPLEMENTATIONS, "elu", "taylor", "fast"]
 
 
 def make(name: str, config: BenchConfig, heads: int, device: torch.device) -> nn.Module:

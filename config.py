@@ -6,7 +6,6 @@ The comment behind a field is its sentence in --help; a line `# -- NAME` begins 
 `may_change` may be set otherwise when a run is resumed.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +27,15 @@ class FitConfig:
     batch_size: int = 8  # sequences that an optimiser step sees, over all devices
     lr: float = 2e-3  # peak learning rate of AdamW
     map_lr_scale: float = 10.0  # the learning rate of the feature maps is this times lr
-    warmup_steps: int = 100  # steps of linear warm-up, before the cosine decay to zero at max_steps
-    weight_decay: float = 0.1  # AdamW's weight decay, on matrices and embeddings
-    beta1: float = 0.9  # how long AdamW remembers the gradient
-    beta2: float = 0.95  # how long AdamW remembers the square of the gradient
-    grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
+    warmup_steps: int = setting(100, least=0)  # steps of linear warm-up; a cosine decay to zero follows
+    weight_decay: float = setting(0.1, least=0)  # AdamW's weight decay, on matrices and embeddings
+    beta1: float = setting(0.9, least=0, below=1)  # how long AdamW remembers the gradient
+    beta2: float = setting(0.95, least=0, below=1)  # how long AdamW remembers the square of the gradient
+    grad_clip: float = setting(1.0, least=0)  # the largest norm of the gradient; 0: no limit
     grad_accum: int = may_change(1)  # pieces of the batch: less memory, the same result
     stop_loss: float = may_change(0.0)  # stop at a validation loss of at most this; 0: never
     patience: int = may_change(0)  # stop after so many validations without a better one; 0: never
-    seed: int = 1  # seed of initialisation, batches and dropout
+    seed: int = setting(1, least=0, below=2**63)  # seed of initialisation, batches and dropout
     device: str = may_change("auto")  # where to run: auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # number format of matrix products: auto, float32 or bfloat16 (autocast)
     kernel: str = may_change("auto")  # form of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
@@ -48,20 +47,8 @@ class FitConfig:
     save_interval: int = may_change(200)  # optimiser steps between two checkpoints
     log_interval: int = may_change(10)  # steps between lines of the log
 
-    def check(self, positive: str = "", at_least_zero: str = "") -> None:
-        """Raise ValueError for numbers that make no sense. positive, at_least_zero: fields of a subclass."""
-        positive += (
-            " max_steps batch_size grad_accum lr map_lr_scale eval_interval save_interval log_interval"
-        )
-        at_least_zero += " stop_loss patience warmup_steps weight_decay grad_clip seed beta1 beta2"
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, not {self.seed}")
-        for name in f"{positive} {at_least_zero}".split():
-            value, least = getattr(self, name), "positive" if name in positive.split() else "zero or more"
-            if not math.isfinite(value) or value < 0 or (value == 0 and least == "positive"):
-                raise ValueError(f"{name} must be {least}, not {value}")
-            if name.startswith("beta") and value >= 1:
-                raise ValueError(f"{name} must be below 1, not {value}")
+    def check(self) -> None:
+        """Raise ValueError for settings that do not go together. `parse` has checked every number."""
 
 
 @dataclass
@@ -89,13 +76,13 @@ class TrainConfig(GPTConfig, FitConfig):
     eval_only: bool = may_change(False)  # evaluate --init_from, or the best one in out_dir, and stop
     eval_split: str = may_change("validation")  # with --eval_only: validation, test or train
     eval_stride: int = may_change(0)  # tokens from window to window; 0: block_size, no overlap
-    eval_tokens: int = may_change(65536)  # about so many scored tokens; 0, or --eval_only: all
+    eval_tokens: int = may_change(65536, least=0)  # about so many scored tokens; 0, or --eval_only: all
     # -- output
-    sample_tokens: int = may_change(240)  # length of the sample at the end; 0: no sample
+    sample_tokens: int = may_change(240, least=0)  # length of the sample at the end; 0: no sample
     prompt: str = may_change("def ")  # how the sample begins
 
     def check(self) -> None:
-        super().check(at_least_zero="eval_stride eval_tokens sample_tokens")
+        super().check()
         if not self.prompt or self.prompt.encode(errors="ignore").decode() != self.prompt:
             raise ValueError("prompt must be at least one character, and UTF-8")
 

@@ -189,8 +189,6 @@ class DistillConfig(FitConfig):
         super().check()
         if not is_learned(self.feature_map):
             raise ValueError(f"--feature_map takes hedgehog, hedgehog_exp or t2r, not {self.feature_map!r}")
-        if self.held_out < 1:
-            raise ValueError(f"held_out must be at least 1, not {self.held_out}")
 
 
 def folder_of(checkpoint: str) -> Path:

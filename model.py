@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention import attentions, make_attention
 from feature_maps import FeatureMap, unknown
+from support.cli import setting
 from support.earlier import renewed
 from support.sampling import sample_token
 
@@ -26,7 +27,7 @@ class GPTConfig:
     n_layer: int = 12  # number of blocks (layers)
     n_head: int = 12  # heads of each attention
     n_embd: int = 768  # width of the model: C = H D
-    dropout: float = 0.0  # dropout of embeddings and of the outputs of attention and MLP
+    dropout: float = setting(0.0, below=1)  # dropout of embeddings and of the outputs of attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
     attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
     tie: bool = True  # one feature map for queries and keys; false: one map for each
@@ -34,7 +35,7 @@ class GPTConfig:
     position: str = "rope"  # how the model knows positions: rope or learned
     rope_base: float = 10000.0  # the slowest rotation of rope takes 2 pi times so many tokens
     qk_gain: float = 1.0  # scales the initial query and key projections
-    qk_bias: float = 0.0  # initial query and key biases: with rope, attention begins with near tokens
+    qk_bias: float = setting(0.0, least=-1e30)  # initial biases of q, k; with rope, attention begins nearby
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):

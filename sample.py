@@ -22,7 +22,7 @@ import fused
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from support.checkpoints import load_checkpoint, restore
-from support.cli import UserError, as_user_error, parse, run
+from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
 
 
@@ -32,21 +32,17 @@ class SampleConfig:
     prompt: str = "\n"  # the text to continue; - reads it from standard input
     prompt_file: str = ""  # a file with the text to continue
     max_new_tokens: int = -1  # how many tokens to add; -1: up to the length that the model was trained on
-    temperature: float = 0.8  # 0: always the likeliest token; 1: the distribution of the model
+    temperature: float = setting(0.8, least=0)  # 0: the likeliest token; 1: the distribution of the model
     top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
     top_p: float = 1.0  # draw from the fewest tokens that together have this probability
-    seed: int = 1  # the same seed gives the same text
+    seed: int = setting(1, least=0, below=2**63)  # the same seed gives the same text
     device: str = "auto"  # where to run: auto, cpu, cuda, cuda:N or mps
     kernel: str = "auto"  # form of linear attention: auto, torch, cpp (CPU) or triton (CUDA)
 
     def check(self) -> None:
-        """Raise UserError for numbers that make no sense."""
-        if self.max_new_tokens < -1 or self.top_k < 0 or not 0 <= self.temperature < float("inf"):
-            raise UserError("max_new_tokens, top_k and temperature must be zero or more")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be at least 0 and below 2^63, not {self.seed}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        """Raise UserError for settings that do not go together."""
+        if self.top_p > 1:
+            raise UserError(f"--top_p must be at most 1, not {self.top_p}")
         if self.prompt_file and self.prompt != SampleConfig.prompt:
             raise UserError("give --prompt or --prompt_file, not both")
 

@@ -103,11 +103,11 @@ def configs_of(config: AblationsConfig) -> list[RunConfig]:
 
 
 def table(results: list[dict]) -> str:
-    base = next(r["final"]["loss"] for r in results if r["name"] == "as set")
+    base = next((r["final"]["loss"] for r in results if r["name"] == "as set" and "failed" not in r), None)
     rows = []
     for r in sorted((r for r in results if "failed" not in r), key=lambda r: r["final"]["loss"]):
         loss, size, minutes = r["final"]["loss"], f"{r['parameters']:,}", f"{r['minutes']:.1f}"
-        rows.append([r["name"], f"{loss:.3f}", f"{loss - base:+.3f}", size, minutes])
+        rows.append([r["name"], f"{loss:.3f}", f"{loss - base:+.3f}" if base else "", size, minutes])
     rows += [[r["name"], r["failed"], "", "", ""] for r in results if "failed" in r]
     head = ["Hedgehog, changed", "nats per token", "difference", "parameters", "minutes"]
     return markdown(head, rows)

@@ -51,7 +51,7 @@ class AnalyzeConfig:
     text: str = ""  # UTF-8 file to read; by default the source of feature_maps.py
     tokens: int = 256  # how many tokens of the text
     maps: list[str] = setting(list(FEATURE_MAPS))  # feature maps to measure beside softmax
-    seed: int = 1  # of Performer's random features, and of the model if there is no checkpoint
+    seed: int = setting(1, least=0, below=2**63)  # of Performer's features, and of a model without checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     # -- output
     layer: int = -1  # the layer in the pictures, from 0; -1: the one with softmax's spikiest head
@@ -62,8 +62,8 @@ class AnalyzeConfig:
     def check(self) -> None:
         if strange := [name for name in self.maps if name not in FEATURE_MAPS]:
             raise UserError("--maps: " + unknown("feature map", strange[0], FEATURE_MAPS))
-        if self.tokens < 2 or self.heads < 1:
-            raise UserError(f"tokens must be at least 2, and heads 1, not {self.tokens} and {self.heads}")
+        if self.tokens < 2:
+            raise UserError(f"tokens must be at least 2, not {self.tokens}")
 
 
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:

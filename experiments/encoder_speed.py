@@ -10,6 +10,7 @@ model has as many positions as the longest text has tokens. Needs requirements-h
 """
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,18 +38,13 @@ class EncoderConfig:
     rounds: int = 5  # Number of turns that each model takes.
     # -- machine
     device: str = "auto"  # Device: auto, cpu, cuda, or cuda:N for the GPU number N.
-    threads: int = 1  # Number of threads that PyTorch uses on a CPU.
+    threads: int = setting(1, below=(os.cpu_count() or 1) + 1)  # Number of threads of PyTorch, on a CPU.
     # -- output
     out: str = "out/bench-encoder.json"  # File that receives all numbers.
 
     def check(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "batch_size", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd ({self.n_embd}) must be a multiple of --n_head ({self.n_head})")
-        if not self.lengths or min(self.lengths) < 2:
-            raise UserError("--lengths takes numbers of tokens, at least 2 each")
 
 
 def encoders(config: EncoderConfig, device: torch.device) -> dict[str, nn.Module]:
@@ -68,8 +64,9 @@ def encoders(config: EncoderConfig, device: torch.device) -> dict[str, nn.Module
         max_position_embeddings=max(config.lengths),
     )
     softmax = transformers.BertModel(shape).to(device).eval()
+    options = {"max_len": max(config.lengths)} if config.feature_map == "cosformer" else {}
     with as_user_error():
-        converted = linearize(copy.deepcopy(softmax), config.feature_map)
+        converted = linearize(copy.deepcopy(softmax), config.feature_map, **options)
     return {"softmax": softmax, config.feature_map: converted}
 
 

@@ -12,7 +12,6 @@ data chooses the checkpoints, and with the first seed the learning rates, by the
 The validation set, which no stage uses, gives the score.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -60,7 +59,7 @@ class RecoverConfig(ConvertConfig):
     beta2: float = 0.999
     # -- data
     train_rows: int = shapes_both(0)  # use so many training examples; 0: all
-    dev_share: float = shapes_both(0.1)  # share of them for development
+    dev_share: float = shapes_both(0.1, below=1)  # share of them for development
     dev_rows: int = shapes_both(2000)  # most examples for development
     # -- output
     eval_interval: int = 100
@@ -72,13 +71,6 @@ class RecoverConfig(ConvertConfig):
     eval_stride: int = hidden(0)
     lr: float = hidden(1e-5)
     distil_dir: str = hidden("")
-
-    def check(self) -> None:
-        super().check("seeds dev_rows teacher_epochs distil_epochs epochs teacher_lr", "train_rows")
-        if not self.lrs or not all(0 < lr < math.inf for lr in self.lrs):
-            raise UserError("--lrs takes one or more positive learning rates")
-        if not 0 < self.dev_share < 1:
-            raise UserError("dev_share must be between 0 and 1")
 
 
 class Task(NamedTuple):

@@ -60,8 +60,6 @@ class ScratchConfig(TrainConfig):
         super().check()
         if self.setting not in SETTINGS:
             raise UserError(f"unknown setting {self.setting!r}: choose one of {', '.join(SETTINGS)}")
-        if self.jobs < 0:
-            raise UserError(f"jobs must be zero or more, not {self.jobs}")
         if self.init_from or self.eval_only:
             raise UserError("every model is trained from scratch: --init_from and --eval_only are train.py's")
 
@@ -84,10 +82,6 @@ class CompareConfig(ScratchConfig):
     def check(self) -> None:
         super().check()
         check_names("attentions", self.attentions, attentions())
-        if self.seeds < 1 or self.sweep_steps < 0:
-            raise UserError("seeds must be positive, and sweep_steps zero or more")
-        if not self.lrs or not self.map_lr_scales or min(self.lrs + self.map_lr_scales) <= 0:
-            raise UserError("give at least one of lrs and of map_lr_scales: all must be positive")
 
 
 def configured(default: ScratchConfig, description: str) -> ScratchConfig:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import glue
 from experiments.finetuned import HELP, RecoverConfig, Task, recover, split_dev
-from experiments.ladder import check_choices, shapes_both
+from experiments.ladder import shapes_both
 from experiments.pretrained import check_shape, is_taught, stacked
 from hf.convert import attention_modules, is_causal
 from hf.models import Classifier, Tokenizer, load, transformers
@@ -38,9 +38,9 @@ Row = tuple[list[int], list[int], float]  # token ids, segments, label
 
 @dataclass
 class BertConfig(RecoverConfig):
-    task: str = shapes_both("cola")  # a task of GLUE, listed above
+    task: str = shapes_both("cola", choices=glue.TASKS)  # a task of GLUE, listed above
     model: str = "bert-base-uncased"  # hub name or folder of an encoder, finetuned or not
-    pooling: str = shapes_both("model")  # of a new teacher: model, or mean
+    pooling: str = shapes_both("model", choices=["model", "mean"])  # of a new teacher: model, or mean
     # -- training
     epochs: float = 5.0
     dataset: str = "glue"  # always glue in this command
@@ -51,7 +51,6 @@ class BertConfig(RecoverConfig):
 
     def check(self) -> None:
         super().check()
-        check_choices(self, task=glue.TASKS, pooling=("model", "mean"))
         if self.dataset != "glue":
             raise UserError(f"--dataset takes glue, not {self.dataset!r}: name the task first")
 

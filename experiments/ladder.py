@@ -22,7 +22,7 @@ interrupted.
 
 import difflib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,14 +113,14 @@ class ConvertConfig(FitConfig):
     # -- this command
     model: str = shapes_both("")  # the pretrained model
     arms: list[str] = setting(LADDER)  # rows of the table
-    stage: str = "evaluate"  # the last stage: measure, distil, finetune or evaluate
+    stage: str = setting("evaluate", choices=STAGES)  # the last stage: measure, distil, finetune or evaluate
     # -- model
     tie: bool = shapes_maps(True)  # one map for queries and keys (Sec. 3); false: two
     map_features: int = shapes_maps(0)  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
     # -- distillation
     distil_steps: int = 400  # optimiser steps of distillation
     distil_lr: float = 1e-2  # peak learning rate of distillation (App. C.2)
-    distil_patience: int = 5  # stop after so many validations without a better one; 0: never
+    distil_patience: int = setting(5, least=0)  # stop after so many validations without gain; 0: never
     held_out: int = shapes_maps(8)  # validation sequences that Eq. 3 is measured on
     # -- training
     max_steps: int = 400  # optimiser steps of finetuning
@@ -132,7 +132,7 @@ class ConvertConfig(FitConfig):
     data_dir: str = may_change("")  # local file or folder, instead of the hub
     block_size: int = shapes_both(256)  # tokens of context in every stage
     dev_tokens: int = shapes_maps(4096)  # about so many tokens choose checkpoints
-    eval_tokens: int = may_change(20480)  # score about so many tokens; 0: all
+    eval_tokens: int = may_change(20480, least=0)  # score about so many tokens; 0: all
     eval_stride: int = may_change(0)  # tokens from window to window; 0: block_size
     # -- output
     out_dir: str = ""  # the table, and a folder for each stage; by default out/MODEL-DATASET...
@@ -144,26 +144,15 @@ class ConvertConfig(FitConfig):
         """The arm, in a configuration of one."""
         return ARMS[self.arms[0]]
 
-    def check(self, positive: str = "", at_least_zero: str = "") -> None:
-        super().check(
-            f"distil_steps held_out block_size distil_lr dev_tokens {positive}",
-            f"distil_patience eval_stride eval_tokens map_features {at_least_zero}",
-        )
+    def check(self) -> None:
+        super().check()
         for name in set(self.arms) - set(ARMS):
             near = RENAMED.get(name) or difflib.get_close_matches(name, ARMS, 1, cutoff=0.0)[0]
             raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
         if not self.resume:
             raise UserError("stages always continue: to start again, name a new --out_dir")
-        check_choices(self, stage=STAGES)
         if self.eval_stride > self.block_size:
             raise UserError(f"--eval_stride must be at most block_size ({self.block_size})")
-
-
-def check_choices(config: ConvertConfig, **choices: Iterable[str]) -> None:
-    """Raise UserError for a setting that is none of the choices for it."""
-    for name, values in choices.items():
-        if (value := getattr(config, name)) not in values:
-            raise UserError(f"--{name} takes {' or '.join(values)}, not {value!r}")
 
 
 def of_arm(name: str, config: ConvertConfig) -> ConvertConfig:

@@ -26,20 +26,20 @@ from torch import Tensor, nn
 from config import may_change
 from data import dialogue
 from experiments import ladder
-from experiments.ladder import ARMS, ConvertConfig, Subject, check_choices, shapes_both, shapes_maps
+from experiments.ladder import ARMS, ConvertConfig, Subject, shapes_both, shapes_maps
 from experiments.pretrained import build, by_length, check_shape, save, stacked
 from hf.lora import add_lora
 from hf.models import LanguageModel, Tokenizer, load, transformers
 from support.checkpoints import checksum
-from support.cli import UserError, as_user_error, parse, run
+from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device, step_seed
 
 
 @dataclass
 class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
-    task: str = shapes_both("lm")  # lm: perplexity; dialogue: ROUGE
-    weights: str = shapes_maps("float32")  # float32, or with lora bfloat16: half the memory
+    task: str = shapes_both("lm", choices=["lm", "dialogue"])  # lm: perplexity; dialogue: ROUGE
+    weights: str = shapes_maps("float32", choices=["float32", "bfloat16"])  # bfloat16 (lora): half the memory
     dataset: str = "wikitext2"  # lm: a data set of train.py; dialogue: samsum or dialogsum
     lr: float = 1e-3  # peak learning rate of finetuning; with all parameters start at 1e-4
     batch_size: int = 2
@@ -47,19 +47,17 @@ class LlamaConfig(ConvertConfig):
     beta2: float = 0.99
     eval_interval: int = 50
     # -- training
-    finetune: str = "lora"  # lora, or all parameters
+    finetune: str = setting("lora", choices=["lora", "all"])  # lora, or all parameters
     lora_r: int = 8  # rank of LoRA's update of q, k, v and o
     lora_alpha: int = 16  # the update is scaled by alpha / r
     # -- summaries (task dialogue)
-    loss_on: str = "summary"  # finetune on the summary, or on the text (dialogue and summary)
+    loss_on: str = setting("summary", choices=["summary", "text"])  # loss on it; text: dialogue and summary
     test_dialogues: int = may_change(200)  # dialogues that ROUGE is measured on
     new_tokens: int = may_change(64)  # tokens of the longest summary
-    examples: int = may_change(3)  # number of summaries to print
+    examples: int = may_change(3, least=0)  # number of summaries to print
 
     def check(self) -> None:
-        super().check("lora_r lora_alpha test_dialogues new_tokens")
-        check_choices(self, task=("lm", "dialogue"), loss_on=("summary", "text"))
-        check_choices(self, finetune=("lora", "all"), weights=("float32", "bfloat16"))
+        super().check()
         if self.weights == "bfloat16" and self.finetune == "all":
             raise UserError("--weights bfloat16 needs --finetune lora: small steps would be lost")
         if self.task == "dialogue" and any(ARMS[name].kept for name in self.arms):

@@ -49,7 +49,7 @@ class RecallConfig(GPTConfig, FitConfig):
     seeds: int = 1  # how many seeds of each attention, from --seed on
     lrs: list[float] = setting([])  # learning rates to try with the first seed; by default lr
     jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
-    stage_steps: int = 50  # steps at lengths 16, 32 ..., three times as many at 8; 0: full length
+    stage_steps: int = setting(50, least=0)  # steps at 16, 32 ... tokens, three times as many at 8; 0: none
     test_sequences: int = 2000  # fresh sequences that the reported accuracy is measured on
     # -- model
     block_size: int = 128  # tokens of a sequence
@@ -77,10 +77,6 @@ class RecallConfig(GPTConfig, FitConfig):
         check_names("attentions", self.attentions, ["softmax", *FEATURE_MAPS])
         if self.block_size % 2 or self.block_size < SHORTEST:
             raise UserError(f"block_size must be even and at least {SHORTEST}: pairs of key and value")
-        if min(self.seeds, self.test_sequences) < 1 or min(self.jobs, self.stage_steps) < 0:
-            raise UserError("seeds and test_sequences must be positive, jobs and stage_steps zero or more")
-        if not (self.embd_std > 0 and self.init_std > 0):
-            raise UserError("init_std and embd_std must be positive")
 
 
 class RecallGPT(GPT):

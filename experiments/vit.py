@@ -35,7 +35,6 @@ from experiments.finetuned import (
     subject_of,
     unfinetuned,
 )
-from experiments.ladder import check_choices
 from experiments.metrics import all_weights, queries_and_keys
 from experiments.pretrained import check_shape, is_taught
 from hf.models import ImageClassifier, load, transformers
@@ -56,12 +55,11 @@ class ViTConfig(RecoverConfig):
     distil_epochs: float = 40.0  # most epochs of distillation; an epoch of digits has 37 steps
     epochs: float = 20.0
     lrs: list[float] = setting([1e-3])
-    dataset: str = "digits"  # digits (scikit-learn), or imagenet (from the hub or a folder)
+    dataset: str = setting("digits", choices=["digits", "imagenet"])  # digits are those of scikit-learn
     data_dir: str = ""  # imagenet: a folder with train/CLASS/* and validation/CLASS/*
 
     def check(self) -> None:
         super().check()
-        check_choices(self, dataset=("digits", "imagenet"))
         if self.dataset == "imagenet" and self.model == "digits":
             raise UserError("imagenet needs a model, such as google/vit-base-patch16-224")
         if self.dataset == "digits" and self.model != "digits":

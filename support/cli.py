@@ -22,6 +22,7 @@ import inspect
 import io
 import os
 import re
+import reprlib
 import shutil
 import sys
 import textwrap
@@ -69,7 +70,7 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as e:
         # torch.OutOfMemoryError is a RuntimeError; on a CPU it is a plain RuntimeError
         known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
-        if not known and "allocate memory" not in str(e):
+        if not known and not re.search("allocate memory|size calculation overflowed", str(e)):
             raise
         advice = "lower --batch_size, --block_size or the model's size, or raise --grad_accum"
         message, code = f"out of memory: {advice}", 1
@@ -82,30 +83,54 @@ def run(main: Callable[[], None]) -> None:
 # ---------------------------------------------------------------- fields
 
 
-def setting(
-    default: Any, *, may_change: bool = False, hidden: bool = False, shapes: tuple[str, ...] = ()
-) -> Any:
+def setting(default: Any, *, shapes: tuple[str, ...] = (), **facts: Any) -> Any:
     """A field that says more than its type, its default and its sentence.
 
     may_change: a resumed run may set it differently.
     hidden: the program sets it; it is no flag.
     shapes: what must be made again when it changes: "maps" (distilled feature maps), "teacher".
+    choices: the words that it takes.
+    least, below: the range of a number. Without them it is positive, or at least the default
+        (also of a base class) if that is zero or less; and below 2^31 or 1e30.
     """
     assert not isinstance(shapes, str), "shapes is a tuple of words"
-    metadata = {"may_change": may_change, "hidden": hidden, **dict.fromkeys(shapes, True)}
+    assert facts.keys() <= {"may_change", "hidden", "choices", "least", "below"}, facts
+    metadata = facts | dict.fromkeys(shapes, True)
     if isinstance(default, (list, dict)):  # every configuration gets a copy of its own
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def tagged(config: Any, name: str, tag: str) -> bool:
-    """Whether the field `name` says `tag`: "may_change", "hidden", or a word of its `shapes`.
+def said(config: Any, name: str, tag: str) -> list:
+    """What the field `name` says of `tag`, and its default for "default".
 
-    A tag in a base class counts, too: a new default in a subclass keeps the tags.
+    A base class counts, too: a new default in a subclass keeps the tags.
     """
     bases = (config if isinstance(config, type) else type(config)).__mro__
-    fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in bases)
-    return any(field.metadata.get(tag) for field in fields if field)
+    fields = [getattr(base, "__dataclass_fields__", {}).get(name) for base in bases]
+    facts = [{"default": field.default, **field.metadata} for field in fields if field]
+    return [fact[tag] for fact in facts if tag in fact]
+
+
+def tagged(config: Any, name: str, tag: str) -> bool:
+    """Whether the field says `tag`: "may_change", "hidden", or a word of its `shapes`."""
+    return any(said(config, name, tag))
+
+
+def require_in_range(config: Any, name: str, number: float) -> None:
+    """Raise UserError for a number that the field does not take: see `setting`."""
+    lows = said(config, name, "default") + said(config, name, "least")
+    least = min((low for low in lows if isinstance(low, (int, float))), default=1)
+    below = min(said(config, name, "below"), default=2**31 if isinstance(number, int) else 1e30)
+    if not (number > 0 or number >= least):  # so is nan
+        wanted = "positive" if least > 0 else f"at least {least}" if least else "zero or more"
+    elif number >= below:
+        wanted = f"at most {below - 1}" if isinstance(number, int) else f"below {below:g}"
+    elif 0 < abs(number) < 1e-30:  # float32 would take it for zero, or divide by it to infinity
+        wanted = "1e-30 or more"
+    else:
+        return
+    raise UserError(f"--{name} must be {wanted}, not {reprlib.repr(number)}")
 
 
 # ---------------------------------------------------------------- flags
@@ -185,11 +210,20 @@ def marked(argv: list[str], flags: dict[str, tuple]) -> list[str]:
     return words
 
 
-def value_of(name: str, says: str, read: Callable[[str], Any], word: str) -> Any:
+def value_of(config: Any, name: str, says: str, read: Callable[[str], Any], word: str) -> Any:
+    word = word[1:]  # without the space of `marked`
     try:
-        return read(word[1:])  # without the space of `marked`
+        value = read(word)
+        if read is named and not isinstance(value[1], str) and not abs(value[1]) < 2**31:  # or nan
+            raise ValueError
     except ValueError:
-        raise UserError(f"--{name} takes {says}, not {word[1:]!r}") from None
+        raise UserError(f"--{name} takes {says}, not {reprlib.repr(word)}") from None
+    if read in (int, float):
+        require_in_range(config, name, value)
+    for choices in said(config, name, "choices")[:1]:
+        if value not in choices:
+            raise UserError(f"--{name} takes {' or '.join(choices)}, not {word!r}")
+    return value
 
 
 # ---------------------------------------------------------------- --help
@@ -217,7 +251,7 @@ def parser_of(default: Any, flags: dict[str, tuple], description: str, first: st
         value = written(getattr(default, name))
         sentence += f" (default:\xa0{value})" if value else ""
         sentence = sentence.strip().replace("%", "%%").replace("-", "\u2011")  # no line ends at \xa0, \u2011
-        reader = functools.partial(value_of, name, says, read)
+        reader = functools.partial(value_of, default, name, says, read)
         groups[title].add_argument(f"--{name}", type=reader, help=sentence, **options)
     return parser
 
@@ -226,6 +260,7 @@ def parser_of(default: Any, flags: dict[str, tuple], description: str, first: st
 ENTRY = re.compile(r"^    (?:# -- (.+?)[ -]*|(\w+): (.*(?:\n {8}.*|\n    [)\]}].*)*))$", re.MULTILINE)
 
 
+@functools.cache
 def documented(config: type) -> dict[str, tuple[str, str]]:
     """field -> (its group, its sentence), from the source. A subclass that says one overrides its bases."""
     found = {}

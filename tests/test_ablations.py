@@ -78,6 +78,8 @@ def test_ablations_are_one_run_each_with_a_table_of_differences():
     text = ablations.table([*rows, {"name": "W random", "failed": "step 3: loss nan"}])
     assert "| as set | 1.500 | +0.000 | 1,000 | 1.0 |" in text and "| W = 3 I | 1.750 | +0.250 |" in text
     assert "| W random | step 3: loss nan |" in text
+    text = ablations.table([{"name": "as set", "failed": "step 3: loss nan"}, rows[1]])
+    assert "| W = 3 I | 1.750 |  |" in text, "there is nothing to compare with"
 
 
 def test_the_command_trains_every_row_and_keeps_them(command, tmp_path, text, monkeypatch):

@@ -105,12 +105,12 @@ def test_the_speed_of_the_machine_is_measured():
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("--what speed", "--what takes forward, training, memory, decode, model, not speed"),
-        ("--contenders flash", "--contenders takes softmax, quadratic"),
-        ("--dtype float16", "--dtype takes float32 or bfloat16, not float16"),
+        ("--what speed", "--what takes forward or training or memory or decode or model, not 'speed'"),
+        ("--contenders flash", "--contenders takes softmax or quadratic"),
+        ("--dtype float16", "--dtype takes float32 or bfloat16, not 'float16'"),
         ("--device mps", "--device takes auto, cpu or cuda, not mps"),
         ("--rounds 0", "--rounds must be positive, not 0"),
-        ("--lengths 0", "--lengths takes numbers of tokens"),
+        ("--lengths 0", "--lengths must be positive, not 0"),
         ("--length 5", "did you mean --lengths?"),
     ],
 )
@@ -343,6 +343,18 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # the MLP's inner layer, and no T x T
     code, _, stderr = command("experiments.encoder_speed", "--n_head", 5, "--out", out)
     assert code == 2 and "must be a multiple" in stderr
+
+
+def test_cosformer_reads_the_longest_text_of_an_encoder():
+    """cosFormer's weights turn negative beyond max_len, which is 8,192 unless something else is said."""
+    pytest.importorskip("transformers")
+    config = encoder_speed.EncoderConfig(
+        lengths=[8193, 1], feature_map="cosformer", n_layer=1, n_head=2, n_embd=16
+    )
+    models = encoder_speed.encoders(config, CPU)
+    for T in config.lengths:
+        y = encoder_speed.forward(models["cosformer"], config, T)().last_hidden_state
+        assert y.shape == (1, T, 16) and y.isfinite().all()
 
 
 def test_the_table_of_a_published_encoder_file_is_as_it_was():

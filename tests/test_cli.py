@@ -1,7 +1,6 @@
 """The command line: flags are read, errors are one line, --help is laid out, fields say facts."""
 
 import importlib
-import math
 import os
 import re
 import subprocess
@@ -28,11 +27,11 @@ class Flags:
     n_layer: int = 4  # how many
     resume: bool = False  # go on
     name: str = "x"  # what
-    lr: float = 1.0  # how fast
+    lr: float = setting(1.0, least=-1e30)  # how fast
     no_limit: bool = False  # a name that begins as a negation does
     arms: list[str] = field(default_factory=lambda: ["a"])  # which
     lengths: list[int] = field(default_factory=list)  # how long
-    lrs: list[float] = field(default_factory=list)  # how fast, each
+    lrs: list[float] = setting([], least=-1e30)  # how fast, each
     options: dict = field(default_factory=lambda: {"init": "identity"})  # more
     typed: dict[str, Any] = field(default_factory=dict)  # and more
     steps: int = setting(1, hidden=True)  # set by the program
@@ -113,10 +112,141 @@ def test_the_words_of_a_dict_become_numbers_truth_values_or_text():
     assert read("--typed", "a=1").typed == {"a": 1} and read("--options=a=1").options == {"a": 1}
 
 
-def test_numbers_may_be_nan_or_infinite_since_configurations_check_them():
-    assert math.isnan(read("--lr", "nan").lr)
-    assert read("--lr", "inf").lr == -read("--lr", "-inf").lr == math.inf
+def test_a_whole_number_is_a_number():
     assert read("--lr", "1").lr == 1.0 and type(read("--lr", "1").lr) is float
+
+
+@dataclass
+class Ranges:
+    steps: int = 5  # positive, since nothing else is said
+    patience: int = 0  # the default may be given
+    layer: int = -1
+    seed: int = setting(1, least=0, below=2**63)
+    lr: float = 1e-3
+    decay: float = setting(0.1, least=0)
+    beta: float = setting(0.9, least=0, below=1)
+    lrs: list[float] = setting([])
+    form: str = setting("a", choices=["a", "b"])
+    forms: list[str] = setting([], choices=["a", "b"])
+
+
+@dataclass
+class Patient(Ranges):
+    patience: int = 7  # zero stays allowed
+    beta: float = 0.5
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--steps 0", "--steps must be positive, not 0"),
+        ("--steps -3", "--steps must be positive, not -3"),
+        ("--steps 2147483648", "--steps must be at most 2147483647, not 2147483648"),
+        ("--patience -1", "--patience must be zero or more, not -1"),
+        ("--layer -2", "--layer must be at least -1, not -2"),
+        ("--seed -1", "--seed must be zero or more, not -1"),
+        (f"--seed {2**63}", f"--seed must be at most {2**63 - 1}, not {2**63}"),
+        ("--lr 0", "--lr must be positive, not 0.0"),
+        ("--lr nan", "--lr must be positive, not nan"),
+        ("--lr inf", "--lr must be below 1e+30, not inf"),
+        ("--lr 1e-46", "--lr must be 1e-30 or more, not 1e-46"),
+        ("--decay -0.1", "--decay must be zero or more, not -0.1"),
+        ("--beta 1", "--beta must be below 1, not 1.0"),
+        ("--lrs 1 nan", "--lrs must be positive, not nan"),
+        ("--lrs 1 0", "--lrs must be positive, not 0.0"),
+        ("--form c", "--form takes a or b, not 'c'"),
+        ("--forms a c", "--forms takes a or b, not 'c'"),
+    ],
+)
+def test_a_number_outside_the_range_of_its_field_is_one_line(flags, line):
+    for default in (Ranges(), Patient()):
+        with pytest.raises(UserError) as e:
+            parse(default, flags.split(), "")
+        assert str(e.value) == line
+
+
+def test_the_ends_of_a_range_belong_to_it_as_the_field_says():
+    words = f"--steps 2147483647 --patience 0 --layer -1 --seed {2**63 - 1} --decay 0 --beta 0 --lr 1e-30"
+    for default in (Ranges(), Patient()):
+        config = parse(default, words.split(), "")[0]
+        assert (config.patience, config.layer, config.seed) == (0, -1, 2**63 - 1)
+        assert config.steps == 2**31 - 1 and config.beta == config.decay == 0
+
+
+def default_of(name: str, monkeypatch):
+    """The configuration that a command starts from."""
+
+    class Read(Exception):
+        pass
+
+    def stop(default, *rest):
+        raise Read(default)
+
+    module = importlib.import_module(name)
+    for reader in list(sys.modules.values()):
+        if vars(reader).get("parse") is parse and reader.__name__ not in (__name__, "support.cli"):
+            monkeypatch.setattr(reader, "parse", stop)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(Read) as e:
+        module.main()
+    monkeypatch.undo()
+    return e.value.args[0]
+
+
+WORDS = {  # that no run can use
+    int: [str(10**400), "9" * 5000, str(10**20), str(-(10**20)), "-1000000", "nan", "inf", "1e3", ""],
+    float: ["nan", "inf", "-inf", "1e400", "-1e31", str(10**400), "1e-46", "1e-300", "-1e-300", "1e300", ""],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_number_of_any_command_is_huge_tiny_infinite_or_absent(name, monkeypatch):
+    if name.startswith("experiments."):
+        pytest.importorskip("transformers")
+    default = default_of(name, monkeypatch)
+    flags = {f.name: f.type for f in fields(default) if not tagged(default, f.name, "hidden")}
+    kinds = {int: int, float: float, list[int]: int, list[float]: float}
+    numbers = [(flag, word) for flag, kind in flags.items() if kind in kinds for word in WORDS[kinds[kind]]]
+    assert numbers
+    for flag, word in numbers:
+        with pytest.raises(UserError, match=f"^--{flag} (must be|takes) ") as e:
+            parse(default, [f"--{flag}", word], "")
+        assert "\n" not in str(e.value) and len(str(e.value)) < 110
+    for flag, kind in flags.items():
+        if kind is not bool:
+            with pytest.raises(UserError, match="and none was given"):
+                parse(default, [f"--{flag}"], "")
+
+
+@pytest.mark.parametrize(
+    "command_line, says",
+    [
+        ("sample --temperature 1e-300", "--temperature must be 1e-30 or more"),
+        ("sample --top_p 1e-46", "--top_p must be 1e-30 or more"),
+        ("sample --top_p 1.5", "--top_p must be at most 1"),
+        (f"train --seed {2**64}", "--seed must be at most 9223372036854775807"),
+        (f"train --n_layer {10**18}", "--n_layer must be at most 2147483647"),
+        ("train --device meta", "device 'meta' is not available here"),
+        (
+            f"train --options n_features={10**400}",
+            "--options takes one or more words name=value, not 'n_feat",
+        ),
+        ("train --options scale=nan", "--options takes one or more words name=value, not 'scale=nan'"),
+        ("experiments.glue cola --epochs nan", "--epochs must be positive"),
+        ("experiments.glue cola --epochs inf", "--epochs must be below"),
+        ("experiments.glue cola --dev_share 1", "--dev_share must be below 1"),
+        ("experiments.recall --lrs nan", "--lrs must be positive"),
+        ("experiments.recall --attentions", "--attentions takes one or more values"),
+        ("experiments.recall --vocab_size 10", "unknown flag --vocab_size"),
+        ("experiments.encoder_speed --threads 100000", "--threads must be at most"),
+        (f"bench --threads {2**31}", "--threads must be at most"),
+    ],
+)
+def test_numbers_that_crashed_a_command_are_one_line_and_exit_code_2(command, command_line, says):
+    if command_line.startswith("experiments."):
+        pytest.importorskip("transformers")
+    code, _, err = command(*command_line.split())
+    assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_a_first_word_without_dashes_is_the_flag_called_first():
@@ -200,6 +330,7 @@ def test_an_empty_word_is_stray():
         (torch.OutOfMemoryError("x"), 1, "error: out of memory"),
         (MemoryError(), 1, "error: out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), 1, "error: out of memory"),
         (KeyboardInterrupt("saved"), 130, "saved"),
         (OSError(28, "No space left on device", "log"), 1, "error: No space left on device: log"),
     ],

@@ -279,7 +279,7 @@ def test_distillation_stops_when_patience_is_over(train, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--feature_map", "elu"], "--feature_map takes hedgehog, hedgehog_exp or t2r, not 'elu'"),
-    (["--held_out", "0"], "held_out must be at least 1"),
+    (["--held_out", "0"], "held_out must be positive"),
     (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     ([], "python train.py --attention softmax trains one"),
 ])  # fmt: skip

@@ -84,7 +84,7 @@ def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, tex
         ("--seeds 0", "must be positive"),
         ("--jobs -1", "jobs must be zero or more"),
         ("--dataset stdlibb", "unknown data set 'stdlibb'"),
-        ("--lrs 0", "give at least one of lrs"),
+        ("--lrs 0", "lrs must be positive"),
         ("--map_lr_scales -1", "must be positive"),
         ("--eval_only", "every model is trained from scratch"),
     ],

@@ -163,7 +163,7 @@ def test_the_table_says_what_correlates_with_accuracy_if_there_are_enough_attent
     [
         ("--attentions elo", "--attentions takes softmax, elu"),
         ("--block_size 7", "block_size must be even"),
-        ("--seeds 0", "seeds and test_sequences must be positive"),
+        ("--seeds 0", "seeds must be positive"),
         ("--lr -1", "lr must be positive"),
         ("--embd_std 0", "embd_std must be positive"),
         ("--atentions elu", "did you mean --attentions?"),
