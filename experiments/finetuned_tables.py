@@ -169,4 +169,4 @@ def draw(path: Path, tasks: list[dict]) -> str:
     names = ", ".join(facts["title"] for facts in tasks)
     commands = "; ".join(facts["command"] for facts in tasks)
     found = [(ARMS[arm], *rest) for facts in tasks for arm, *rest in points(facts)]
-    return figures.recovery(path, found, names, commands)
+    return figures.recovery(path, commands, found, names)

@@ -186,7 +186,7 @@ def draw_patches(config: ViTConfig, examples: Examples, model: Model) -> str:
     scaled = (images - images.min()) / (images.max() - images.min())
     drawn = scaled.permute(0, 2, 3, 1).squeeze(-1).numpy()  # (n, height, width[, channels])
     command = provenance()["command"]
-    return figures.patches(Path(config.out_dir) / "patches.png", list(drawn), maps, title, command)
+    return figures.patches(Path(config.out_dir) / "patches.png", command, list(drawn), maps, title)
 
 
 def main() -> None:
