@@ -278,7 +278,7 @@ def weights_of(name: str, config: RecoverConfig, subject: Subject) -> dict[str, 
     own = [socket.attend for socket in sockets(net)]
     for *inputs, _ in subject.held_out:
         layers = queries_and_keys(net, *inputs)
-        found.append(measure(layers, own[0].causal, lambda layer: {"map": own[layer]})["maps"]["map"])
+        found.append(measure(layers, own[0].causal, [{"map": attend} for attend in own])["maps"]["map"])
     return {key: round(float(np.mean([x[key] for x in found])), 5) for key in ("entropy", "tau", "kl")}
 
 
