@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import TrainConfig
 from experiments import from_scratch
-from experiments.from_scratch import ScratchConfig, configured, describe, gpt_of
+from experiments.from_scratch import SAID, ScratchConfig, configured
 from experiments.runs import conclude, run_all
 from experiments.tables import markdown
 from model import GPT
@@ -90,15 +90,15 @@ class Convolved(nn.Module):
 
 
 def one_run(config: RunConfig) -> dict:
-    return from_scratch.one_run(config, build=ConvolvedGPT if config.taps else gpt_of)
+    return from_scratch.one_run(config, build=ConvolvedGPT if config.taps else GPT)
 
 
 def configs_of(config: AblationsConfig) -> list[RunConfig]:
     base, found = config.single(RunConfig), []
     for i, changes in enumerate(ABLATIONS.values()):
-        row = replace(base, **changes, out_dir=str(Path(config.out_dir) / f"ablation-{i}"))
-        row.max_steps = config.max_steps * changes.get("max_steps", 1)
-        found.append(row)
+        steps = config.max_steps * changes.get("max_steps", 1)
+        own = {**changes, "max_steps": steps, "out_dir": str(Path(config.out_dir) / f"ablation-{i}")}
+        found.append(replace(base, **own))
     return found
 
 
@@ -115,7 +115,7 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     config, began = configured(AblationsConfig(), __doc__), time.perf_counter()
-    results = run_all(one_run, configs_of(config), config.jobs, describe)
+    results = run_all(one_run, configs_of(config), config.jobs, SAID)
     runs = [{"name": name, **r} for name, r in zip(ABLATIONS, results)]
     facts = {"compare": 1, "setting": config.setting, "ablations": True, **provenance(), "runs": runs}
     conclude(Path(config.out_dir) / "ablations.json", facts, table(runs), "", began)

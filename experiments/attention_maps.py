@@ -69,31 +69,30 @@ class AnalyzeConfig:
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
     """(a GPT of this repository, its tokenizer's name): the checkpoint's, or a small random one."""
     path = config.checkpoint or FIRST
-    if config.checkpoint or Path(path).exists():
-        tensors, meta = load_checkpoint(path)
-        with as_user_error():
-            model = GPT(GPTConfig.of(meta.get("config", {})))
-        restore(tensors, model, path=path)
-        if "distilled" in meta:  # its maps were trained with the teacher's softmax around them
-            set_mode(model, "softmax")
-    else:
+    if not config.checkpoint and not Path(path).exists():
         print(
-            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights (seed "
-            f"{config.seed}), whose numbers describe the maps alone; python train.py makes a trained one"
+            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights "
+            f"(seed {config.seed}), whose numbers describe the maps alone; python train.py makes a trained one"
         )
         torch.manual_seed(config.seed)
         small = GPTConfig(block_size=256, vocab_size=256, n_layer=2, n_head=2, n_embd=128, qk_gain=6.0)
-        model, meta = GPT(small), {"tokenizer": "bytes"}
+        return GPT(small).to(device).eval(), "bytes"
+    tensors, meta = load_checkpoint(path)
+    with as_user_error():
+        model = GPT(GPTConfig.of(meta.get("config", {})))
+    restore(tensors, model, path=path)
+    if "distilled" in meta:  # its maps were trained with the teacher's softmax around them
+        set_mode(model, "softmax")
     return model.to(device).eval(), meta.get("tokenizer", "")
 
 
 def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> Tensor:
     """The first tokens of the text (1, T), no more than the model has been trained on."""
+    most = model.config.block_size
     if tokenizer == "recall":
-        rng = np.random.default_rng(config.seed)
-        return recall.sequences(rng, 1, model.config.block_size, recall.N_KEYS)[0]
-    ids = np.asarray(data.get_tokenizer(tokenizer).encode_many([text])[0], np.int64)
-    return torch.from_numpy(ids[: min(config.tokens, model.config.block_size)])[None]
+        return recall.sequences(np.random.default_rng(config.seed), 1, most, recall.N_KEYS)[0]
+    ids = data.get_tokenizer(tokenizer).encode_many([text])[0][: min(config.tokens, most)]
+    return torch.from_numpy(np.asarray(ids, np.int64))[None]
 
 
 def check_name(name: str) -> None:
@@ -153,11 +152,9 @@ def table(facts: dict) -> str:
         rows.append([label_of(name, facts["attention"]), *means])
     rows.append(["uniform", f"{facts['uniform_entropy']:.3f}", "", ""])
     head = ["attention weights", "entropy, nats", "Kendall's tau", "KL(softmax, it), nats"]
-    below = np.mean(facts["below_minus_one"])
-    return (
-        f"{markdown(head, rows)}\n\nTaylor's weight, 1 + x + x²/2, falls with x below x = -1. "
-        f"{below:.0%} of all q.k / sqrt(D) are there."
-    )
+    said = "Taylor's weight, 1 + x + x²/2, falls with x below x = -1."
+    below = f"{np.mean(facts['below_minus_one']):.0%} of all q.k / sqrt(D) are there."
+    return f"{markdown(head, rows)}\n\n{said} {below}"
 
 
 def main() -> None:
@@ -176,59 +173,49 @@ def main() -> None:
         idx, attention = tokens_of(config, tokenizer, text, model), model.config.attention
     if idx.size(1) < 2:
         raise UserError("the text has fewer than two tokens: give a longer one")
-    found = queries_and_keys(model.to(device), idx.to(device))
-    qk = [(q.float().cpu(), k.float().cpu()) for q, k in found]
+    qk = [(q.float().cpu(), k.float().cpu()) for q, k in queries_and_keys(model.to(device), idx.to(device))]
     own = [attend.cpu() for attend in attends_in(model)]
     causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
-    fresh = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
-
-    def attends_of(layer: int) -> dict[str, nn.Module]:
-        return fresh | ({attention: own[layer]} if attention != "softmax" else {})
-
-    check_names("panels", config.panels, ["softmax", *attends_of(0)])
+    maps = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
+    attends = [maps | ({attention: attend} if attention != "softmax" else {}) for attend in own]
+    check_names("panels", config.panels, ["softmax", *attends[0]])
     if config.layer >= L:
         raise UserError(f"--layer {config.layer}: this model has layers 0 to {L - 1}")
     print(f"{name or FIRST}: {attention} attention, {L} layers, {H} heads of {D}, {T} tokens")
-    uniform = np.mean(np.log(np.arange(T) + 1)) if causal else np.log(T)
+    found = measure(qk, causal, attends)
+    for of_map in found["maps"].values():
+        of_map.update((key, np.round(values, 5).tolist()) for key, values in of_map.items())
+    uniform = np.log(np.arange(T) + 1 if causal else T).mean()
     facts = {
         "analysis": 1,
         **provenance(),
         "config": asdict(config),
         "attention": attention,
         "causal": causal,
-        "tokens": T,
-        "head_dim": D,
-        "uniform_entropy": round(float(uniform), 5),
-        **measure(qk, causal, attends_of),
     }
+    facts |= {"tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}
     print(table(facts))
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "analysis.json", facts)
-
-    spikiest = int(np.min(facts["maps"]["softmax"]["entropy"], 1).argmin())
-    layer = spikiest if config.layer < 0 else config.layer
-    q, k = qk[layer]
-    with torch.no_grad():
-        weights = {m: A[0] for m, A in all_weights(q, k, causal, attends_of(layer)).items()}
-    scores = (q[0].double() @ k[0].double().mT) / D**0.5
-    characters = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
-    drawn = draw(out, config, facts, weights, scores, layer, characters)
+    tokens = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
+    drawn = draw(config, facts, qk, attends, tokens)
     print(f"written to {out}: {', '.join(filter(None, ['analysis.json', *drawn]))}")
 
 
-def draw(
-    out: Path, config: AnalyzeConfig, facts: dict, weights: dict, scores: Tensor, layer: int, tokens: list
-) -> list[str]:
-    """The pictures; returns their names. weights: {name: A (H, T, T)}, and scores (H, T, T), of one layer."""
-    first, command = ["softmax", facts["attention"]], facts["command"]
-    names = list(dict.fromkeys([*first, *weights]))
-    labels = {name: label_of(name, facts["attention"]) for name in names}
-    some = {name: weights[name] for name in config.panels or figures.select(names, first)}
-    spikiest = np.argsort(facts["maps"]["softmax"]["entropy"][layer]).tolist()
-    heads, head = sorted(spikiest[: config.heads]), spikiest[0]
-    of_head = {labels[name]: weights[name][head] for name in names[:3]}
-    which = f"layer {layer}, head {head}"
+@torch.no_grad()
+def draw(config: AnalyzeConfig, facts: dict, qk: list, attends: list[dict], tokens: list[str]) -> list[str]:
+    """The pictures, mostly of one layer; returns their names."""
+    out, command, first = Path(config.out_dir), facts["command"], ["softmax", facts["attention"]]
+    entropies = np.array(facts["maps"]["softmax"]["entropy"])  # (L, H)
+    layer = config.layer if config.layer >= 0 else int(entropies.min(1).argmin())
+    spikiest, (q, k) = entropies[layer].argsort().tolist(), qk[layer]
+    scores = (q[0].double() @ k[0].double().mT) / q.size(-1) ** 0.5  # (H, T, T)
+    weights = {m: A[0] for m, A in all_weights(q, k, facts["causal"], attends[layer]).items()}  # (H, T, T)
+    labels = {name: label_of(name, facts["attention"]) for name in dict.fromkeys([*first, *weights])}
+    some = {name: weights[name] for name in config.panels or figures.select(labels, first)}
+    of_head = {labels[name]: weights[name][spikiest[0]] for name in list(labels)[:3]}
+    heads, which = sorted(spikiest[: config.heads]), f"layer {layer}, head {spikiest[0]}"
     return [
         figures.spikiness(out / "spikiness.png", command, facts, labels),
         figures.monotonicity(out / "monotonicity.png", command, facts, labels, some, scores, layer),

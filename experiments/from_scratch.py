@@ -14,7 +14,7 @@ interrupted.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from config import TrainConfig
 from experiments import figures
 from experiments.runs import check_names, conclude, sweep_and_seeds, train_one
 from experiments.tables import Groups, finals, grouped, markdown, mean_sd
-from model import GPT, GPTConfig
+from model import GPT
 from perplexity import perplexity
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_dtype
@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict] = {  # changes of TrainConfig's defaults
         "weight_decay": 0.01,
     },
 }
+SAID = "{final[loss]:.4f} nats per token, {minutes:.1f} minutes"  # of a run that has ended
 
 
 @dataclass
@@ -97,11 +98,7 @@ def configured(default: ScratchConfig, description: str) -> ScratchConfig:
     return config
 
 
-def gpt_of(config: TrainConfig) -> GPT:
-    return GPT(GPTConfig.of(asdict(config)))
-
-
-def one_run(config: TrainConfig, build: Callable = gpt_of) -> dict:
+def one_run(config: TrainConfig, build: Callable = GPT) -> dict:
     """Train one model. Stopping and reporting use different halves of the validation text."""
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer)
     ids = tokens.split("train", config.block_size)
@@ -117,13 +114,6 @@ def one_run(config: TrainConfig, build: Callable = gpt_of) -> dict:
         tokenizer=tokens.tokenizer.name,
         curve="loss",
     )
-
-
-def describe(result: dict) -> str:
-    name = Path(result["config"]["out_dir"]).name
-    if "failed" in result:
-        return f"{name}: {result['failed']}"
-    return f"{name}: {result['final']['loss']:.4f} nats per token, {result['minutes']:.1f} minutes"
 
 
 by_attention = partial(grouped, key=lambda r: r["final"]["loss"])
@@ -146,28 +136,19 @@ def table(results: list[dict]) -> str:
     groups = by_attention(results)
     text = "bits per byte" if results[0]["config"]["vocab_size"] == 256 else "perplexity"
     head = ["attention", "nats per token, mean ± sd (seeds)", text, "Hedgehog closes of its gap, %"]
-    head += ["lr", "tokens/s", "minutes a run"]
     rows, behind = [], False
     for name, runs in groups.items():
         closed = gap_closed(groups, "hedgehog", name) if behind and name != "hedgehog" else []
         behind = behind or (name == "softmax" and "hedgehog" in groups)
-        rows.append(
-            [
-                label(name),
-                f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})",
-                f"{np.mean(finals(runs, text.replace(' ', '_'))):.3f}",
-                mean_sd([100 * c for c in closed], ".1f") if closed else "",
-                lr_of(runs[0]["config"]),
-                f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
-                f"{np.mean([r['minutes'] for r in runs]):.1f}",
-            ]
-        )
-    return markdown(head, rows)
-
-
-def lr_of(config: dict) -> str:
-    maps = f", maps {config['lr'] * config['map_lr_scale']:g}"
-    return f"{config['lr']:g}{maps if learns_map(config['attention']) else ''}"
+        config = runs[0]["config"]
+        maps = f", maps {config['lr'] * config['map_lr_scale']:g}" if learns_map(name) else ""
+        losses = f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})"
+        in_text = f"{np.mean(finals(runs, text.replace(' ', '_'))):.3f}"
+        share = mean_sd([100 * c for c in closed], ".1f") if closed else ""
+        tokens_per_s = f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}"
+        minutes = f"{np.mean([r['minutes'] for r in runs]):.1f}"
+        rows.append([label(name), losses, in_text, share, f"{config['lr']:g}{maps}", tokens_per_s, minutes])
+    return markdown([*head, "lr", "tokens/s", "minutes a run"], rows)
 
 
 def draw(path: Path, facts: dict) -> str:
@@ -175,7 +156,7 @@ def draw(path: Path, facts: dict) -> str:
     best = next((name for name in groups if name != "softmax"), "softmax")
     data_set = facts["runs"][0]["config"]["dataset"]
     title = f"{data_set}, setting {facts['setting']}: nearest to softmax is {label(best)}"
-    return figures.curves(path, groups, title, "validation loss (nats per token)", facts["command"])
+    return figures.curves(path, facts["command"], groups, title, "validation loss (nats per token)")
 
 
 def main() -> None:
@@ -189,18 +170,11 @@ def main() -> None:
         of_maps = scales if len(scales) > 1 and learns_map(run.attention) else [{}]
         return [{"lr": lr} | scale for lr in config.lrs for scale in of_maps]
 
-    sweep, results = sweep_and_seeds(
-        one_run,
-        [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions],
-        trials,
-        config.seeds,
-        config.jobs,
-        describe,
-        sweep_steps=config.sweep_steps,
-    )
-    facts = {"compare": 1, "setting": config.setting, **provenance()}
-    facts |= {"runs": results, "sweep": [describe(r) for r in sweep]}
-    conclude(out / "compare.json", facts, table(results), draw(out / "curves.png", facts), began)
+    configs = [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    how = config.seeds, config.jobs, SAID, config.sweep_steps
+    found = sweep_and_seeds(one_run, configs, trials, *how)
+    facts = {"compare": 1, "setting": config.setting, **provenance(), **found}
+    conclude(out / "compare.json", facts, table(facts["runs"]), draw(out / "curves.png", facts), began)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from config import FitConfig
@@ -40,6 +41,10 @@ from support.plots import label
 
 N_KEYS = 20  # tokens 0 to 19 are keys, 20 to 39 values
 SHORTEST = 8  # tokens of the first stage's sequences
+SAID = (  # of a run that has ended
+    "accuracy {final[accuracy]:.1%} after {steps} steps, {minutes:.1f} minutes; "
+    "entropy {final[entropy]:.2f} nats, tau {final[tau]:.2f}"
+)
 
 
 @dataclass
@@ -86,9 +91,7 @@ class RecallGPT(GPT):
         super().init_weights(self.config.embd_std, self.config.init_std)
 
 
-def sequences(
-    rng: np.random.Generator, n: int, length: int, n_keys: int | np.ndarray
-) -> tuple[Tensor, Tensor]:
+def sequences(rng: Generator, n: int, length: int, n_keys: int | np.ndarray) -> tuple[Tensor, Tensor]:
     """n sequences as (x, y), both (n, length - 1).
 
     y is x one token later at the values whose key has been seen before, and -100 (ignored) elsewhere.
@@ -109,7 +112,7 @@ def sequences(
 
 def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
     """The batch of a step, as many tokens at every length. Short sequences have 2 to length / 4 keys."""
-    rng, length = np.random.default_rng(step_seed(config.seed, step)), config.block_size
+    rng, length = default_rng(step_seed(config.seed, step)), config.block_size
     if config.stage_steps:
         length = min(length, SHORTEST * 2 ** max(0, step // config.stage_steps - 2))
     n, full = config.batch_size * (config.block_size // length), length == config.block_size
@@ -118,15 +121,14 @@ def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
 
 def fresh(config: RecallConfig, n: int, purpose: int) -> tuple[Tensor, Tensor]:
     """Sequences that training never draws; purpose 0: early stopping, 1: the reported accuracy."""
-    return sequences(np.random.default_rng([config.seed, purpose]), n, config.block_size, N_KEYS)
+    return sequences(default_rng([config.seed, purpose]), n, config.block_size, N_KEYS)
 
 
 @torch.no_grad()
 def accuracy(model: GPT, x: Tensor, y: Tensor) -> dict:
     """Loss (nats) and accuracy of the last token."""
-    device = next(model.parameters()).device
-    rows = [model(part.to(device))[0][:, -1].float().cpu() for part in x.split(256)]
-    logits = torch.cat(rows)  # (n, V)
+    x = x.to(next(model.parameters()).device)
+    logits = torch.cat([model(part)[0][:, -1].float().cpu() for part in x.split(256)])  # (n, V)
     right = (logits.argmax(-1) == y[:, -1]).double().mean().item()
     return {"loss": F.cross_entropy(logits, y[:, -1]).item(), "accuracy": right}
 
@@ -144,53 +146,29 @@ def one_run(config: RecallConfig) -> dict:
     )
 
 
-def describe(result: dict) -> str:
-    config = result["config"]
-    who = f"{config['attention']}, lr {config['lr']:g}, seed {config['seed']}"
-    if "failed" in result:
-        return f"{who}: {result['failed']}"
-    final = result["final"]
-    return (
-        f"{who}: accuracy {final['accuracy']:.1%} after {result['steps']} steps, "
-        f"{result['minutes']:.1f} minutes; entropy {final['entropy']:.2f} nats, "
-        f"tau {final['tau']:.2f}"
-    )
-
-
 by_attention = partial(grouped, key=lambda r: -r["final"]["accuracy"])
 
 
 def table(results: list[dict]) -> str:
     """The comparison, the most accurate first, and how entropy and tau go with accuracy."""
     head = ["attention", "accuracy, %, mean ± sd (seeds)", "entropy, nats", "Kendall's tau"]
-    head += ["lr", "steps", "minutes a run"]
     groups, rows = by_attention(results), []
     for name, runs in groups.items():
         correct = mean_sd([100 * x for x in finals(runs, "accuracy")], ".1f")
-        rows.append(
-            [
-                label(name),
-                f"{correct} ({len(runs)})",
-                mean_sd(finals(runs, "entropy"), ".2f"),
-                mean_sd(finals(runs, "tau"), ".2f"),
-                f"{runs[0]['config']['lr']:g}",
-                f"{np.mean([r['steps'] for r in runs]):.0f}",
-                f"{np.mean([r['minutes'] for r in runs]):.1f}",
-            ]
-        )
-    text = markdown(head, rows)
+        measured = (mean_sd(finals(runs, key), ".2f") for key in ("entropy", "tau"))
+        steps, minutes = (np.mean([r[key] for r in runs]) for key in ("steps", "minutes"))
+        trained = f"{runs[0]['config']['lr']:g}", f"{steps:.0f}", f"{minutes:.1f}"
+        rows.append([label(name), f"{correct} ({len(runs)})", *measured, *trained])
+    text = markdown([*head, "lr", "steps", "minutes a run"], rows)
     if len(groups) <= 3:  # too few for a correlation
         return text
     found = []
     accuracies = [np.mean(finals(runs, "accuracy")) for runs in groups.values()]
     for key, what in (("entropy", "entropy"), ("tau", "monotonicity")):
         means = [np.mean(finals(runs, key)) for runs in groups.values()]
-        rho, low, high = rank_correlation(means, accuracies)
-        found.append(f"{what} {rho:+.2f} ({low:+.2f} to {high:+.2f})")
-    return (
-        f"{text}\n\nSpearman's rank correlation with accuracy over the {len(groups)} attentions, "
-        f"and its 95% bootstrap interval: {'; '.join(found)}."
-    )
+        found.append("{} {:+.2f} ({:+.2f} to {:+.2f})".format(what, *rank_correlation(means, accuracies)))
+    said = f"Spearman's rank correlation with accuracy over the {len(groups)} attentions"
+    return f"{text}\n\n{said}, and its 95% bootstrap interval: {'; '.join(found)}."
 
 
 def main() -> None:
@@ -204,17 +182,12 @@ def main() -> None:
     began, out = time.perf_counter(), Path(config.out_dir)
     # A run's configuration leaves out what does not change it.
     single = replace(config, attentions=[], all=False, seeds=1, lrs=[], jobs=0)
-    sweep, results = sweep_and_seeds(
-        one_run,
-        [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions],
-        lambda _: [{"lr": lr} for lr in config.lrs or [config.lr]],
-        config.seeds,
-        config.jobs,
-        describe,
-    )
-    facts = {"recall": 1, **provenance(), "runs": results, "sweep": [describe(r) for r in sweep]}
-    picture = figures.recall(out / "recall.png", by_attention(results), facts["command"])
-    conclude(out / "recall.json", facts, table(results), picture, began)
+    configs = [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    trials = [{"lr": lr} for lr in config.lrs or [config.lr]]
+    found = sweep_and_seeds(one_run, configs, lambda run: trials, config.seeds, config.jobs, SAID)
+    facts = {"recall": 1, **provenance(), **found}
+    picture = figures.recall(out / "recall.png", facts["command"], by_attention(facts["runs"]))
+    conclude(out / "recall.json", facts, table(facts["runs"]), picture, began)
 
 
 if __name__ == "__main__":
