@@ -162,4 +162,4 @@ def tasks_table(tasks: list[dict]) -> str:
 def draw(path: Path, facts: dict) -> str:
     """What is recovered, against KL, tau and entropy of the weights."""
     found = [(ARMS[arm], *rest) for arm, *rest in points(facts)]
-    return figures.recovery(path, found, facts["title"], facts["command"])
+    return figures.recovery(path, facts["command"], found, facts["title"])

@@ -181,7 +181,7 @@ def draw(path: Path, facts: dict) -> str:
     best = next((name for name in groups if name != "softmax"), "softmax")
     data_set = facts["runs"][0]["config"]["dataset"]
     title = f"{data_set}, setting {facts['setting']}: nearest to softmax is {label(best)}"
-    return figures.curves(path, groups, title, "validation loss (nats per token)", facts["command"])
+    return figures.curves(path, facts["command"], groups, title, "validation loss (nats per token)")
 
 
 def main() -> None:

@@ -217,7 +217,7 @@ def main() -> None:
         describe,
     )
     facts = {"recall": 1, **provenance(), "runs": results, "sweep": [describe(r) for r in sweep]}
-    picture = figures.recall(out / "recall.png", by_attention(results), facts["command"])
+    picture = figures.recall(out / "recall.png", facts["command"], by_attention(results))
     conclude(out / "recall.json", facts, table(results), picture, began)
 
 

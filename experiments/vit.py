@@ -160,7 +160,7 @@ def draw_patches(config: ViTConfig, task: Task) -> str:
     scaled = (images - images.min()) / (images.max() - images.min())
     drawn = list(scaled.permute(0, 2, 3, 1).squeeze(-1).numpy())  # (height, width[, channels]) each
     path = Path(config.out_dir) / "patches.png"
-    return figures.patches(path, drawn, maps, title, provenance()["command"])
+    return figures.patches(path, provenance()["command"], drawn, maps, title)
 
 
 def main() -> None:

@@ -284,15 +284,15 @@ def rendered(page: str) -> str:
 def draw() -> None:
     title = "On Python's standard library, Hedgehog learns nearly as well as softmax"
     command, axis = "python train.py --attention NAME --seed 1, 2, 3", "validation loss (nats per byte)"
-    figures.curves(FIGURES / "curves.png", by_attention("stdlib-*"), title, axis, command)
+    figures.curves(FIGURES / "curves.png", command, by_attention("stdlib-*"), title, axis)
     from_scratch.draw(FIGURES / "compare.png", read("compare-stdlib"))
     facts = read("recall")
-    figures.recall(FIGURES / "recall.png", recall.by_attention(facts["runs"]), facts["command"])
+    figures.recall(FIGURES / "recall.png", facts["command"], recall.by_attention(facts["runs"]))
     finetuned.draw(FIGURES / "recovery.png", read("cola-controls"))
     bench = read("bench-cpu")
     since = f"{bench['crossover']['forward cpp']:,} tokens on (forward)"
     title = f"Hedgehog, C++, is faster than softmax from {since}"
-    figures.speed(FIGURES / "speed.png", bench["rows"], "python bench.py", title)
+    figures.speed(FIGURES / "speed.png", "python bench.py", bench["rows"], title)
 
 
 if __name__ == "__main__":

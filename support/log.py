@@ -129,7 +129,8 @@ def report(
         "curve": [(e["step"], round(e["val_loss"], 4)) for e in entries if "val_loss" in e],
     }
     write_json(out / "result.json", result)
-    plots.curve(out / "curve.png", entries)
+    if result["curve"]:  # else it was resumed after it had ended, without its log
+        plots.curve(out / "curve.png", result["command"], entries)
     prompt = torch.from_numpy(np.asarray(tokenizer.encode_many([config.prompt])[0], np.int64))[None]
     if (n := int(min(config.sample_tokens, model.config.max_length - prompt.size(1)))) > 0:
         generator = torch.Generator(device).manual_seed(config.seed)

@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; m
 import itertools
 import textwrap
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -31,51 +31,58 @@ STYLE = {  # colour, marker and label of softmax, of every feature map, and of t
     "recurrent": ("#009e73", "+", "recurrent"),
 }
 OWN = itertools.cycle(("#c00000", "#7a00cc", "#00a0a0", "#d0008c"))  # for a reader's own feature maps
+LOOK = {
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "figure.figsize": (7, 4.2),
+    "font.size": 9,
+    "legend.fontsize": 8,
+}
 
 
 @cache
-def style(name: str) -> tuple[str, str]:
-    """(colour, marker) of a name. A reader's own feature map is a star, the first one in red."""
-    return STYLE[name][:2] if name in STYLE else (next(OWN), "*")
+def style(name: str) -> dict[str, str]:
+    """Colour and marker of a name. A reader's own feature map is a star, the first one in red."""
+    color, marker = STYLE[name][:2] if name in STYLE else (next(OWN), "*")
+    return {"color": color, "marker": marker}
 
 
 def label(name: str) -> str:
     return STYLE[name][2] if name in STYLE else name
 
 
-def plot(
-    path: Path,
-    command: str,
-    draw: Callable,
-    rows: int = 1,
-    cols: int = 1,
-    size: tuple[float, float] = (7, 4.2),
-    **kwargs,
-) -> str:
-    """Make axes, let draw(figure, axes) fill them, and write a PNG with the command below.
+def picture(draw: Callable) -> Callable[..., str]:
+    """Make draw(figure, *args) a function of (path, command, *args) that writes a PNG with the command below.
 
-    size: in inches. kwargs: of matplotlib's `subplots`. Returns the file's name, or "" without matplotlib or
-    after a fault in drawing: neither ends a command, whose numbers are worth more.
+    It returns the file's name, or "" without matplotlib or after a fault in drawing: neither ends a command,
+    whose numbers are worth more.
     """
-    try:
-        import matplotlib.figure  # without pyplot: nothing outside this figure changes
 
-        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        draw(figure, figure.subplots(rows, cols, **kwargs))
-        lines = textwrap.wrap(command, int(22 * size[0]))
-        room = (0.08 + 0.12 * len(lines)) / size[1]  # for the command
-        figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
-        figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color="0.3")
-        keep_inside(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path.name
-    except ImportError:
-        again = "then repeat the command (train.py and distill.py: with --resume)"
-        print(f"no {path.name}: pip install matplotlib, {again}")
-    except Exception as e:
-        print(f"no {path.name}: {type(e).__name__}: {e}")
-    return ""
+    @wraps(draw)
+    def write(path: Path, command: str, *args, **kwargs) -> str:
+        try:
+            import matplotlib.figure  # without pyplot: nothing outside this figure changes
+
+            with matplotlib.rc_context(LOOK):
+                figure = matplotlib.figure.Figure(layout="constrained")
+                draw(figure, *args, **kwargs)
+                width, height = figure.get_size_inches()
+                lines = textwrap.wrap(command, int(22 * width))
+                room = (0.08 + 0.12 * len(lines)) / height  # for the command
+                figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+                figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color="0.3")
+                keep_inside(figure)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path, dpi=150)
+            return path.name
+        except ImportError:
+            again = "then repeat the command (train.py and distill.py: with --resume)"
+            print(f"no {path.name}: pip install matplotlib, {again}")
+        except Exception as e:
+            print(f"no {path.name}: {type(e).__name__}: {e}")
+        return ""
+
+    return write
 
 
 def keep_inside(figure) -> None:
@@ -93,46 +100,37 @@ def keep_inside(figure) -> None:
 
 
 def balanced(line: str, letters: int) -> str:
-    """A line of text broken into lines of like length."""
+    """A line of text broken into lines of like length: as few as `letters` a line allow."""
     wrap = partial(textwrap.wrap, line, break_long_words=False)
-    n_lines = len(wrap(letters))
-    while letters > 8 and len(wrap(letters - 1)) == n_lines:
-        letters -= 1
-    return "\n".join(wrap(letters))
+    few = len(wrap(letters))
+    return "\n".join(next(lines for n in range(8, letters + 1) if len(lines := wrap(n)) == few))
 
 
-def curve(path: Path, entries: list[dict]) -> str:
+@picture
+def curve(figure, entries: list[dict]) -> None:
     """Training and validation loss of one run against steps, from its log."""
-    header = next(e for e in entries if "config" in e)
+    config = next(e["config"] for e in entries if "config" in e)
     training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
     validation = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
-    if not training or not validation:
-        return ""  # a finished run that was resumed after its log had been deleted
-
-    def draw(figure, axes) -> None:
-        axes.plot(*zip(*training), color="0.7", label="training batch")
-        axes.plot(*zip(*validation), "o-", color="#0072b2", label="validation")
-        axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
-        (step, loss), config = validation[-1], header["config"]
-        name = f"{config['attention']} attention on {config['dataset']}"
-        axes.set_title(f"{name}: {loss:.3f} after {step} steps")
-        axes.legend()
-        axes.grid(alpha=0.3)
-
-    return plot(path, header.get("command", ""), draw)
+    axes, (step, loss) = figure.subplots(), validation[-1]
+    axes.plot(*zip(*training), color="0.7", label="training batch")
+    axes.plot(*zip(*validation), "o-", color="#0072b2", label="validation")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.set_title(f"{config['attention']} attention on {config['dataset']}: {loss:.3f} after {step} steps")
+    axes.legend()
 
 
-def heads(path: Path, values: np.ndarray, title: str, command: str) -> str:
+@picture
+def heads(figure, values: np.ndarray, title: str) -> None:
     """A number for every layer and head (L, H) as a heat map."""
     L, H = values.shape
-
-    def draw(figure, axes) -> None:
-        image = axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
-        figure.colorbar(image, label="nats", aspect=20 + L)
-        figure.suptitle(title, fontsize=11)  # of the picture, not of the axes: there may be one head
-        axes.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
-        for (layer, head), value in np.ndenumerate(values if L * H <= 300 else values[:0]):
-            shade = "w" if value < 0.6 * values.max() else "k"
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
-
-    return plot(path, command, draw, size=(max(4.5, 1.8 + 0.5 * H), max(3.0, 1.8 + 0.3 * L)))
+    figure.set_size_inches(max(4.5, 1.8 + 0.5 * H), max(3.0, 1.8 + 0.3 * L))
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="cividis", vmin=0, aspect="auto")
+    figure.colorbar(image, label="nats", aspect=20 + L)
+    figure.suptitle(title)  # of the picture, not of the axes: there may be one head
+    axes.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
+    axes.grid(False)
+    for (layer, head), value in np.ndenumerate(values if L * H <= 300 else values[:0]):
+        shade = "w" if value < 0.6 * values.max() else "k"
+        axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)

@@ -129,7 +129,7 @@ def test_pictures_of_attention_maps(model, drawn, tmp_path):
 def test_a_number_a_head(L, H, drawn, tmp_path):
     values = np.random.default_rng(0).random((L, H))
     title = "KL(softmax, linear) after distillation: 0.123 nats, the mean over layers and heads"
-    assert plots.heads(tmp_path / "kl.png", values, title, COMMAND) == "kl.png"
+    assert plots.heads(tmp_path / "kl.png", COMMAND, values, title) == "kl.png"
     check(drawn[0])
     assert len(drawn[0].axes[0].texts) == L * H
 
@@ -138,8 +138,8 @@ def test_a_number_a_head(L, H, drawn, tmp_path):
 def test_pictures_of_comparisons(names, seeds, drawn, tmp_path):
     groups = {n: runs_of(n, seeds, [(50, 0.1), (100, 0.4), (150, 0.2 + len(n) / 20)]) for n in names}
     title = "a data set with a long name, setting paper: nearest to softmax is Hedgehog + window"
-    assert figures.recall(tmp_path / "recall.png", groups, COMMAND)
-    assert figures.curves(tmp_path / "curves.png", groups, title, "loss (nats)", COMMAND)
+    assert figures.recall(tmp_path / "recall.png", COMMAND, groups)
+    assert figures.curves(tmp_path / "curves.png", COMMAND, groups, title, "loss (nats)")
     for figure in drawn:
         check(figure)
         colours = {line.get_color() for line in figure.axes[-1].lines} - {figures.GREY}
@@ -150,8 +150,19 @@ def test_pictures_of_comparisons(names, seeds, drawn, tmp_path):
 
 def test_curves_of_runs_that_stopped_early_keep_their_last_value():
     runs = [{"curve": [(1, 0.0), (2, 1.0)]}, {"curve": [(1, 0.5), (2, 0.5), (3, 0.0)]}]
-    steps, values = figures.over_seeds(runs)
-    assert steps == [1, 2, 3] and values.tolist() == [[0.0, 1.0, 1.0], [0.5, 0.5, 0.0]]
+    axes = matplotlib.figure.Figure().subplots()
+    figures.over_seeds(axes, runs, 10, color="red")
+    (mean,), (band,) = axes.lines, axes.collections
+    assert mean.get_xdata().tolist() == [1, 2, 3] and mean.get_ydata().tolist() == [2.5, 7.5, 5.0]
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert corners == {
+        (1, 0),
+        (1, 5),
+        (2, 5),
+        (2, 10),
+        (3, 0),
+        (3, 10),
+    }  # the least and the largest of each step
 
 
 class Arm(NamedTuple):
@@ -172,7 +183,7 @@ def test_a_picture_of_what_conversions_recover(n, drawn, tmp_path):
     ]
     points = [(a, 90.0 - i, {"kl": i, "tau": i / 9, "entropy": i}) for i, a in enumerate(arms)]
     title = ", ".join(["cola", "mrpc", "sst2", "stsb"][: 1 + n // 4])
-    assert figures.recovery(tmp_path / "recovery.png", points, title, COMMAND)
+    assert figures.recovery(tmp_path / "recovery.png", COMMAND, points, title)
     check(drawn[0])
     assert len(drawn[0].legends[0].get_texts()) == n
 
@@ -183,7 +194,7 @@ def test_a_picture_of_patches_has_a_scale(images, side, drawn, tmp_path):
     rows = {name: [rng.random((side, side)) for _ in range(images)] for name in ("softmax", "Hedgehog")}
     title = "What the class token attends to (last layer, mean over heads): 4% of the weight differs"
     shown = [rng.random((28, 28, 3)) for _ in range(images)]
-    assert figures.patches(tmp_path / "patches.png", shown, rows, title, COMMAND)
+    assert figures.patches(tmp_path / "patches.png", COMMAND, shown, rows, title)
     check(drawn[0], most=18)  # three rows of at most six images
     (bar,) = [a for a in drawn[0].axes if hasattr(a, "_colorbar")]
     assert "largest" in bar.get_ylabel()
@@ -205,7 +216,7 @@ def test_a_picture_of_speed_has_the_heads_of_the_tables(contenders, drawn, tmp_p
         for i, c in enumerate(contenders)
         for T in (128, 8192, 32768)
     ]
-    assert figures.speed(tmp_path / "speed.png", rows, "python bench.py")
+    assert figures.speed(tmp_path / "speed.png", "python bench.py", rows)
     check(drawn[0])
     forward, memory = drawn[0].axes[0], drawn[0].axes[2]
     assert forward.get_ylabel() == "ms, 12 heads" and memory.get_ylabel() == "MiB, 12 heads"
@@ -221,8 +232,10 @@ def test_six_series_are_in_colour_and_a_readers_own_map_is_among_them():
     assert "relu" in figures.select(ALL, first=["softmax", "relu"])
     assert figures.select(["relu", "elu"]) == ["relu", "elu"]
     looks = figures.looks(ALL)
-    assert sum(colour != figures.GREY for colour, _ in looks.values()) == 6
-    assert len(set(looks.values())) == len(ALL)  # a marker of its own, where the colour is grey
+    assert sum(look["color"] != figures.GREY for look in looks.values()) == 6
+    assert len({tuple(look.values()) for look in looks.values()}) == len(
+        ALL
+    )  # a marker of its own, where the colour is grey
 
 
 # ---------------------------------------------------------------- every picture
@@ -234,23 +247,22 @@ def test_the_curve_of_a_run(drawn, tmp_path):
         "dataset": "a data set with quite a long name, of mine",
     }
     log = [{"config": config, "command": f"python train.py --data_dir /{'a/long/path' * 20}"}]
-    assert plots.curve(tmp_path / "curve.png", log) == ""  # nothing was logged
     log += [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": 2.5}]
-    assert plots.curve(tmp_path / "curve.png", log) == "curve.png"
+    assert plots.curve(tmp_path / "curve.png", log[0]["command"], log) == "curve.png"
     check(drawn[0])
     assert "2.500 after 2 steps" in drawn[0].axes[0].get_title().replace("\n", " ")
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plots.plot(tmp_path / "x.png", "", lambda figure, axes: None) == ""
+    assert plots.picture(lambda figure: None)(tmp_path / "x.png", "") == ""
     said = capsys.readouterr().out
     assert "no x.png: pip install matplotlib" in said and said.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
 
 def test_a_fault_in_drawing_is_one_line_and_ends_nothing(capsys, tmp_path):
-    assert plots.plot(tmp_path / "x.png", "", lambda figure, axes: 1 / 0) == ""
+    assert plots.picture(lambda figure: 1 / 0)(tmp_path / "x.png", "") == ""
     assert capsys.readouterr().out == "no x.png: ZeroDivisionError: division by zero\n"
 
 
@@ -259,7 +271,7 @@ def test_drawing_changes_nothing_outside_the_picture(tmp_path):
     import matplotlib.pyplot as plt
 
     before = matplotlib.get_backend(), plt.get_fignums(), dict(matplotlib.rcParams)
-    plots.plot(tmp_path / "x.png", COMMAND, lambda figure, axes: axes.plot([1, 2]))
+    assert plots.picture(lambda figure: figure.subplots().plot([1, 2]))(tmp_path / "x.png", COMMAND)
     assert before == (matplotlib.get_backend(), plt.get_fignums(), dict(matplotlib.rcParams))
 
 
