@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -30,8 +31,6 @@ from support.devices import World, pick_device
 from support.earlier import changes, renewed
 from support.log import Log, provenance
 from train import fit
-
-# ---------------------------------------------------------------- one run
 
 
 def train_one(
@@ -78,42 +77,48 @@ def train_one(
     return result
 
 
-# ---------------------------------------------------------------- what has been run before
-
 GONE = {"embd_std": 0.02, "init_std": 0.02}  # settings of earlier versions, as they are today
 
 
 def code_of(config) -> str:
     """A checksum of the feature map's source: an edited map is another map."""
-    cls = FEATURE_MAPS.get(getattr(config, "attention", ""))
-    try:
-        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16] if cls else ""
-    except OSError:  # typed into an interpreter
-        return ""
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter; no feature map
+        source = inspect.getsource(FEATURE_MAPS.get(getattr(config, "attention", "")))
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+    return ""
 
 
 def identity(config) -> dict:
     return {"config": asdict(config), "code": code_of(config)}
 
 
-def same_config(saved: dict, config: dict, apart: Iterable[str] = ()) -> bool:
-    """Whether a saved configuration, perhaps of an earlier version, is `config` but for settings `apart`.
+def differences(saved: dict, config: dict, apart: Iterable[str] = ()) -> dict[str, tuple]:
+    """In which settings, but for `apart`, `config` is another than a saved one, perhaps of an earlier version.
 
     Raises ValueError if this version cannot build the saved model."""
-    saved = dict(saved)
+    saved, config = GONE | saved, GONE | config
     if "taps" in config and "conv" in saved:  # the earlier name
         saved["taps"] = saved.pop("conv")
-    differ = set(changes(saved, config)) - {"resume", "out_dir", *apart}
-    return not differ and all(saved.get(name, x) == x for name, x in GONE.items() if name not in config)
+    found = changes(saved, config)
+    return {name: pair for name, pair in found.items() if name not in {"resume", "out_dir", *apart}}
 
 
-def finished(config, apart: Iterable[str] = ()) -> dict | None:
-    """The result of this run if it was made before; settings `apart` do not matter to it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no file, or not such a file
-        result = json.loads((Path(config.out_dir) / "result.json").read_text())
-        same_code = result.get("code", "") in ("", code_of(config))
-        if same_code and same_config(result["config"], asdict(config), apart):
+def finished(config, apart: Iterable[str] = (), say: Callable = lambda line: None) -> dict | None:
+    """The result of this run if it was made before; settings `apart` do not matter to it.
+
+    say(line): called if there is a result, but not of this run."""
+    path = Path(config.out_dir) / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        other = differences(result["config"], asdict(config), apart)
+        why = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in other.items())
+        if not other and result.get("code", "") in ("", code_of(config)):
             return result
+    except (OSError, ValueError, KeyError, TypeError) as e:  # half a file, or not such a file
+        why = f"its result cannot be used ({type(e).__name__}: {e})"
+    say(f"{config.out_dir} is made again: {why or 'the code of its feature map has changed'}")
     return None
 
 
@@ -133,9 +138,6 @@ def progress(config) -> tuple[int, str]:
     """(steps done, the last loss in words) of a run that has not ended."""
     last = next((e for e in reversed(log_of(config)) if "loss" in e), None)
     return (last["step"], f"{last['loss']:.2f}") if last else (0, "-")
-
-
-# ---------------------------------------------------------------- many runs
 
 
 def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
@@ -173,7 +175,7 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable) -> lis
     work is imported by name. jobs: how many runs at a time; 0: one for each core. describe(result): the line
     to print when a run ends. A run whose loss is not finite has "failed"; other exceptions end all runs.
     """
-    results = {c.out_dir: result for c in configs if (result := finished(c))}
+    results = {c.out_dir: result for c in configs if (result := finished(c, say=print))}
     waiting = [c for c in configs if c.out_dir not in results]
     if results:
         print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
@@ -191,23 +193,21 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable) -> lis
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
     with bar, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         futures = {pool.submit(one, work, config, threads): config for config in waiting}
-        ended = 0
         try:
             while futures:
-                done, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     config = futures.pop(future)
                     results[config.out_dir] = future.result()
-                    ended += config.max_steps
                     bar.write(describe(results[config.out_dir]))
-                steps, losses = ended, []
-                for future, config in futures.items():
-                    step, loss = progress(config)
-                    steps += step
-                    if step and future.running():
-                        losses.append(f"{Path(config.out_dir).name}: loss {loss}")
+                now = {future: progress(config) for future, config in futures.items()}
+                losses = [
+                    f"{Path(futures[future].out_dir).name}: loss {loss}"
+                    for future, (step, loss) in now.items()
+                    if step and future.running()
+                ]
                 bar.set_postfix_str(", ".join(losses), refresh=False)
-                bar.update(max(0, steps - bar.n))
+                left = sum(config.max_steps - now[future][0] for future, config in futures.items())
+                bar.update(max(0, bar.total - left - bar.n))
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(e, KeyboardInterrupt):  # workers got it as well: fit saves, then they end
@@ -223,33 +223,28 @@ def sweep_and_seeds(
     seeds: int,
     jobs: int,
     describe: Callable,
-    loss: Callable = lambda result: result["dev_loss"],
     sweep_steps: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """For each config: all trials(config) with its own seed, then `seeds` seeds of the best trial.
 
-    A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least loss(result), which must not be
-    the number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
+    A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least "dev_loss", which must not be the
+    number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
     Returns (results of the trials, results with the best settings), in folders like elu-lr0.002-seed1.
     """
 
     def run_of(config, changed: dict, seed: int, steps: int):
-        folder = Path(config.out_dir)
-        words = [folder.name, *(f"{key}{value:g}" for key, value in changed.items()), f"seed{seed}"]
-        if steps != config.max_steps:
-            words.append(str(steps))
+        folder, length = Path(config.out_dir), [str(steps)] if steps != config.max_steps else []
+        words = [folder.name, *(f"{key}{value:g}" for key, value in changed.items()), f"seed{seed}", *length]
         out_dir = str(folder.with_name("-".join(words)))
         return replace(config, **changed, seed=seed, max_steps=steps, out_dir=out_dir)
 
     tried = [(c, trial) for c in configs if len(trials(c)) > 1 for trial in trials(c)]
     short = [run_of(c, trial, c.seed, sweep_steps or c.max_steps) for c, trial in tried]
     sweep = run_all(work, short, jobs, describe)
-    best = {c.out_dir: trials(c)[0] for c in configs}
-    ranked = sorted((loss(result), i) for i, result in enumerate(sweep) if "failed" not in result)
-    for _, i in reversed(ranked):  # the least loss comes last, and stays
-        config, trial = tried[i]
-        best[config.out_dir] = trial
-    final = [run_of(c, best[c.out_dir], c.seed + i, c.max_steps) for i in range(seeds) for c in configs]
+    ranked = sorted(zip(tried, sweep), key=lambda pair: pair[1].get("dev_loss", math.inf))
+    best = {c.out_dir: trial for (c, trial), _ in reversed(ranked)}  # the least loss comes last, and stays
+    settings = [(c, best.get(c.out_dir, trials(c)[0])) for c in configs]
+    final = [run_of(c, trial, c.seed + i, c.max_steps) for i in range(seeds) for c, trial in settings]
     results = run_all(work, final, jobs, describe)  # one seed of every config, then the next seed
     return sweep, [r for i in range(len(configs)) for r in results[i :: len(configs)]]
 
@@ -260,7 +255,5 @@ def conclude(path: Path, facts: dict, text: str, picture: str, began: float) -> 
     write_json(path, {**facts, "minutes": minutes})
     files = ", ".join(filter(None, [path.name, picture]))
     folder = Path(facts["runs"][0]["config"]["out_dir"]).name
-    print(text)
-    print(
-        f"{minutes:.1f} minutes; written to {path.parent}: {files}, and a folder for each run: {folder} ..."
-    )
+    written = f"written to {path.parent}: {files}, and a folder for each run: {folder} ..."
+    print(f"{text}\n{minutes:.1f} minutes; {written}")

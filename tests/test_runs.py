@@ -14,9 +14,10 @@ from conftest import ROOT, start
 from test_recall import TINY as RECALL
 
 from config import TrainConfig
+from experiments import runs
 from experiments.ablations import ABLATIONS, AblationsConfig, configs_of
 from experiments.recall import RecallConfig
-from experiments.runs import code_of, finished, log_of, one, progress, same_config, sweep_and_seeds
+from experiments.runs import code_of, differences, finished, log_of, one, progress, sweep_and_seeds
 from experiments.tables import grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, write_json
@@ -40,7 +41,7 @@ def work(config: Config) -> dict:
         raise RunError("step 3: loss nan")
     count = Path(config.out_dir) / "count"
     count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
-    result = {"config": asdict(config), "dev": abs(config.lr - 2), "final": abs(config.lr - 3)}
+    result = {"config": asdict(config), "dev_loss": abs(config.lr - 2), "final": abs(config.lr - 3)}
     write_json(Path(config.out_dir) / "result.json", result)
     return result
 
@@ -53,7 +54,6 @@ def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
         seeds,
         1,
         str,
-        lambda r: r["dev"],
         sweep_steps,
     )
 
@@ -102,7 +102,9 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tm
     write_json(tmp_path / "result.json", result)
     assert finished(config) == result
     monkeypatch.setitem(FEATURE_MAPS, "mine", Changed)
-    assert finished(config) is None
+    said: list = []
+    assert finished(config, say=said.append) is None
+    assert said == [f"{tmp_path} is made again: the code of its feature map has changed"]
     (tmp_path / "result.json").unlink()  # interrupted, then changed
     assert progress(config) == (0, "-") and not one(lambda c: c.resume, config, torch.get_num_threads())
     write_json(tmp_path / "result.json", {"config": asdict(config)})  # from before the code was noted
@@ -121,9 +123,28 @@ def test_only_a_run_with_the_same_settings_counts_as_made(tmp_path):
     assert finished(config) is None
     work(config)
     assert finished(replace(config, resume=True))["final"] == 2.0
-    assert finished(replace(config, max_steps=11)) is None
+    said: list = []
+    assert finished(replace(config, max_steps=11, lr=2.0), say=said.append) is None
     (tmp_path / "result.json").write_text("{half a fi")
-    assert finished(config) is None
+    assert finished(config, say=said.append) is None
+    assert said[0] == f"{tmp_path} is made again: lr was 1.0, is 2.0, max_steps was 10, is 11"
+    assert len(said) == 2 and "cannot be used (JSONDecodeError: " in said[1]
+
+
+def test_a_finished_run_that_is_not_kept_is_named_with_the_reason(tmp_path, capsys, monkeypatch):
+    def no_pool(*_):
+        raise RuntimeError("now it begins")
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", no_pool)
+    kept, changed = (Config(lr=lr, out_dir=str(tmp_path / f"lr{lr}")) for lr in (1.0, 2.0))
+    for config in (kept, changed):
+        Path(config.out_dir).mkdir()
+        work(config)
+    with pytest.raises(RuntimeError):
+        runs.run_all(work, [kept, replace(changed, max_steps=12)], 1, str)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}/lr2.0 is made again: max_steps was 10, is 12"
+    assert second == "1 of 2 runs were made before, with the same settings: kept"
 
 
 def test_an_interrupted_run_goes_on_and_a_changed_one_begins_anew(tmp_path):
@@ -152,22 +173,22 @@ def test_runs_of_earlier_versions_count_as_made():
     for run in saved("recall"):
         of_run = {name: run["config"][name] for name in ("attention", "lr", "seed")}
         config = asdict(RecallConfig(**of_run, attentions=[]))
-        assert same_config(run["config"], config)
+        assert not differences(run["config"], config)
         assert set(changes(run["config"], config)) <= {
             "out_dir",
             "resume",
         }  # what train.fit compares
         for other in ({"seed": 9}, {"embd_std": 0.02}, {"options": {"scale": 3.0}}):
-            assert not same_config(run["config"], config | other)
+            assert differences(run["config"], config | other)
     rows = configs_of(AblationsConfig(max_steps=400))
     for i, run in enumerate(saved("ablations")):
         assert run["name"] == list(ABLATIONS)[i]
         found = [j for j, c in enumerate(rows) if c.taps == 3 or i != 14]
-        assert [j for j in found if same_config(run["config"], asdict(rows[j]))] == [i]
+        assert [j for j in found if not differences(run["config"], asdict(rows[j]))] == [i]
     (run, *_) = saved("compare-stdlib")
     config = asdict(TrainConfig(attention="softmax", max_steps=1200, lr=run["config"]["lr"]))
-    assert same_config(run["config"], config | {"seed": run["config"]["seed"]})
-    assert not same_config(run["config"] | {"embd_std": 0.3}, config)  # no setting of today
+    assert not differences(run["config"], config | {"seed": run["config"]["seed"]})
+    assert "embd_std" in differences(run["config"] | {"embd_std": 0.3}, config)  # no setting of today
 
 
 def test_a_model_that_this_version_cannot_build_is_not_gone_on_with(tmp_path):
