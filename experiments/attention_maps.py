@@ -153,11 +153,9 @@ def table(facts: dict) -> str:
         rows.append([label_of(name, facts["attention"]), *means])
     rows.append(["uniform", f"{facts['uniform_entropy']:.3f}", "", ""])
     head = ["attention weights", "entropy, nats", "Kendall's tau", "KL(softmax, it), nats"]
-    below = np.mean(facts["below_minus_one"])
-    return (
-        f"{markdown(head, rows)}\n\nTaylor's weight, 1 + x + x²/2, falls with x below x = -1. "
-        f"{below:.0%} of all q.k / sqrt(D) are there."
-    )
+    said = "Taylor's weight, 1 + x + x²/2, falls with x below x = -1."
+    below = f"{np.mean(facts['below_minus_one']):.0%} of all q.k / sqrt(D) are there."
+    return f"{markdown(head, rows)}\n\n{said} {below}"
 
 
 def main() -> None:
@@ -180,15 +178,16 @@ def main() -> None:
     qk = [(q.float().cpu(), k.float().cpu()) for q, k in found]
     own = [attend.cpu() for attend in attends_in(model)]
     causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
-    fresh = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
-
-    def attends_of(layer: int) -> dict[str, nn.Module]:
-        return fresh | ({attention: own[layer]} if attention != "softmax" else {})
-
-    check_names("panels", config.panels, ["softmax", *attends_of(0)])
+    maps = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
+    attends = [maps | ({attention: attend} if attention != "softmax" else {}) for attend in own]
+    check_names("panels", config.panels, ["softmax", *attends[0]])
     if config.layer >= L:
         raise UserError(f"--layer {config.layer}: this model has layers 0 to {L - 1}")
     print(f"{name or FIRST}: {attention} attention, {L} layers, {H} heads of {D}, {T} tokens")
+    measured = measure(qk, causal, attends)
+    rounded = {
+        m: {key: np.round(x, 5).tolist() for key, x in of.items()} for m, of in measured["maps"].items()
+    }
     uniform = np.mean(np.log(np.arange(T) + 1)) if causal else np.log(T)
     facts = {
         "analysis": 1,
@@ -199,36 +198,41 @@ def main() -> None:
         "tokens": T,
         "head_dim": D,
         "uniform_entropy": round(float(uniform), 5),
-        **measure(qk, causal, attends_of),
+        "maps": rounded,
+        "below_minus_one": np.round(measured["below_minus_one"], 5).tolist(),
     }
     print(table(facts))
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "analysis.json", facts)
 
-    spikiest = int(np.min(facts["maps"]["softmax"]["entropy"], 1).argmin())
-    layer = spikiest if config.layer < 0 else config.layer
-    q, k = qk[layer]
+    entropies = np.array(rounded["softmax"]["entropy"])  # (L, H)
+    layer = int(entropies.min(1).argmin()) if config.layer < 0 else config.layer
     with torch.no_grad():
-        weights = {m: A[0] for m, A in all_weights(q, k, causal, attends_of(layer)).items()}
-    scores = (q[0].double() @ k[0].double().mT) / D**0.5
-    characters = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
-    drawn = draw(out, config, facts, weights, scores, layer, characters)
+        weights = {m: A[0] for m, A in all_weights(*qk[layer], causal, attends[layer]).items()}
+    q, k = (x[0].double() for x in qk[layer])
+    tokens = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
+    drawn = draw(
+        config, facts, weights, q @ k.mT / D**0.5, layer, entropies[layer].argsort().tolist(), tokens
+    )
     print(f"written to {out}: {', '.join(filter(None, ['analysis.json', *drawn]))}")
 
 
 def draw(
-    out: Path, config: AnalyzeConfig, facts: dict, weights: dict, scores: Tensor, layer: int, tokens: list
+    config: AnalyzeConfig,
+    facts: dict,
+    weights: dict,
+    scores: Tensor,
+    layer: int,
+    spikiest: list,
+    tokens: list,
 ) -> list[str]:
     """The pictures; returns their names. weights: {name: A (H, T, T)}, and scores (H, T, T), of one layer."""
-    first, command = ["softmax", facts["attention"]], facts["command"]
-    names = list(dict.fromkeys([*first, *weights]))
-    labels = {name: label_of(name, facts["attention"]) for name in names}
-    some = {name: weights[name] for name in config.panels or figures.select(names, first)}
-    spikiest = np.argsort(facts["maps"]["softmax"]["entropy"][layer]).tolist()
-    heads, head = sorted(spikiest[: config.heads]), spikiest[0]
-    of_head = {labels[name]: weights[name][head] for name in names[:3]}
-    which = f"layer {layer}, head {head}"
+    out, command, first = Path(config.out_dir), facts["command"], ["softmax", facts["attention"]]
+    labels = {name: label_of(name, facts["attention"]) for name in dict.fromkeys([*first, *weights])}
+    some = {name: weights[name] for name in config.panels or figures.select(labels, first)}
+    of_head = {labels[name]: weights[name][spikiest[0]] for name in list(labels)[:3]}
+    heads, which = sorted(spikiest[: config.heads]), f"layer {layer}, head {spikiest[0]}"
     return [
         figures.spikiness(out / "spikiness.png", command, facts, labels),
         figures.monotonicity(out / "monotonicity.png", command, facts, labels, some, scores, layer),

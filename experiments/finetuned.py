@@ -240,7 +240,7 @@ def weights_of(config: RecoverConfig, subject: Subject) -> dict[str, float]:
     (net, own), found = unfinetuned(config, subject), []
     for *inputs, _ in subject.held_out:
         layers = queries_and_keys(net, *inputs)
-        found.append(measure(layers, own[0].causal, lambda layer: {"map": own[layer]})["maps"]["map"])
+        found.append(measure(layers, own[0].causal, [{"map": attend} for attend in own])["maps"]["map"])
     return {key: round(float(np.mean([x[key] for x in found])), 5) for key in ("entropy", "tau", "kl")}
 
 

@@ -1,7 +1,6 @@
 """How spiky, how monotonic and how faithful attention weights are, and a model's queries and keys."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -71,10 +70,7 @@ def queries_and_keys(model: nn.Module, *inputs: Tensor) -> list[tuple[Tensor, Te
 
     model: our GPT, or a transformers model with sockets. inputs: what it takes, such as token ids (B, T)."""
     found: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        attend.register_forward_pre_hook(lambda _, args: found.append(args[:2]))
-        for attend in attends_in(model)
-    ]
+    hooks = [a.register_forward_pre_hook(lambda _, args: found.append(args[:2])) for a in attends_in(model)]
     try:
         model(*inputs)
     finally:
@@ -91,15 +87,14 @@ def all_weights(q: Tensor, k: Tensor, causal: bool, attends: dict[str, nn.Module
 
 
 @torch.no_grad()
-def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[[int], dict]) -> dict:
-    """Every measure of softmax and of the attentions {name: module} in attends_of(layer).
+def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends: list[dict[str, nn.Module]]) -> dict:
+    """Every measure of softmax and, for each layer, of its attentions {name: module}.
 
     "maps" is {name: {measure: L x H numbers}}. "below_minus_one" is, for each layer, the share of scores
     x = q.k / sqrt(D) at which Taylor's weight 1 + x + x^2 / 2 falls."""
-    maps: dict[str, dict] = {}
-    below = []
-    for layer, (q, k) in enumerate(qk):
-        weights = all_weights(q, k, causal, attends_of(layer))
+    maps, below = {}, []
+    for (q, k), of_layer in zip(qk, attends):
+        weights = all_weights(q, k, causal, of_layer)
         teacher, scores = weights["softmax"], q.double() @ k.double().mT / math.sqrt(q.size(-1))
         for name, A in weights.items():
             found = {
@@ -109,8 +104,7 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[
                 "kl": kl(teacher, A).mean(-1),
             }
             for key, value in found.items():  # (B, H)
-                by_layer = maps.setdefault(name, {}).setdefault(key, [])
-                by_layer.append([round(x, 5) for x in value.mean(0).tolist()])
+                maps.setdefault(name, {}).setdefault(key, []).append(np.round(value.mean(0), 5).tolist())
         below.append(round((scores < -1)[teacher > 0].double().mean().item(), 5))
     return {"maps": maps, "below_minus_one": below}
 
@@ -118,7 +112,10 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends_of: Callable[
 @torch.no_grad()
 def spikiness_and_monotonicity(model: nn.Module, x: Tensor) -> dict:
     """Entropy and tau of a causal model's own weights for token ids x (B, T), and the entropy of each head."""
-    own = attends_in(model.cpu())
-    found = measure(queries_and_keys(model, x), True, lambda layer: {"own": own[layer]})["maps"]["own"]
-    means = {key: float(np.mean(found[key])) for key in ("entropy", "tau")}
-    return means | {"entropy_by_head": found["entropy"]}
+    spread, tau = [], []
+    for attend, (q, k) in zip(attends_in(model.cpu()), queries_and_keys(model, x)):
+        A = attend.weights(q.double(), k.double())
+        spread.append(entropy(A).mean((0, 2)).tolist())
+        tau.append(kendall_tau(A, q.double() @ k.double().mT).mean().item())
+    means = {"entropy": float(np.mean(spread)), "tau": float(np.mean(tau))}
+    return means | {"entropy_by_head": np.round(spread, 5).tolist()}

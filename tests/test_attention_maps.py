@@ -98,7 +98,7 @@ def test_taylor_is_monotone_above_minus_one_and_only_there():
         q[..., 0] = size
         A = LinearAttention(phi, causal=False).weights(q, k)
         assert (kendall_tau(A, q @ k.mT, causal=False)[0, 0].item() == pytest.approx(1.0)) == is_one
-    found = measure([(q, k)], False, lambda layer: {"taylor": LinearAttention(phi, False)})
+    found = measure([(q, k)], False, [{"taylor": LinearAttention(phi, False)}])
     assert found["below_minus_one"][0] == pytest.approx((k[..., 0] < -0.5).double().mean().item(), abs=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_every_map_is_measured_against_plain_loops():
     torch.manual_seed(0)
     qk = [tuple(torch.randn(2, 1, 2, 9, 4).unbind())]
     maps = {name: LinearAttention(make_feature_map(name, 2, 4)) for name in FEATURE_MAPS}
-    found = measure(qk, True, lambda layer: maps)["maps"]
+    found = measure(qk, True, [maps])["maps"]
     q, k = (x.double() for x in qk[0])
     for name in ("elu", "hedgehog", "taylor"):
         phi = [{"weight": torch.eye(4).double(), "bias": torch.zeros(4)} for _ in range(2)]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from attention import softmax_weights
 from experiments import recall
-from experiments.metrics import spikiness_and_monotonicity
+from experiments.metrics import entropy, queries_and_keys, spikiness_and_monotonicity
 from experiments.recall import N_KEYS, RecallConfig, RecallGPT, batch_of, fresh, sequences
 
 TINY = (
@@ -114,7 +115,10 @@ def test_softmax_weights_of_a_run_have_tau_one():
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, attention="softmax"))
-    found = spikiness_and_monotonicity(model, fresh(RecallConfig(block_size=16), 3, 1)[0])
+    x = fresh(RecallConfig(block_size=16), 3, 1)[0]
+    found = spikiness_and_monotonicity(model, x)
+    entropies = [entropy(softmax_weights(q.double(), k.double())) for q, k in queries_and_keys(model, x)]
+    assert found["entropy"] == pytest.approx(torch.stack(entropies).mean().item(), abs=1e-12)  # not rounded
     assert found["tau"] == pytest.approx(1.0) and np.shape(found["entropy_by_head"]) == (2, 2)
 
 
