@@ -184,10 +184,9 @@ def main() -> None:
     if config.layer >= L:
         raise UserError(f"--layer {config.layer}: this model has layers 0 to {L - 1}")
     print(f"{name or FIRST}: {attention} attention, {L} layers, {H} heads of {D}, {T} tokens")
-    measured = measure(qk, causal, attends)
-    rounded = {
-        m: {key: np.round(x, 5).tolist() for key, x in of.items()} for m, of in measured["maps"].items()
-    }
+    found = measure(qk, causal, attends)
+    for of_map in found["maps"].values():
+        of_map.update((key, np.round(values, 5).tolist()) for key, values in of_map.items())
     uniform = np.mean(np.log(np.arange(T) + 1)) if causal else np.log(T)
     facts = {
         "analysis": 1,
@@ -198,15 +197,14 @@ def main() -> None:
         "tokens": T,
         "head_dim": D,
         "uniform_entropy": round(float(uniform), 5),
-        "maps": rounded,
-        "below_minus_one": np.round(measured["below_minus_one"], 5).tolist(),
+        **found,
     }
     print(table(facts))
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "analysis.json", facts)
 
-    entropies = np.array(rounded["softmax"]["entropy"])  # (L, H)
+    entropies = np.array(facts["maps"]["softmax"]["entropy"])  # (L, H)
     layer = int(entropies.min(1).argmin()) if config.layer < 0 else config.layer
     with torch.no_grad():
         weights = {m: A[0] for m, A in all_weights(*qk[layer], causal, attends[layer]).items()}

@@ -104,7 +104,7 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends: list[dict[st
                 "kl": kl(teacher, A).mean(-1),
             }
             for key, value in found.items():  # (B, H)
-                maps.setdefault(name, {}).setdefault(key, []).append(np.round(value.mean(0), 5).tolist())
+                maps.setdefault(name, {}).setdefault(key, []).append(value.mean(0).tolist())
         below.append(round((scores < -1)[teacher > 0].double().mean().item(), 5))
     return {"maps": maps, "below_minus_one": below}
 
@@ -112,10 +112,12 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends: list[dict[st
 @torch.no_grad()
 def spikiness_and_monotonicity(model: nn.Module, x: Tensor) -> dict:
     """Entropy and tau of a causal model's own weights for token ids x (B, T), and the entropy of each head."""
-    spread, tau = [], []
-    for attend, (q, k) in zip(attends_in(model.cpu()), queries_and_keys(model, x)):
-        A = attend.weights(q.double(), k.double())
-        spread.append(entropy(A).mean((0, 2)).tolist())
-        tau.append(kendall_tau(A, q.double() @ k.double().mT).mean().item())
-    means = {"entropy": float(np.mean(spread)), "tau": float(np.mean(tau))}
-    return means | {"entropy_by_head": np.round(spread, 5).tolist()}
+    own = [{"own": attend} for attend in attends_in(model.cpu())]
+    found = measure(queries_and_keys(model, x), True, own)["maps"]["own"]
+    entropies = np.array(found["entropy"])  # (L, H)
+    by_head = entropies.round(5).tolist()
+    return {
+        "entropy": entropies.mean().item(),
+        "tau": float(np.mean(found["tau"])),
+        "entropy_by_head": by_head,
+    }
