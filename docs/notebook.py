@@ -2,12 +2,11 @@
 # %% [markdown]
 # # From softmax to Hedgehog
 #
-# This notebook looks at the attention of a small softmax GPT, and then replaces the attention by
-# linear attention that mimics softmax. `python docs/notebook.py` runs all of it in 3 to 6 minutes
-# on one CPU core, without a download, and writes the pictures to `out/notebook/`. VS Code runs this
-# file cell by cell. Jupyter runs it with jupytext, or as the .ipynb that
-# `python docs/render_notebook.py` writes. The letters are those of
-# [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
+# This notebook looks at the attention of a small softmax GPT, and then replaces the attention by linear
+# attention that mimics softmax. `python docs/notebook.py` runs all of it in 3 to 6 minutes on one CPU core,
+# without a download, and writes the pictures to `out/notebook/`. VS Code runs this file cell by cell. Jupyter
+# runs it with jupytext, or as the .ipynb that `python docs/render_notebook.py` writes. The letters are those
+# of [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
 
 # %%
 import os
@@ -22,17 +21,18 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from experiments import figures
-from support import plots
+from support.plots import picture
 
 OUT, COMMAND, began = Path("out/notebook"), "python docs/notebook.py", time.perf_counter()
 torch.manual_seed(1)
 
 
 class Picture:
-    """A picture in OUT. Jupyter shows it below the cell; a terminal shows its path."""
+    """draw(path, COMMAND, *args) in OUT. Jupyter shows it below the cell; a terminal shows its path."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, draw, *args):
         self.path = OUT / name
+        draw(self.path, COMMAND, *args)
         print(f"picture: {self.path}")
 
     def _repr_png_(self) -> bytes:
@@ -42,10 +42,10 @@ class Picture:
 # %% [markdown]
 # ## 1. A teacher
 #
-# The teacher is a trained softmax GPT. If there is a run of `python train.py --attention softmax`,
-# that model is the teacher. Otherwise this cell trains a GPT of the same size for a quarter of the
-# steps, on the source of Python's standard library, with one byte as one token. After this short
-# training, some heads already attend to particular tokens.
+# The teacher is a trained softmax GPT. If there is a run of `python train.py --attention softmax`, that model
+# is the teacher. Otherwise this cell trains a GPT of the same size for a quarter of the steps, on the source
+# of Python's standard library, with one byte as one token. After this short training, some heads already
+# attend to particular tokens.
 
 # %%
 import data
@@ -72,8 +72,7 @@ train, validation = tokens.split("train", T), tokens.split("validation", T)
 
 def perplexity_of(model) -> float:
     """Perplexity a byte, on an evenly spaced part of the validation text."""
-    found = perplexity(model, validation, tokens.tokenizer, T, T, 32768, torch.float32)
-    return found["perplexity"]
+    return perplexity(model, validation, tokens.tokenizer, T, T, 32768, torch.float32)["perplexity"]
 
 
 print(f"perplexity {perplexity_of(teacher):.2f} a byte; {shape.n_layer} layers, {H} heads of {D}")
@@ -81,11 +80,11 @@ print(f"perplexity {perplexity_of(teacher):.2f} a byte; {shape.n_layer} layers, 
 # %% [markdown]
 # ## 2. The attention weights of softmax
 #
-# The text is the docstring of the module `sched`, which is not in the training data. Every token
-# has a query q and a key k. The weights of softmax are exp(q·k/√D), normalised (Eq. 1). We look at
-# the head with the **spikiest** weights, which is the head with the lowest entropy. The weights of
-# softmax are also **monotonic**: of two keys, the key with the larger q·k always has the larger
-# weight. Kendall's tau measures this by counting the pairs that are in order. For softmax it is 1.
+# The text is the docstring of the module `sched`, which is not in the training data. Every token has a query
+# q and a key k. The weights of softmax are exp(q·k/√D), normalised (Eq. 1). We look at the head with the
+# **spikiest** weights, which is the head with the lowest entropy. The weights of softmax are also
+# **monotonic**: of two keys, the key with the larger q·k always has the larger weight. Kendall's tau measures
+# this by counting the pairs that are in order. For softmax it is 1.
 
 # %%
 import sched
@@ -113,16 +112,15 @@ print(text[:84])
 print("entropies by layer and head:", entropies.double().round(decimals=2).tolist())
 print(f"the lowest: {which}")
 numbers("softmax", softmax)
-figures.one_head(OUT / "softmax.png", COMMAND, {"softmax": softmax[0, head]}, list(text), which)
-Picture("softmax.png")
+Picture("softmax.png", figures.one_head, {"softmax": softmax[0, head]}, list(text), which)
 
 # %% [markdown]
 # ## 3. The weights of an earlier linear attention
 #
-# Linear attention replaces exp(q·k) by φ(q)·φ(k), where φ is a positive function (Eq. 2). Here φ is
-# 1+ELU, applied to the same queries and keys. The resulting weights are flat: they are nearly the
-# weights of an average over all earlier tokens. They are not monotonic either: a larger q·k need
-# not have a larger weight. The paper claims that these two properties cost such models quality.
+# Linear attention replaces exp(q·k) by φ(q)·φ(k), where φ is a positive function (Eq. 2). Here φ is 1+ELU,
+# applied to the same queries and keys. The resulting weights are flat: they are nearly the weights of an
+# average over all earlier tokens. They are not monotonic either: a larger q·k need not have a larger weight.
+# The paper claims that these two properties cost such models quality.
 
 # %%
 from attention import LinearAttention
@@ -135,34 +133,30 @@ def weights_of(attend: LinearAttention):
     return attend.weights(q, k)
 
 
-def against_scores(file: str, weights: dict) -> Picture:
+@picture
+def against_scores(figure, weights: dict) -> None:
     """Weight against q.k / sqrt(D) for the last query of the text, one panel for each map."""
-
-    def draw(figure, axes) -> None:
-        for axis, (name, A) in zip(axes, weights.items()):
-            axis.scatter(scores[0, head, -1], A[0, head, -1], s=9, color="#0072b2")
-            axis.set(yscale="log", xlabel="q.k / sqrt(D)", ylabel="attention weight", title=name)
-            axis.grid(alpha=0.3)
-        figure.suptitle("Monotonic: points rise from left to right. Spiky: few points at the top")
-
-    size = (4 * len(weights), 3.8)
-    plots.plot(OUT / file, COMMAND, draw, 1, len(weights), size, sharey=True)
-    return Picture(file)
+    figure.set_size_inches(4 * len(weights), 3.8)
+    panels = figure.subplots(1, len(weights), sharey=True)
+    for axis, (name, A) in zip(panels, weights.items()):
+        axis.scatter(scores[0, head, -1], A[0, head, -1], s=9, color="#0072b2")
+        axis.set(yscale="log", xlabel="q.k / sqrt(D)", ylabel="attention weight", title=name)
+    figure.suptitle("Monotonic: points rise from left to right. Spiky: few points at the top")
 
 
 elu = weights_of(LinearAttention(make_feature_map("elu", H, D)))
 numbers("softmax", softmax)
 numbers("1+ELU", elu)
-against_scores("elu.png", {"softmax": softmax, "1+ELU": elu})
+Picture("elu.png", against_scores, {"softmax": softmax, "1+ELU": elu})
 
 # %% [markdown]
 # ## 4. Hedgehog's feature map, by hand
 #
-# Hedgehog learns φ. Each head has a matrix W and a vector b, and u = Wᵀx + b. The exponential makes
-# the weights spiky. The second half uses −u and keeps the sign of u (Eq. 5). The softmax over the
-# features keeps them below 1 (Eq. 4). Training starts with W = I and b = 0. The class `Hedgehog` in
-# [feature_maps.py](../feature_maps.py) does the same. Without training, the weights are more
-# monotonic than those of 1+ELU, but still flat.
+# Hedgehog learns φ. Each head has a matrix W and a vector b, and u = Wᵀx + b. The exponential makes the
+# weights spiky. The second half uses −u and keeps the sign of u (Eq. 5). The softmax over the features keeps
+# them below 1 (Eq. 4). Training starts with W = I and b = 0. The class `Hedgehog` in
+# [feature_maps.py](../feature_maps.py) does the same. Without training, the weights are more monotonic than
+# those of 1+ELU, but still flat.
 
 # %%
 W, b = torch.eye(D), torch.zeros(D)
@@ -178,19 +172,15 @@ numbers("Hedgehog, untrained", untrained)
 # %% [markdown]
 # ## 5. Three ways to compute the same output
 #
-# φ(q)·φ(k) is a product of features. So the sum over keys needs to be computed only once:
-# S = Σ φ(k) vᵀ and z = Σ φ(k) (Eq. 6). There are three forms of the same function:
+# φ(q)·φ(k) is a product of features. So the sum over keys needs to be computed only once: S = Σ φ(k) vᵀ and z
+# = Σ φ(k) (Eq. 6). There are three forms of the same function:
 #
 # - The quadratic form computes all T × T weights.
 # - The recurrent form carries (S, z) from token to token: F × (D + 1) numbers for every T.
 # - The chunked form is quadratic inside chunks and recurrent between chunks. Training uses it.
 
 # %%
-from attention import (
-    linear_attention_chunked,
-    linear_attention_quadratic,
-    linear_attention_recurrent,
-)
+from attention import linear_attention_chunked, linear_attention_quadratic, linear_attention_recurrent
 
 with torch.no_grad():
     phi_q, phi_k, v = phi(q), phi(k), torch.randn(q.shape)
@@ -204,15 +194,15 @@ print(f"quadratic = recurrent = chunked; S after {q.size(2)} tokens: {tuple(stat
 # %% [markdown]
 # ## 6. Mimicry
 #
-# Now the maps are trained, and nothing else, until their weights are close to those of softmax. The
-# loss is the cross-entropy between the two (Eq. 3). The smallest possible cross-entropy is the
-# entropy of softmax's weights. The difference is the Kullback-Leibler divergence (KL): the part
-# that training can remove. During this training, the model itself still computes with softmax, so
-# one forward pass trains the maps of all layers. The loss is `attention_cross_entropy` in
-# [distill.py](../distill.py).
+# Now the maps are trained, and nothing else, until their weights are close to those of softmax. The loss is
+# the cross-entropy between the two (Eq. 3). The smallest possible cross-entropy is the entropy of softmax's
+# weights. The difference is the Kullback-Leibler divergence (KL): the part that training can remove. During
+# this training, the model itself still computes with softmax, so one forward pass trains the maps of all
+# layers. The loss is `attention_cross_entropy` in [distill.py](../distill.py).
 
 # %%
 from dataclasses import asdict
+from operator import call  # call(model, x) is model(x)
 
 from distill import DistillConfig, distill, mimicry, pupil_of
 from support.devices import World
@@ -224,18 +214,14 @@ held_out = [(x[None],) for x in data.batch_of(validation, 0, 8, T, seed=0)[0]]
 settings = DistillConfig(checkpoint=str(run), out_dir=str(OUT / "maps"), max_steps=300)
 
 
-def forward(model, x):
-    return model(x)
-
-
 def batch(step: int) -> tuple:
     return data.batch_of(train, step, settings.batch_size, T, settings.seed)[:1]
 
 
 set_mode(pupil, "mimic")
-before = mimicry(pupil, held_out, forward)["kl"].mean()
+before = mimicry(pupil, held_out, call)["kl"].mean()
 world, meta = World(0, 1, torch.device("cpu")), {"config": asdict(settings)}
-after = distill(pupil, batch, held_out, forward, settings, world, meta)["kl"].mean()
+after = distill(pupil, batch, held_out, call, settings, world, meta)["kl"].mean()
 print(f"mean KL(softmax, Hedgehog): {before:.2f} nats untrained, {after:.2f} distilled")
 
 
@@ -244,56 +230,49 @@ print(f"mean KL(softmax, Hedgehog): {before:.2f} nats untrained, {after:.2f} dis
 
 
 # %%
-def draw_curve(figure, axes) -> None:
+@picture
+def learning(figure) -> None:
     log = [e for e in Log(OUT / "maps" / "log.jsonl").read() if "val_kl" in e]
     steps, kl = [0] + [e["step"] for e in log], [before] + [e["val_kl"] for e in log]
+    axes = figure.subplots()
     axes.plot(steps, kl, "s-", color="#0072b2")
     axes.set(xlabel="optimiser step (only the maps are trained)", ylim=(0, None))
     axes.set(ylabel="mean KL(softmax, Hedgehog), nats")
     axes.set_title(f"Mimicry: from {before:.2f} to {after:.2f} nats on held-out text")
-    axes.grid(alpha=0.3)
 
 
-plots.plot(OUT / "kl.png", COMMAND, draw_curve)
-Picture("kl.png")
+Picture("kl.png", learning)
 
 # %% [markdown]
-# Back to the head of step 2. The weights are now spiky, and the keys with the largest q·k have the
-# largest weights. The weights are not equal to softmax's, because a product of F features cannot be
-# an arbitrary function of q·k. Kendall's tau may even fall. The reason is that Eq. 3 counts each
-# key by the weight that softmax gives to this key. So Eq. 3 does not order the many keys whose
-# weight is nearly zero, but Kendall's tau counts all pairs equally.
+# Back to the head of step 2. The weights are now spiky, and the keys with the largest q·k have the largest
+# weights. The weights are not equal to softmax's, because a product of F features cannot be an arbitrary
+# function of q·k. Kendall's tau may even fall. The reason is that Eq. 3 counts each key by the weight that
+# softmax gives to this key. So Eq. 3 does not order the many keys whose weight is nearly zero, but Kendall's
+# tau counts all pairs equally.
 
 # %%
 distilled = weights_of(pupil.transformer.h[layer].attn.attend)
-panels = {
-    "softmax": softmax,
-    "Hedgehog, untrained": untrained,
-    "Hedgehog, distilled": distilled,
-    "1+ELU": elu,
-}
-for name, A in panels.items():
+four = {"softmax": softmax, "Hedgehog, untrained": untrained, "Hedgehog, distilled": distilled, "1+ELU": elu}
+for name, A in four.items():
     numbers(name, A)
-against_scores("distilled.png", panels)
+Picture("distilled.png", against_scores, four)
 
 # %% [markdown]
-# The next picture shows the weights of the four side by side, on one scale, over the beginning of
-# the text. Distilled Hedgehog is dark where softmax is dark, but it spreads some of the weight over
-# neighbouring tokens.
+# The next picture shows the weights of the four side by side, on one scale, over the beginning of the text.
+# Distilled Hedgehog is dark where softmax is dark, but it spreads some of the weight over neighbouring
+# tokens.
 
 # %%
-one = {name: A[0, head] for name, A in panels.items()}
-figures.one_head(OUT / "maps.png", COMMAND, one, list(text), which)
-Picture("maps.png")
+of_head = {name: A[0, head] for name, A in four.items()}
+Picture("maps.png", figures.one_head, of_head, list(text), which)
 
 # %% [markdown]
 # ## 7. Swap
 #
-# Now Hedgehog replaces softmax in the model. A model that is swapped without distillation is
-# broken. With distillation, most of the damage is gone, although none of the teacher's weights has
-# changed. To generate one more token, the new model needs a state of constant size. Softmax has to
-# keep the keys and values of all earlier tokens. (The generated text is poor, because the teacher
-# was trained for a short time only.)
+# Now Hedgehog replaces softmax in the model. A model that is swapped without distillation is broken. With
+# distillation, most of the damage is gone, although none of the teacher's weights has changed. To generate
+# one more token, the new model needs a state of constant size. Softmax has to keep the keys and values of all
+# earlier tokens. (The generated text is poor, because the teacher was trained for a short time only.)
 
 # %%
 swapped = pupil_of(teacher, "hedgehog").eval()  # maps as they are at the start
@@ -322,15 +301,15 @@ print(bytes(written[0].tolist()).decode(errors="replace"))
 # %% [markdown]
 # ## 8. Limits
 #
-# - **Mimicry alone does not reach the teacher.** The rest needs finetuning, of all parameters or
-#   with LoRA, and a gap remains even then: [results/converting.md](../results/converting.md).
-# - **Spiky weights are not enough.** exp(2x) has the spikiest weights of all maps and fails at
-#   associative recall. Taylor's weights are nearly as flat as those of 1+ELU, and Taylor solves
-#   the task: [results/why.md](../results/why.md).
-# - **Trained from scratch, Hedgehog is a little behind softmax.** The learning rate decides how
-#   far: [results/from_scratch.md](../results/from_scratch.md).
-# - **Short texts gain little.** [results/speed.md](../results/speed.md) measures from which length
-#   on linear attention is faster, and how much faster.
+# - **Mimicry alone does not reach the teacher.** The rest needs finetuning, of all parameters or with LoRA,
+#   and a gap remains even then: [results/converting.md](../results/converting.md).
+# - **Spiky weights are not enough.** exp(2x) has the spikiest weights of all maps and fails at associative
+#   recall. Taylor's weights are nearly as flat as those of 1+ELU, and Taylor solves the task:
+#   [results/why.md](../results/why.md).
+# - **Trained from scratch, Hedgehog is a little behind softmax.** The learning rate decides how far:
+#   [results/from_scratch.md](../results/from_scratch.md).
+# - **Short texts gain little.** [results/speed.md](../results/speed.md) measures from which length on linear
+#   attention is faster, and how much faster.
 # - [README](../README.md) lists everything that this repository does not include.
 
 # %%

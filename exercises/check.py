@@ -13,13 +13,7 @@ from types import ModuleType
 
 import torch
 
-from attention import (
-    LinearAttention,
-    SoftmaxAttention,
-    linear_weights,
-    make_attention,
-    softmax_weights,
-)
+from attention import LinearAttention, SoftmaxAttention, linear_weights, make_attention, softmax_weights
 from distill import attention_cross_entropy
 from exercises import broken
 from experiments.metrics import entropy, kendall_tau
@@ -30,10 +24,14 @@ THEOREMS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {}
 
 
 def of(*needs: str) -> Callable:
-    """Register a theorem about the functions with these names."""
+    """Register a theorem about the functions with these names. All begin with the same seed."""
 
     def mark(check: Callable) -> Callable:
-        THEOREMS[check.__name__] = (needs, check)
+        def seeded(my: ModuleType) -> None:
+            torch.manual_seed(0)
+            check(my)
+
+        THEOREMS[check.__name__] = (needs, seeded)
         return check
 
     return mark
@@ -47,15 +45,12 @@ def exp_form(q, k, v, dtype):
     return (w / w.sum(-1, keepdim=True)) @ v
 
 
-# ---------------------------------------------------------------- task 4: overflow
-
-
+# ---------------- task 4: overflow
 @of("overflows_at")
 def naive_exp_overflows_where_predicted(my):
     def finite(u):
-        x = torch.full((1, 1, 1, 1), u)
-        phi = torch.cat([x.exp(), (-x).exp()], -1)
-        return bool(((phi @ phi.mT) / (phi @ phi.mT)).isfinite().all())
+        phi = torch.tensor([[u, -u]]).exp()
+        return bool((phi @ phi.mT / (phi @ phi.mT)).isfinite())
 
     u = my.overflows_at()
     assert finite(u - 0.5), f"at {u - 0.5} float32 is still finite: predict more carefully"
@@ -64,7 +59,6 @@ def naive_exp_overflows_where_predicted(my):
 
 @of("exp_attention")
 def repaired_exp_has_the_weights_of_the_formula(my):
-    torch.manual_seed(0)
     for scale in (0.3, 3.0, 60.0):  # at 60 the naive form overflows in float32, but not in float64
         q, k = scale * (2 * torch.rand(2, 2, 2, 9, 4) - 1)
         v = torch.randn(2, 2, 9, 4)
@@ -75,7 +69,6 @@ def repaired_exp_has_the_weights_of_the_formula(my):
 
 @of("exp_attention")
 def repaired_exp_is_finite_with_finite_gradients(my):
-    torch.manual_seed(0)
     for scale in (1.0, 100.0, 1e4):
         q, k, v = (x.requires_grad_() for x in (scale * torch.randn(3, 1, 2, 12, 4)).unbind())
         y = my.exp_attention(q, k, v)
@@ -85,43 +78,31 @@ def repaired_exp_is_finite_with_finite_gradients(my):
 
 @of("exp_attention")
 def repaired_exp_never_looks_ahead(my):
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 12, 4)
     y = my.exp_attention(q, k, v)
-    later = k.clone()
-    later[:, :, 6:] = 50.0
-    assert torch.equal(my.exp_attention(q, later, v)[:, :, :6], y[:, :, :6]), (
-        "a later key changed an earlier output"
-    )
+    k[:, :, 6:] = 50.0
+    changed = my.exp_attention(q, k, v)
+    assert torch.equal(changed[:, :, :6], y[:, :, :6]), "a later key changed an earlier output"
 
 
-# ---------------------------------------------------------------- task 5: a feature map
-
-
+# ---------------- task 5: a feature map
 @of("Mine")
 def the_map_is_a_feature_map(my):
-    torch.manual_seed(0)
     attn = LinearAttention(my.Mine(2, 8))
     for scale in (0.0, 1.0, 100.0, 1e30):
         q, k, v = scale * torch.randn(3, 1, 2, 20, 8)
         features = attn.phi(q)
         assert features.shape == (1, 2, 20, attn.phi.feature_dim), "set self.feature_dim in __init__"
-        assert (features > 0).all() and (features <= 1.001e15).all(), (
-            "features are not between FLOOR and CEIL"
-        )
+        assert 0 < features.min() and features.max() <= 1.001e15, "features are not between FLOOR and CEIL"
         A = attn.weights(q, k)
         torch.testing.assert_close(A.sum(-1), torch.ones(1, 2, 20))
-        changed = k.clone()
-        changed[:, :, 10:] += 1.0
-        assert torch.equal(attn.weights(q, changed)[:, :, :10], A[:, :, :10]), (
-            "the map depends on other tokens"
-        )
+        k[:, :, 10:] += 1.0
+        assert torch.equal(attn.weights(q, k)[:, :, :10], A[:, :, :10]), "the map depends on other tokens"
 
 
 @of("Mine")
 @torch.no_grad()
 def the_map_is_spikier_and_more_monotonic_than_1_plus_elu(my):
-    torch.manual_seed(0)
     q, k = torch.randn(2, 1, 4, 64, 16)
     spread, tau = {}, {}
     for name, phi in (("elu", make_feature_map("elu", 4, 16)), ("mine", my.Mine(4, 16))):
@@ -131,9 +112,7 @@ def the_map_is_spikier_and_more_monotonic_than_1_plus_elu(my):
     assert tau["mine"] > tau["elu"], f"Kendall's tau: {tau}"
 
 
-# ---------------------------------------------------------------- task 6: distil one head
-
-
+# ---------------- task 6: distil one head
 def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of one head for 8 sequences of 64 tokens: two projections of one random x."""
     random = torch.Generator().manual_seed(0)
@@ -144,7 +123,6 @@ def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @of("cross_entropy")
 def cross_entropy_is_equation_3_in_values_and_gradients(my):
-    torch.manual_seed(0)
     q, k = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
     leaves = [x.requires_grad_() for x in torch.rand(2, 2, 3, 9, 6, dtype=torch.float64).unbind()]
     got, want = my.cross_entropy(q, k, *leaves), attention_cross_entropy(q, k, *leaves)[0]
@@ -166,7 +144,8 @@ def distilled_head_is_within_0_4_nats_of_softmax_on_new_sequences(my):
     assert CE - H < 0.4, f"KL(softmax, linear) is {(CE - H).item():.3f} nats"
 
 
-# ---------------------------------------------------------------- task 7: find the leak
+# ---------------- task 7: find the leak
+LEAKS = ("first", "second", "third")  # of broken.py
 
 
 def holds(theorem: Callable, attend: Callable) -> bool:
@@ -182,27 +161,21 @@ def ours(q, k, v):
     return make_attention("exp_t1", q.size(1), q.size(3))(q, k, v)
 
 
-@of("first", "second", "third")
+@of(*LEAKS)
 def each_theorem_holds_for_ours_and_fails_for_its_own_alone(my):
-    for name in ("first", "second", "third"):
+    for name in LEAKS:
         theorem = getattr(my, name)
         assert holds(theorem, ours), f"{name}: the theorem fails for correct attention"
-        for other in ("first", "second", "third"):
-            if other == name:
-                assert not holds(theorem, getattr(broken, name)), (
-                    f"{name}: the theorem holds for broken.{name}"
-                )
-            else:
-                assert holds(theorem, getattr(broken, other)), (
-                    f"{name}: the theorem fails for broken.{other}, too"
-                )
+        for other in LEAKS:
+            found = holds(theorem, getattr(broken, other))
+            wrong = "holds for" if found else "fails, too, for"
+            assert found == (other != name), f"{name}: the theorem {wrong} broken.{other}"
 
 
 @of("repairs")
 def each_repaired_line_makes_the_attention_right(my):
     repairs = my.repairs()
-    assert set(repairs) == {"first", "second", "third"}
-    torch.manual_seed(0)
+    assert set(repairs) == set(LEAKS)
     q, k, v = torch.randn(3, 2, 3, 9, 4)
     for name, (wrong, right) in repairs.items():
         lines = textwrap.dedent(inspect.getsource(getattr(broken, name))).splitlines()
@@ -211,17 +184,13 @@ def each_repaired_line_makes_the_attention_right(my):
         lines[at[0]] = "    " + right
         scope = dict(vars(broken))
         exec("\n".join(lines), scope)
-        torch.testing.assert_close(
-            scope[name](q, k, v), ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}"
-        )
+        repaired = scope[name](q, k, v)
+        torch.testing.assert_close(repaired, ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}")
 
 
-# ---------------------------------------------------------------- task 8: grouped queries and RoPE
-
-
+# ---------------- task 8: grouped queries and RoPE
 @of("grouped")
 def grouped_queries_read_their_own_keys(my):
-    torch.manual_seed(0)
     attend = LinearAttention(make_feature_map("hedgehog", 6, 4)).double()
     q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
     k, v = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
@@ -235,13 +204,12 @@ def grouped_queries_read_their_own_keys(my):
 
 @of("rotate")
 def rotated_products_depend_on_the_distance_alone(my):
-    torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(my.rotate(x).norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(my.rotate(x, 3)[:, :, 2:], my.rotate(x[:, :, 2:], 5))
-    at = [(my.rotate(q, i) * my.rotate(k, j)).sum().item() for i, j in ((5, 2), (103, 100), (5, 4))]
-    assert abs(at[0] - at[1]) < 1e-5 and abs(at[0] - at[2]) > 1e-2
+    near, far, other = ((my.rotate(q, i) * my.rotate(k, j)).sum() for i, j in ((5, 2), (103, 100), (5, 4)))
+    assert abs(near - far) < 1e-5 and abs(near - other) > 1e-2
     unit = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
     unit[..., 1] = 1.0  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1 a position, towards 1 + D/2
     a, b = my.rotate(unit, 1)[0, 0, 0, [1, 5]].tolist()
@@ -250,7 +218,6 @@ def rotated_products_depend_on_the_distance_alone(my):
 
 @of("relative", "rotate")
 def predicted_which_weights_are_relative(my):
-    torch.manual_seed(0)
     x = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64)
     measured = {}
     for name in ("softmax", "elu", "relu", "taylor", "hedgehog"):
@@ -260,9 +227,7 @@ def predicted_which_weights_are_relative(my):
     assert my.relative() == {name: error < 1e-5 for name, error in measured.items()}, f"measured: {measured}"
 
 
-# ---------------------------------------------------------------- task 9: decode cost
-
-
+# ---------------- task 9: decode cost
 @of("cache_bytes", "state_bytes")
 def bytes_are_those_of_the_caches(my):
     H, D, F = 3, 8, 16
@@ -271,13 +236,10 @@ def bytes_are_those_of_the_caches(my):
             q, k, v = torch.randn(3, 1, H, T, D).to(dtype)
             kv, state = {}, {}
             SoftmaxAttention().extend(q, k, v, kv)
-            LinearAttention(make_feature_map("hedgehog", H, D)).extend(q, k, v, state)
+            make_attention("hedgehog", H, D).extend(q, k, v, state)
             assert my.cache_bytes(T, H, D, dtype.itemsize) == kv["k"].nbytes + kv["v"].nbytes
             assert my.state_bytes(H, D, F) == sum(x.nbytes for x in state["state"])
-    assert (my.cache_bytes(1024, 12, 64), my.state_bytes(12, 64, 128)) == (
-        6291456,
-        399360,
-    )  # as measured by bench.py
+    assert my.cache_bytes(1024, 12, 64) == 6291456 and my.state_bytes(12, 64, 128) == 399360  # as in bench.py
 
 
 @of("predicted_crossover")
@@ -296,9 +258,7 @@ def softmax_slows_down_with_the_context_and_hedgehog_does_not(my):
     assert my.measured_crossover([8192]) == 8192
 
 
-# ---------------------------------------------------------------- task 10: capacity
-
-
+# ---------------- task 10: capacity
 def pairs(n: int, D: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.nn.functional.normalize(torch.randn(n, D), dim=-1)
     return 2 * D**0.5 * keys, torch.randn(n, D)
@@ -306,13 +266,11 @@ def pairs(n: int, D: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 
 @of("retrieve", "accuracy")
 def retrieval_is_attention_without_a_mask(my):
-    torch.manual_seed(0)
     keys, values = pairs(40)
     for phi in (None, make_feature_map("hedgehog", 1, 32)):
-        A = softmax_weights(keys, keys, causal=False) if phi is None else None
-        if phi is not None:
-            features = phi(keys[None, None])
-            A = linear_weights(features, features, causal=False)[0, 0]
+        weights = softmax_weights if phi is None else linear_weights
+        features = keys if phi is None else phi(keys[None, None])[0, 0]
+        A = weights(features, features, causal=False)
         torch.testing.assert_close(my.retrieve(phi, keys, values).detach(), (A @ values).detach())
         right = torch.cdist(A @ values, values).argmin(-1) == torch.arange(40)
         assert abs(my.accuracy(phi, keys, values) - right.double().mean().item()) < 1e-6
@@ -320,28 +278,21 @@ def retrieval_is_attention_without_a_mask(my):
 
 @of("accuracy")
 def softmax_forgets_nothing_at_1024_pairs(my):
-    torch.manual_seed(0)
     assert my.accuracy(None, *pairs(1024)) > 0.99
 
 
 @of("least_that_cannot_fit")
 def the_bound_is_the_rank_of_the_weights(my):
-    torch.manual_seed(0)
     for F in (8, 32):
         bound = my.least_that_cannot_fit(F, 64)
         for n in (bound - 1, bound):
             features = torch.rand(n, F, dtype=torch.float64)
-            full = (
-                torch.linalg.matrix_rank(features @ features.mT).item() == n
-            )  # otherwise A cannot be the identity
-            assert full == (n < bound), (
-                f"F = {F}: the weights of {n} pairs {'can' if full else 'cannot'} have rank {n}"
-            )
+            rank = torch.linalg.matrix_rank(features @ features.mT).item()  # of the identity: n
+            assert (rank == n) == (n < bound), f"F = {F}: the weights of {n} pairs have rank {rank}"
 
 
 @of("breaks_at", "least_that_cannot_fit")
 def more_features_break_later_and_none_beyond_the_bound(my):
-    torch.manual_seed(0)
     found = {F: my.breaks_at(F) for F in (64, 1024)}
     assert found[64] < found[1024], f"first n with less than half right: {found}"
     for F, n in found.items():
