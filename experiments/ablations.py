@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import TrainConfig
 from experiments import from_scratch
-from experiments.from_scratch import ScratchConfig, configured, describe, gpt_of
+from experiments.from_scratch import SAID, ScratchConfig, configured, gpt_of
 from experiments.runs import conclude, run_all
 from experiments.tables import markdown
 from model import GPT
@@ -115,7 +115,7 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     config, began = configured(AblationsConfig(), __doc__), time.perf_counter()
-    results = run_all(one_run, configs_of(config), config.jobs, describe)
+    results = run_all(one_run, configs_of(config), config.jobs, SAID)
     runs = [{"name": name, **r} for name, r in zip(ABLATIONS, results)]
     facts = {"compare": 1, "setting": config.setting, "ablations": True, **provenance(), "runs": runs}
     conclude(Path(config.out_dir) / "ablations.json", facts, table(runs), "", began)

@@ -69,31 +69,30 @@ class AnalyzeConfig:
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
     """(a GPT of this repository, its tokenizer's name): the checkpoint's, or a small random one."""
     path = config.checkpoint or FIRST
-    if config.checkpoint or Path(path).exists():
-        tensors, meta = load_checkpoint(path)
-        with as_user_error():
-            model = GPT(GPTConfig.of(meta.get("config", {})))
-        restore(tensors, model, path=path)
-        if "distilled" in meta:  # its maps were trained with the teacher's softmax around them
-            set_mode(model, "softmax")
-    else:
+    if not config.checkpoint and not Path(path).exists():
         print(
-            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights (seed "
-            f"{config.seed}), whose numbers describe the maps alone; python train.py makes a trained one"
+            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights (seed {config.seed}), "
+            "whose numbers describe the maps alone; python train.py makes a trained one"
         )
         torch.manual_seed(config.seed)
         small = GPTConfig(block_size=256, vocab_size=256, n_layer=2, n_head=2, n_embd=128, qk_gain=6.0)
-        model, meta = GPT(small), {"tokenizer": "bytes"}
+        return GPT(small).to(device).eval(), "bytes"
+    tensors, meta = load_checkpoint(path)
+    with as_user_error():
+        model = GPT(GPTConfig.of(meta.get("config", {})))
+    restore(tensors, model, path=path)
+    if "distilled" in meta:  # its maps were trained with the teacher's softmax around them
+        set_mode(model, "softmax")
     return model.to(device).eval(), meta.get("tokenizer", "")
 
 
 def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> Tensor:
     """The first tokens of the text (1, T), no more than the model has been trained on."""
+    most = model.config.block_size
     if tokenizer == "recall":
-        rng = np.random.default_rng(config.seed)
-        return recall.sequences(rng, 1, model.config.block_size, recall.N_KEYS)[0]
-    ids = np.asarray(data.get_tokenizer(tokenizer).encode_many([text])[0], np.int64)
-    return torch.from_numpy(ids[: min(config.tokens, model.config.block_size)])[None]
+        return recall.sequences(np.random.default_rng(config.seed), 1, most, recall.N_KEYS)[0]
+    ids = data.get_tokenizer(tokenizer).encode_many([text])[0][: min(config.tokens, most)]
+    return torch.from_numpy(np.asarray(ids, np.int64))[None]
 
 
 def check_name(name: str) -> None:
@@ -174,8 +173,7 @@ def main() -> None:
         idx, attention = tokens_of(config, tokenizer, text, model), model.config.attention
     if idx.size(1) < 2:
         raise UserError("the text has fewer than two tokens: give a longer one")
-    found = queries_and_keys(model.to(device), idx.to(device))
-    qk = [(q.float().cpu(), k.float().cpu()) for q, k in found]
+    qk = [(q.float().cpu(), k.float().cpu()) for q, k in queries_and_keys(model.to(device), idx.to(device))]
     own = [attend.cpu() for attend in attends_in(model)]
     causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
     maps = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
@@ -187,7 +185,7 @@ def main() -> None:
     found = measure(qk, causal, attends)
     for of_map in found["maps"].values():
         of_map.update((key, np.round(values, 5).tolist()) for key, values in of_map.items())
-    uniform = np.mean(np.log(np.arange(T) + 1)) if causal else np.log(T)
+    uniform = np.log(np.arange(T) + 1 if causal else T).mean()
     facts = {
         "analysis": 1,
         **provenance(),
@@ -203,30 +201,20 @@ def main() -> None:
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "analysis.json", facts)
-
-    entropies = np.array(facts["maps"]["softmax"]["entropy"])  # (L, H)
-    layer = int(entropies.min(1).argmin()) if config.layer < 0 else config.layer
-    with torch.no_grad():
-        weights = {m: A[0] for m, A in all_weights(*qk[layer], causal, attends[layer]).items()}
-    q, k = (x[0].double() for x in qk[layer])
     tokens = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
-    drawn = draw(
-        config, facts, weights, q @ k.mT / D**0.5, layer, entropies[layer].argsort().tolist(), tokens
-    )
+    drawn = draw(config, facts, qk, attends, tokens)
     print(f"written to {out}: {', '.join(filter(None, ['analysis.json', *drawn]))}")
 
 
-def draw(
-    config: AnalyzeConfig,
-    facts: dict,
-    weights: dict,
-    scores: Tensor,
-    layer: int,
-    spikiest: list,
-    tokens: list,
-) -> list[str]:
-    """The pictures; returns their names. weights: {name: A (H, T, T)}, and scores (H, T, T), of one layer."""
+@torch.no_grad()
+def draw(config: AnalyzeConfig, facts: dict, qk: list, attends: list[dict], tokens: list[str]) -> list[str]:
+    """The pictures, mostly of one layer; returns their names."""
     out, command, first = Path(config.out_dir), facts["command"], ["softmax", facts["attention"]]
+    entropies = np.array(facts["maps"]["softmax"]["entropy"])  # (L, H)
+    layer = config.layer if config.layer >= 0 else int(entropies.min(1).argmin())
+    spikiest, (q, k) = entropies[layer].argsort().tolist(), qk[layer]
+    scores = (q[0].double() @ k[0].double().mT) / q.size(-1) ** 0.5  # (H, T, T)
+    weights = {m: A[0] for m, A in all_weights(q, k, facts["causal"], attends[layer]).items()}  # (H, T, T)
     labels = {name: label_of(name, facts["attention"]) for name in dict.fromkeys([*first, *weights])}
     some = {name: weights[name] for name in config.panels or figures.select(labels, first)}
     of_head = {labels[name]: weights[name][spikiest[0]] for name in list(labels)[:3]}

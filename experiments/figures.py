@@ -24,9 +24,8 @@ def select(names: Iterable[str], first: Iterable[str] = ("softmax",)) -> list[st
     """At most six of the names, in their order: those of `first`, a reader's own maps, IN_COLOUR, the rest."""
     names = list(names)
     own = [name for name in names if name not in STYLE]
-    ranked = dict.fromkeys([*first, *own, *IN_COLOUR, *names])
-    chosen = [name for name in ranked if name in names][:MOST]
-    return [name for name in names if name in chosen]
+    ranked = [name for name in dict.fromkeys([*first, *own, *IN_COLOUR, *names]) if name in names]
+    return sorted(ranked[:MOST], key=names.index)
 
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -66,10 +65,11 @@ def spikiness(figure, facts: dict, labels: dict[str, str]) -> None:
             values, look = np.ravel(maps[name][measure]), style(name)
             axis.scatter(values, np.full(len(values), -i), alpha=0.5, s=28, **look)
             axis.vlines(values.mean(), -i - 0.3, -i + 0.3, look["color"], linewidth=2.5)
-    left.set_yticks(-np.arange(len(maps)), [labels[name] for name in maps])
+    left.set_yticks(-np.arange(len(maps)), map(labels.get, maps))
     left.axvline(uniform, color="0.4", linestyle=":")
-    spread = np.mean(maps["softmax"]["entropy"])
-    left.set_title(f"Spikiness: softmax {spread:.2f}, uniform {uniform:.2f} nats")
+    left.set_title(
+        f"Spikiness: softmax {np.mean(maps['softmax']['entropy']):.2f}, uniform {uniform:.2f} nats"
+    )
     left.set_xlabel("entropy of the attention weights (nats; dotted: uniform)")
     right.set_title(f"Monotonicity: softmax 1, then {label(best)} {tau[best]:.2f}")
     right.set(xlabel="Kendall's tau between weight and q.k", xlim=(-1.05, 1.05))
@@ -79,10 +79,10 @@ def spikiness(figure, facts: dict, labels: dict[str, str]) -> None:
 def monotonicity(figure, facts: dict, labels: dict, weights: dict, scores, layer: int) -> None:
     """Fig. 3: weights A (H, T, T) by name against scores q.k / sqrt(D), for three queries of the spikiest head."""
     head, T = int(np.argmin(facts["maps"]["softmax"]["entropy"][layer])), scores.shape[-1]
-    queries = {T - 1: ("black", "#000000"), 3 * T // 4: ("blue", "#0072b2"), T // 2: ("orange", "#e69f00")}
+    queries = T - 1, 3 * T // 4, T // 2
     axes = grid_of(figure, len(weights), min(3, len(weights)), 3, 2.5)
     for axis, (name, A) in zip(axes.flat, weights.items()):
-        for i, (_, shade) in queries.items():
+        for i, shade in zip(queries, ("black", "#0072b2", "#e69f00")):
             seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
             axis.scatter(scores[head, i, seen], A[head, i, seen].clamp(1e-9), s=7, color=shade, alpha=0.6)
         axis.set(yscale="log", xlabel="q.k / sqrt(D)")
@@ -90,7 +90,7 @@ def monotonicity(figure, facts: dict, labels: dict, weights: dict, scores, layer
         axis.set_title(f"{labels[name]}\ntau {facts['maps'][name]['tau'][layer][head]:.2f}")
     for axis in axes[:, 0]:
         axis.set_ylabel("attention weight")
-    shades = ", ".join(f"{i} ({name})" for i, (name, _) in queries.items())
+    shades = "{} (black), {} (blue), {} (orange)".format(*queries)
     said = "Only where points rise from left to right does a larger q.k mean a larger weight"
     figure.suptitle(f"{said}\n(layer {layer}, head {head}, queries {shades})")
 
@@ -103,8 +103,8 @@ def attention_maps(figure, labels: dict, weights: dict, layer: int, heads: list[
     panels = ((head, name) for head in heads for name in weights)
     for n, (axis, (head, name)) in enumerate(zip(axes.flat, panels)):
         A = weights[name][head]
-        share = A / A.max(-1, keepdim=True).values
-        axis.imshow(share.sqrt().numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        share = A / A.amax(-1, keepdim=True)
+        axis.imshow(share.sqrt(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
         axis.set(xlabel=f"mean entropy {entropy(A).mean():.2f} nats", xticks=[], yticks=[])
         if n < len(weights):
             axis.set_title(labels[name].replace(", ", "\n"))
@@ -112,8 +112,7 @@ def attention_maps(figure, labels: dict, weights: dict, layer: int, heads: list[
             axis.set_ylabel(f"head {head}: query")
     which = f"layer {layer}, head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
     said = "black where a query's weight is largest (square root of weight / largest weight)"
-    title = f"Attention weights of {which}: a row for each query, a column for each key;\n{said}"
-    figure.suptitle(title)
+    figure.suptitle(f"Attention weights of {which}: a row for each query, a column for each key;\n{said}")
 
 
 @picture
@@ -191,20 +190,18 @@ def over_seeds(axis, runs: list[dict], scale: float = 1, **look) -> None:
 def recall(figure, groups: Groups) -> None:
     """Fig. 5: accuracy against entropy and tau of the weights, a mark for each run; and learning curves."""
     figure.set_size_inches(13, 4.2)
-    axes, solved = figure.subplots(1, 3), []
+    axes, solved = figure.subplots(1, 3, subplot_kw={"ylim": (-3, 103)}), []
     for name, look in looks(groups).items():
         accuracy = 100 * np.array(finals(groups[name], "accuracy"))
         solved += [label(name)] if min(accuracy) > 99 else []
         dots = look | {"s": 90 if look["marker"] == "*" else 36, "alpha": 0.8, "label": label(name)}
-        for axis, measure in zip(axes, ("entropy", "tau")):
+        for axis, measure in zip(axes, ("entropy", "tau")):  # grey ones behind
             axis.scatter(finals(groups[name], measure), accuracy, zorder=2 + (look["color"] != GREY), **dots)
         over_seeds(axes[2], groups[name], 100, color=look["color"], linewidth=1.2)
     axes[0].set(xlabel="mean attention entropy (nats)", ylabel="recall accuracy, fresh sequences (%)")
     axes[1].set(xlabel="monotonicity: Kendall's tau")
     axes[2].set(xlabel="optimiser step", ylabel="accuracy while training (%)")
     axes[2].set_title("mean over seeds, and their range")
-    for axis in axes:
-        axis.set_ylim(-3, 103)
     figure.suptitle(f"Associative recall: solved with every seed by {', '.join(solved) or 'none'}")
     beside(figure)
 
@@ -240,11 +237,10 @@ def recovery(figure, points: list[tuple], title: str) -> None:
     for axis, (key, text) in zip(axes, measures.items()):
         for arm, share, weights in points:
             color, marker = look[arm.feature_map].values()
-            marker, size = ("*", 80) if arm.shared else (marker, 40)
-            fill = color if arm.distilled else "none"
-            dots = dict(edgecolors=color, facecolors=fill, marker=marker, s=size, alpha=0.8)
+            dots = {"marker": "*", "s": 80} if arm.shared else {"marker": marker, "s": 40}
+            dots |= {"edgecolors": color, "facecolors": color if arm.distilled else "none", "alpha": 0.8}
             axis.scatter(weights[key], share, label=names[arm], **dots)
-        axis.set(xlabel=text)
+        axis.set_xlabel(text)
     axes[0].set_ylabel("score recovered, % of the teacher's")
     beside(figure)
     figure.suptitle(f"{title}: most is recovered by {best} ({most:.0f}%); filled: distilled")
@@ -282,19 +278,18 @@ def speed(figure, rows: list[dict], title: str = "Time and memory of attention")
     order = "softmax cpp triton torch elu taylor recurrent quadratic".split()
     rows = [r for r in rows if r["part"] in parts]
     heads = max(r["heads"] for r in rows)
-    few = sorted({r["heads"] for r in rows} - {heads})
+    fewer = sorted({r["heads"] for r in rows} - {heads})
     figure.set_size_inches(12.5, 4)
     for axis, (part, (what, unit, factor)) in zip(figure.subplots(1, 3), parts.items()):
         for name in select(dict.fromkeys(r["contender"] for r in rows), first=order):
-            points = [r for r in rows if r["part"] == part and r["contender"] == name]
-            x = np.array([r["T"] for r in points])
-            y = np.array([r["median"] * factor * heads / r["heads"] for r in points])
-            fewer = np.array([r["heads"] < heads for r in points], bool)
-            axis.plot(x, y, label=label(name), markersize=5, **style(name))
-            axis.plot(x[fewer], y[fewer], linestyle="", markerfacecolor="w", markersize=5, **style(name))
+            points = [r for r in rows if (r["part"], r["contender"]) == (part, name)]
+            few = [r for r in points if r["heads"] < heads]
+            for some, look in ((points, {"label": label(name)}), (few, {"linestyle": "", "mfc": "w"})):
+                costs = [r["median"] * factor * heads / r["heads"] for r in some]
+                axis.plot([r["T"] for r in some], costs, markersize=5, **style(name), **look)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=what, ylabel=f"{unit}, {heads} heads")
         axis.set_xticks(*LENGTHS)
         axis.minorticks_off()
-    hollow = ", ".join(f"measured with {n} heads, times {heads / n:g}" for n in few)
-    figure.suptitle(title + (f"; hollow marks: {hollow}" if few else ""))
+    hollow = ", ".join(f"measured with {n} heads, times {heads / n:g}" for n in fewer)
+    figure.suptitle(title + (f"; hollow marks: {hollow}" if fewer else ""))
     beside(figure)

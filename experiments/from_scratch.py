@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict] = {  # changes of TrainConfig's defaults
         "weight_decay": 0.01,
     },
 }
+SAID = "{final[loss]:.4f} nats per token, {minutes:.1f} minutes"  # of a run that has ended
 
 
 @dataclass
@@ -125,13 +126,6 @@ def one_run(config: TrainConfig, build: Callable = gpt_of) -> dict:
     )
 
 
-def describe(result: dict) -> str:
-    name = Path(result["config"]["out_dir"]).name
-    if "failed" in result:
-        return f"{name}: {result['failed']}"
-    return f"{name}: {result['final']['loss']:.4f} nats per token, {result['minutes']:.1f} minutes"
-
-
 by_attention = partial(grouped, key=lambda r: r["final"]["loss"])
 
 
@@ -152,28 +146,24 @@ def table(results: list[dict]) -> str:
     groups = by_attention(results)
     text = "bits per byte" if results[0]["config"]["vocab_size"] == 256 else "perplexity"
     head = ["attention", "nats per token, mean ± sd (seeds)", text, "Hedgehog closes of its gap, %"]
-    head += ["lr", "tokens/s", "minutes a run"]
     rows, behind = [], False
     for name, runs in groups.items():
         closed = gap_closed(groups, "hedgehog", name) if behind and name != "hedgehog" else []
         behind = behind or (name == "softmax" and "hedgehog" in groups)
+        config = runs[0]["config"]
+        maps = f", maps {config['lr'] * config['map_lr_scale']:g}" if learns_map(name) else ""
         rows.append(
             [
                 label(name),
                 f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})",
                 f"{np.mean(finals(runs, text.replace(' ', '_'))):.3f}",
                 mean_sd([100 * c for c in closed], ".1f") if closed else "",
-                lr_of(runs[0]["config"]),
+                f"{config['lr']:g}{maps}",
                 f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
                 f"{np.mean([r['minutes'] for r in runs]):.1f}",
             ]
         )
-    return markdown(head, rows)
-
-
-def lr_of(config: dict) -> str:
-    maps = f", maps {config['lr'] * config['map_lr_scale']:g}"
-    return f"{config['lr']:g}{maps if learns_map(config['attention']) else ''}"
+    return markdown([*head, "lr", "tokens/s", "minutes a run"], rows)
 
 
 def draw(path: Path, facts: dict) -> str:
@@ -195,18 +185,11 @@ def main() -> None:
         of_maps = scales if len(scales) > 1 and learns_map(run.attention) else [{}]
         return [{"lr": lr} | scale for lr in config.lrs for scale in of_maps]
 
-    sweep, results = sweep_and_seeds(
-        one_run,
-        [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions],
-        trials,
-        config.seeds,
-        config.jobs,
-        describe,
-        sweep_steps=config.sweep_steps,
-    )
-    facts = {"compare": 1, "setting": config.setting, **provenance()}
-    facts |= {"runs": results, "sweep": [describe(r) for r in sweep]}
-    conclude(out / "compare.json", facts, table(results), draw(out / "curves.png", facts), began)
+    configs = [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    steps = config.sweep_steps
+    found = sweep_and_seeds(one_run, configs, trials, config.seeds, config.jobs, SAID, steps)
+    facts = {"compare": 1, "setting": config.setting, **provenance(), **found}
+    conclude(out / "compare.json", facts, table(facts["runs"]), draw(out / "curves.png", facts), began)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ from support.plots import label
 
 N_KEYS = 20  # tokens 0 to 19 are keys, 20 to 39 values
 SHORTEST = 8  # tokens of the first stage's sequences
+SAID = (  # of a run that has ended
+    "accuracy {final[accuracy]:.1%} after {steps} steps, {minutes:.1f} minutes; "
+    "entropy {final[entropy]:.2f} nats, tau {final[tau]:.2f}"
+)
 
 
 @dataclass
@@ -148,53 +152,29 @@ def one_run(config: RecallConfig) -> dict:
     )
 
 
-def describe(result: dict) -> str:
-    config = result["config"]
-    who = f"{config['attention']}, lr {config['lr']:g}, seed {config['seed']}"
-    if "failed" in result:
-        return f"{who}: {result['failed']}"
-    final = result["final"]
-    return (
-        f"{who}: accuracy {final['accuracy']:.1%} after {result['steps']} steps, "
-        f"{result['minutes']:.1f} minutes; entropy {final['entropy']:.2f} nats, "
-        f"tau {final['tau']:.2f}"
-    )
-
-
 by_attention = partial(grouped, key=lambda r: -r["final"]["accuracy"])
 
 
 def table(results: list[dict]) -> str:
     """The comparison, the most accurate first, and how entropy and tau go with accuracy."""
     head = ["attention", "accuracy, %, mean ± sd (seeds)", "entropy, nats", "Kendall's tau"]
-    head += ["lr", "steps", "minutes a run"]
     groups, rows = by_attention(results), []
     for name, runs in groups.items():
         correct = mean_sd([100 * x for x in finals(runs, "accuracy")], ".1f")
-        rows.append(
-            [
-                label(name),
-                f"{correct} ({len(runs)})",
-                mean_sd(finals(runs, "entropy"), ".2f"),
-                mean_sd(finals(runs, "tau"), ".2f"),
-                f"{runs[0]['config']['lr']:g}",
-                f"{np.mean([r['steps'] for r in runs]):.0f}",
-                f"{np.mean([r['minutes'] for r in runs]):.1f}",
-            ]
-        )
-    text = markdown(head, rows)
+        measured = (mean_sd(finals(runs, key), ".2f") for key in ("entropy", "tau"))
+        steps, minutes = (np.mean([r[key] for r in runs]) for key in ("steps", "minutes"))
+        trained = f"{runs[0]['config']['lr']:g}", f"{steps:.0f}", f"{minutes:.1f}"
+        rows.append([label(name), f"{correct} ({len(runs)})", *measured, *trained])
+    text = markdown([*head, "lr", "steps", "minutes a run"], rows)
     if len(groups) <= 3:  # too few for a correlation
         return text
     found = []
     accuracies = [np.mean(finals(runs, "accuracy")) for runs in groups.values()]
     for key, what in (("entropy", "entropy"), ("tau", "monotonicity")):
         means = [np.mean(finals(runs, key)) for runs in groups.values()]
-        rho, low, high = rank_correlation(means, accuracies)
-        found.append(f"{what} {rho:+.2f} ({low:+.2f} to {high:+.2f})")
-    return (
-        f"{text}\n\nSpearman's rank correlation with accuracy over the {len(groups)} attentions, "
-        f"and its 95% bootstrap interval: {'; '.join(found)}."
-    )
+        found.append("{} {:+.2f} ({:+.2f} to {:+.2f})".format(what, *rank_correlation(means, accuracies)))
+    said = f"Spearman's rank correlation with accuracy over the {len(groups)} attentions"
+    return f"{text}\n\n{said}, and its 95% bootstrap interval: {'; '.join(found)}."
 
 
 def main() -> None:
@@ -208,17 +188,12 @@ def main() -> None:
     began, out = time.perf_counter(), Path(config.out_dir)
     # A run's configuration leaves out what does not change it.
     single = replace(config, attentions=[], all=False, seeds=1, lrs=[], jobs=0)
-    sweep, results = sweep_and_seeds(
-        one_run,
-        [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions],
-        lambda _: [{"lr": lr} for lr in config.lrs or [config.lr]],
-        config.seeds,
-        config.jobs,
-        describe,
-    )
-    facts = {"recall": 1, **provenance(), "runs": results, "sweep": [describe(r) for r in sweep]}
-    picture = figures.recall(out / "recall.png", facts["command"], by_attention(results))
-    conclude(out / "recall.json", facts, table(results), picture, began)
+    configs = [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    trials = [{"lr": lr} for lr in config.lrs or [config.lr]]
+    found = sweep_and_seeds(one_run, configs, lambda _: trials, config.seeds, config.jobs, SAID)
+    facts = {"recall": 1, **provenance(), **found}
+    picture = figures.recall(out / "recall.png", facts["command"], by_attention(facts["runs"]))
+    conclude(out / "recall.json", facts, table(facts["runs"]), picture, began)
 
 
 if __name__ == "__main__":

@@ -169,11 +169,16 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(work: Callable, configs: list, jobs: int, describe: Callable) -> list[dict]:
+def told(result: dict, said: str) -> str:
+    """The line about a run that has ended: `said` is filled in with its numbers."""
+    return f"{Path(result['config']['out_dir']).name}: {result.get('failed') or said.format_map(result)}"
+
+
+def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
     """The results of work(config) for every config, each with an out_dir of its own.
 
-    work is imported by name. jobs: how many runs at a time; 0: one for each core. describe(result): the line
-    to print when a run ends. A run whose loss is not finite has "failed"; other exceptions end all runs.
+    work is imported by name. jobs: how many runs at a time; 0: one for each core. said: what to print when a
+    run ends, e.g. "loss {final[loss]}". A run whose loss is not finite has "failed"; other exceptions end all.
     """
     results = {c.out_dir: result for c in configs if (result := finished(c, say=print))}
     waiting = [c for c in configs if c.out_dir not in results]
@@ -181,7 +186,7 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable) -> lis
         print(f"{len(results)} of {len(configs)} runs were made before, with the same settings: kept")
     for result in results.values():
         if "failed" in result:
-            print(describe(result))
+            print(told(result, said))
     if not waiting:
         return [results[c.out_dir] for c in configs]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -198,7 +203,7 @@ def run_all(work: Callable, configs: list, jobs: int, describe: Callable) -> lis
                 for future in wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     config = futures.pop(future)
                     results[config.out_dir] = future.result()
-                    bar.write(describe(results[config.out_dir]))
+                    bar.write(told(results[config.out_dir], said))
                 now = {future: progress(config) for future, config in futures.items()}
                 losses = [
                     f"{Path(futures[future].out_dir).name}: loss {loss}"
@@ -222,14 +227,15 @@ def sweep_and_seeds(
     trials: Callable,
     seeds: int,
     jobs: int,
-    describe: Callable,
+    said: str,
     sweep_steps: int = 0,
-) -> tuple[list[dict], list[dict]]:
+) -> dict[str, list]:
     """For each config: all trials(config) with its own seed, then `seeds` seeds of the best trial.
 
     A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least "dev_loss", which must not be the
     number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
-    Returns (results of the trials, results with the best settings), in folders like elu-lr0.002-seed1.
+    Returns {"runs": results with the best settings, "sweep": a line about each trial}. Folders are like
+    elu-lr0.002-seed1.
     """
 
     def run_of(config, changed: dict, seed: int, steps: int):
@@ -240,13 +246,14 @@ def sweep_and_seeds(
 
     tried = [(c, trial) for c in configs if len(trials(c)) > 1 for trial in trials(c)]
     short = [run_of(c, trial, c.seed, sweep_steps or c.max_steps) for c, trial in tried]
-    sweep = run_all(work, short, jobs, describe)
+    sweep = run_all(work, short, jobs, said)
     ranked = sorted(zip(tried, sweep), key=lambda pair: pair[1].get("dev_loss", math.inf))
     best = {c.out_dir: trial for (c, trial), _ in reversed(ranked)}  # the least loss comes last, and stays
     settings = [(c, best.get(c.out_dir, trials(c)[0])) for c in configs]
     final = [run_of(c, trial, c.seed + i, c.max_steps) for i in range(seeds) for c, trial in settings]
-    results = run_all(work, final, jobs, describe)  # one seed of every config, then the next seed
-    return sweep, [r for i in range(len(configs)) for r in results[i :: len(configs)]]
+    results = run_all(work, final, jobs, said)  # one seed of every config, then the next seed
+    runs = [r for i in range(len(configs)) for r in results[i :: len(configs)]]
+    return {"runs": runs, "sweep": [told(r, said) for r in sweep]}
 
 
 def conclude(path: Path, facts: dict, text: str, picture: str, began: float) -> None:

@@ -114,7 +114,7 @@ def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_l
 def test_one_scale_of_the_maps_learning_rate_is_used_and_not_tried(command, tmp_path, text, monkeypatch):
     def sweep_and_seeds(work, configs, trials, *rest, **more):
         tried.extend((c.map_lr_scale, trials(c)) for c in configs)
-        return [], [run_of("t2r", 1, 1.0)]
+        return {"runs": [run_of("t2r", 1, 1.0)]}
 
     tried: list = []
     monkeypatch.setattr(from_scratch, "sweep_and_seeds", sweep_and_seeds)

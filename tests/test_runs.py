@@ -53,17 +53,18 @@ def sweep(tmp_path, lrs=(1.0, 2.0, 3.0, 9.0), seeds=2, sweep_steps=0):
         lambda _: [{"lr": lr} for lr in lrs],
         seeds,
         1,
-        str,
+        "{config}",
         sweep_steps,
     )
 
 
 def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, capsys):
-    tried, final = sweep(tmp_path)
-    assert [r["config"]["lr"] for r in tried] == [1, 2, 3, 9] and tried[3]["failed"] == "step 3: loss nan"
-    assert [(r["config"]["lr"], r["config"]["seed"]) for r in final] == [(2, 1), (2, 2)]
+    found = sweep(tmp_path)
+    assert [line.split(": ")[0] for line in found["sweep"]] == [f"a-lr{lr}-seed1" for lr in (1, 2, 3, 9)]
+    assert found["sweep"][3] == "a-lr9-seed1: step 3: loss nan" and "'lr': 3.0" in found["sweep"][2]
+    assert [(r["config"]["lr"], r["config"]["seed"]) for r in found["runs"]] == [(2, 1), (2, 2)]
     capsys.readouterr()
-    assert sweep(tmp_path)[1] == final
+    assert sweep(tmp_path) == found
     assert (
         "step 3: loss nan" in capsys.readouterr().out
     )  # a run that failed is not made again, and not passed over
@@ -112,10 +113,9 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tm
 
 
 def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
-    tried, final = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
-    assert {r["config"]["max_steps"] for r in tried} == {3} and {r["config"]["max_steps"] for r in final} == {
-        10
-    }
+    found = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
+    assert all("'max_steps': 3," in line for line in found["sweep"]) and len(found["sweep"]) == 2
+    assert {r["config"]["max_steps"] for r in found["runs"]} == {10}
 
 
 def test_only_a_run_with_the_same_settings_counts_as_made(tmp_path):
@@ -141,7 +141,7 @@ def test_a_finished_run_that_is_not_kept_is_named_with_the_reason(tmp_path, caps
         Path(config.out_dir).mkdir()
         work(config)
     with pytest.raises(RuntimeError):
-        runs.run_all(work, [kept, replace(changed, max_steps=12)], 1, str)
+        runs.run_all(work, [kept, replace(changed, max_steps=12)], 1, "{config}")
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path}/lr2.0 is made again: max_steps was 10, is 12"
     assert second == "1 of 2 runs were made before, with the same settings: kept"
