@@ -9,9 +9,12 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
+from torch.autograd import grad
+from torch.testing import assert_close
 
 from attention import LinearAttention, SoftmaxAttention, linear_weights, make_attention, softmax_weights
 from distill import attention_cross_entropy
@@ -37,9 +40,12 @@ def of(*needs: str) -> Callable:
     return mark
 
 
-def exp_form(q, k, v, dtype):
-    """The formula of task 4, with every weight in memory."""
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+doubles = partial(torch.randn, dtype=torch.float64)
+
+
+def exp_form(q, k, v):
+    """The formula of task 4 in float64, with every weight in memory."""
+    q, k, v = (x.double() for x in (q, k, v))
     u = q[..., :, None, :] + k[..., None, :, :]  # (B, H, T, T, D)
     w = (u.exp() + (-u).exp()).sum(-1).tril()
     return (w / w.sum(-1, keepdim=True)) @ v
@@ -62,9 +68,9 @@ def repaired_exp_has_the_weights_of_the_formula(my):
     for scale in (0.3, 3.0, 60.0):  # at 60 the naive form overflows in float32, but not in float64
         q, k = scale * (2 * torch.rand(2, 2, 2, 9, 4) - 1)
         v = torch.randn(2, 2, 9, 4)
-        want = exp_form(q, k, v, torch.float64)
+        want = exp_form(q, k, v)
         assert want.isfinite().all()
-        torch.testing.assert_close(my.exp_attention(q, k, v).double(), want, rtol=1e-3, atol=1e-4)
+        assert_close(my.exp_attention(q, k, v).double(), want, rtol=1e-3, atol=1e-4)
 
 
 @of("exp_attention")
@@ -73,7 +79,7 @@ def repaired_exp_is_finite_with_finite_gradients(my):
         q, k, v = (x.requires_grad_() for x in (scale * torch.randn(3, 1, 2, 12, 4)).unbind())
         y = my.exp_attention(q, k, v)
         assert y.isfinite().all(), f"not finite at |x| = {scale}"
-        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+        assert all(g.isfinite().all() for g in grad(y.sum(), (q, k, v)))
 
 
 @of("exp_attention")
@@ -95,7 +101,7 @@ def the_map_is_a_feature_map(my):
         assert features.shape == (1, 2, 20, attn.phi.feature_dim), "set self.feature_dim in __init__"
         assert 0 < features.min() and features.max() <= 1.001e15, "features are not between FLOOR and CEIL"
         A = attn.weights(q, k)
-        torch.testing.assert_close(A.sum(-1), torch.ones(1, 2, 20))
+        assert_close(A.sum(-1), torch.ones(1, 2, 20))
         k[:, :, 10:] += 1.0
         assert torch.equal(attn.weights(q, k)[:, :, :10], A[:, :, :10]), "the map depends on other tokens"
 
@@ -123,14 +129,14 @@ def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @of("cross_entropy")
 def cross_entropy_is_equation_3_in_values_and_gradients(my):
-    q, k = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
+    q, k = (x.requires_grad_() for x in doubles(2, 2, 3, 9, 4).unbind())
     leaves = [x.requires_grad_() for x in torch.rand(2, 2, 3, 9, 6, dtype=torch.float64).unbind()]
     got, want = my.cross_entropy(q, k, *leaves), attention_cross_entropy(q, k, *leaves)[0]
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
     dy = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    found = torch.autograd.grad(got, (*leaves, q, k), dy, allow_unused=True)
-    for a, b in zip(found, torch.autograd.grad(want, leaves, dy)):
-        torch.testing.assert_close(a, b)
+    found = grad(got, (*leaves, q, k), dy, allow_unused=True)
+    for a, b in zip(found, grad(want, leaves, dy)):
+        assert_close(a, b)
     assert all(g is None or not g.any() for g in found[2:]), "the teacher's q and k got a gradient"
 
 
@@ -185,40 +191,39 @@ def each_repaired_line_makes_the_attention_right(my):
         scope = dict(vars(broken))
         exec("\n".join(lines), scope)
         repaired = scope[name](q, k, v)
-        torch.testing.assert_close(repaired, ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}")
+        assert_close(repaired, ours(q, k, v), msg=lambda m, n=name: f"{n} repaired: {m}")
 
 
 # ---------------- task 8: grouped queries and RoPE
 @of("grouped")
 def grouped_queries_read_their_own_keys(my):
     attend = LinearAttention(make_feature_map("hedgehog", 6, 4)).double()
-    q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
-    k, v = (x.requires_grad_() for x in torch.randn(2, 2, 3, 9, 4, dtype=torch.float64).unbind())
+    q = doubles(2, 6, 9, 4)
+    k, v = (x.requires_grad_() for x in doubles(2, 2, 3, 9, 4).unbind())
     y = my.grouped(attend, q, k, v)
     one = LinearAttention(make_feature_map("hedgehog", 1, 4)).double()  # all heads start with the same map
     want = torch.cat([one(q[:, [h]], k[:, [h // 2]], v[:, [h // 2]]) for h in range(6)], 1)
-    torch.testing.assert_close(y, want)
-    for a, b in zip(torch.autograd.grad(y.sum(), (k, v)), torch.autograd.grad(want.sum(), (k, v))):
-        torch.testing.assert_close(a, b)
+    assert_close(y, want)
+    for a, b in zip(grad(y.sum(), (k, v)), grad(want.sum(), (k, v))):
+        assert_close(a, b)
 
 
 @of("rotate")
 def rotated_products_depend_on_the_distance_alone(my):
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(my.rotate(x).norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(my.rotate(x, 3)[:, :, 2:], my.rotate(x[:, :, 2:], 5))
+    q, k = doubles(2, 1, 1, 1, 8)
+    x = doubles(1, 2, 5, 8)
+    assert_close(my.rotate(x).norm(dim=-1), x.norm(dim=-1))
+    assert_close(my.rotate(x, 3)[:, :, 2:], my.rotate(x[:, :, 2:], 5))
     near, far, other = ((my.rotate(q, i) * my.rotate(k, j)).sum() for i, j in ((5, 2), (103, 100), (5, 4)))
     assert abs(near - far) < 1e-5 and abs(near - other) > 1e-2
-    unit = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
-    unit[..., 1] = 1.0  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1 a position, towards 1 + D/2
-    a, b = my.rotate(unit, 1)[0, 0, 0, [1, 5]].tolist()
+    unit = torch.eye(8, dtype=torch.float64)[None, None, [1]]
+    a, b = my.rotate(unit, 1)[0, 0, 0, [1, 5]]  # d = 1 of D = 8 turns by 10000^(-1/4) = 0.1, towards 1 + D/2
     assert abs(a - math.cos(0.1)) < 1e-5 and abs(b - math.sin(0.1)) < 1e-5
 
 
 @of("relative", "rotate")
 def predicted_which_weights_are_relative(my):
-    x = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64)
+    x = doubles(2, 1, 2, 12, 8)
     measured = {}
     for name in ("softmax", "elu", "relu", "taylor", "hedgehog"):
         attn = make_attention(name, 2, 8).double()
@@ -271,7 +276,7 @@ def retrieval_is_attention_without_a_mask(my):
         weights = softmax_weights if phi is None else linear_weights
         features = keys if phi is None else phi(keys[None, None])[0, 0]
         A = weights(features, features, causal=False)
-        torch.testing.assert_close(my.retrieve(phi, keys, values).detach(), (A @ values).detach())
+        assert_close(my.retrieve(phi, keys, values).detach(), (A @ values).detach())
         right = torch.cdist(A @ values, values).argmin(-1) == torch.arange(40)
         assert abs(my.accuracy(phi, keys, values) - right.double().mean().item()) < 1e-6
 

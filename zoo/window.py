@@ -27,7 +27,7 @@ class WindowState(NamedTuple):
     R: Tensor  # (B, H, F, D + 1): [S z] of all tokens before the last w
     k: Tensor  # (B, H, w or fewer, D): the last w tokens' keys,
     phi_k: Tensor  # (B, H, w or fewer, F): their features,
-    v: Tensor  # (B, H, w or fewer, D): and values
+    U: Tensor  # (B, H, w or fewer, D + 1): and values, [V 1]
 
 
 def window_attention(
@@ -47,17 +47,15 @@ def window_attention(
         real = k.new_ones(k.size(0), k.size(2), dtype=torch.bool) if key_mask is None else as_bool(key_mask)
         phi_k = phi_k.masked_fill(~real[:, None, :, None], 0.0)
         if state is not None:
-            R, before = state.R, F.pad(state.v.to(U.dtype), (0, 1), value=1.0)
-            k, phi_k, U = (torch.cat(x, 2) for x in ((state.k, k), (state.phi_k, phi_k), (before, U)))
-            real = F.pad(real, (k.size(2) - q.size(2), 0), value=True)
+            R = state.R
+            k, phi_k, U = (torch.cat(pair, 2) for pair in zip(state[1:], (k, phi_k, U)))
         n_before, T, ys, summed = k.size(2) - q.size(2), k.size(2), [], 0
+        real, at = F.pad(real, (n_before, 0), value=True), torch.arange(T, device=q.device)
         for start in range(n_before, T, chunk_size):
             end, first = min(start + chunk_size, T), max(start - window, 0)
             R = R + phi_k[:, :, summed:first].mT @ U[:, :, summed:first]
             own, keys, summed = slice(start - n_before, end - n_before), slice(first, end), first
-            behind = torch.arange(start, end, device=q.device)[:, None] - torch.arange(
-                first, end, device=q.device
-            )
+            behind = at[start:end, None] - at[first:end]
             near = (behind >= 0) & (behind < window)
             scores = q[:, :, own] @ k[:, :, keys].mT / math.sqrt(q.size(-1)) + log_gain[:, None, None]
             scores = scores.clamp(min=LEAST).masked_fill(~(near & real[:, None, None, keys]), -math.inf)
@@ -69,7 +67,7 @@ def window_attention(
         last = max(T - window, 0)
         R = R + phi_k[:, :, summed:last].mT @ U[:, :, summed:last]
         y = torch.cat(ys, 2).to(v.dtype) if ys else v
-        return y, WindowState(R, k[:, :, last:], phi_k[:, :, last:], U[:, :, last:, :-1])
+        return y, WindowState(R, k[:, :, last:], phi_k[:, :, last:], U[:, :, last:])
 
 
 class WindowAttention(nn.Module):
