@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import TrainConfig
 from experiments import from_scratch
-from experiments.from_scratch import SAID, ScratchConfig, configured, gpt_of
+from experiments.from_scratch import SAID, ScratchConfig, configured
 from experiments.runs import conclude, run_all
 from experiments.tables import markdown
 from model import GPT
@@ -90,15 +90,15 @@ class Convolved(nn.Module):
 
 
 def one_run(config: RunConfig) -> dict:
-    return from_scratch.one_run(config, build=ConvolvedGPT if config.taps else gpt_of)
+    return from_scratch.one_run(config, build=ConvolvedGPT if config.taps else GPT)
 
 
 def configs_of(config: AblationsConfig) -> list[RunConfig]:
     base, found = config.single(RunConfig), []
     for i, changes in enumerate(ABLATIONS.values()):
-        row = replace(base, **changes, out_dir=str(Path(config.out_dir) / f"ablation-{i}"))
-        row.max_steps = config.max_steps * changes.get("max_steps", 1)
-        found.append(row)
+        steps = config.max_steps * changes.get("max_steps", 1)
+        own = {**changes, "max_steps": steps, "out_dir": str(Path(config.out_dir) / f"ablation-{i}")}
+        found.append(replace(base, **own))
     return found
 
 
@@ -106,8 +106,9 @@ def table(results: list[dict]) -> str:
     base = next(r["final"]["loss"] for r in results if r["name"] == "as set")
     rows = []
     for r in sorted((r for r in results if "failed" not in r), key=lambda r: r["final"]["loss"]):
-        loss, size, minutes = r["final"]["loss"], f"{r['parameters']:,}", f"{r['minutes']:.1f}"
-        rows.append([r["name"], f"{loss:.3f}", f"{loss - base:+.3f}", size, minutes])
+        loss = r["final"]["loss"]
+        sizes = f"{r['parameters']:,}", f"{r['minutes']:.1f}"
+        rows.append([r["name"], f"{loss:.3f}", f"{loss - base:+.3f}", *sizes])
     rows += [[r["name"], r["failed"], "", "", ""] for r in results if "failed" in r]
     head = ["Hedgehog, changed", "nats per token", "difference", "parameters", "minutes"]
     return markdown(head, rows)

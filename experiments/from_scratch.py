@@ -14,7 +14,7 @@ interrupted.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from config import TrainConfig
 from experiments import figures
 from experiments.runs import check_names, conclude, sweep_and_seeds, train_one
 from experiments.tables import Groups, finals, grouped, markdown, mean_sd
-from model import GPT, GPTConfig
+from model import GPT
 from perplexity import perplexity
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_dtype
@@ -104,11 +104,7 @@ def configured(default: ScratchConfig, description: str) -> ScratchConfig:
     return config
 
 
-def gpt_of(config: TrainConfig) -> GPT:
-    return GPT(GPTConfig.of(asdict(config)))
-
-
-def one_run(config: TrainConfig, build: Callable = gpt_of) -> dict:
+def one_run(config: TrainConfig, build: Callable = GPT) -> dict:
     """Train one model. Stopping and reporting use different halves of the validation text."""
     tokens = data.prepare(config.dataset, config.data_dir, config.tokenizer)
     ids = tokens.split("train", config.block_size)
@@ -186,8 +182,8 @@ def main() -> None:
         return [{"lr": lr} | scale for lr in config.lrs for scale in of_maps]
 
     configs = [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions]
-    steps = config.sweep_steps
-    found = sweep_and_seeds(one_run, configs, trials, config.seeds, config.jobs, SAID, steps)
+    how = config.seeds, config.jobs, SAID, config.sweep_steps
+    found = sweep_and_seeds(one_run, configs, trials, *how)
     facts = {"compare": 1, "setting": config.setting, **provenance(), **found}
     conclude(out / "compare.json", facts, table(facts["runs"]), draw(out / "curves.png", facts), began)
 

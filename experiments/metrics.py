@@ -40,9 +40,8 @@ def kendall_tau(
     rows = np.unique(np.linspace(first, T - 1, n_queries).astype(int))
     tau = np.zeros((B, H, len(rows)))
     for b, h, r in np.ndindex(tau.shape):
-        i = rows[r]
-        seen = slice(0, i + 1) if causal else slice(0, T)
-        tau[b, h, r] = kendalltau(A[b, h, i, seen].numpy(), scores[b, h, i, seen].numpy()).statistic
+        weights, x = (of[b, h, rows[r], : rows[r] + 1 if causal else T].numpy() for of in (A, scores))
+        tau[b, h, r] = kendalltau(weights, x).statistic
     return torch.from_numpy(np.nan_to_num(tau).mean(-1))
 
 

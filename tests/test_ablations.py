@@ -10,7 +10,7 @@ from torch import nn
 
 from experiments import ablations
 from experiments.ablations import ABLATIONS, AblationsConfig, Convolved, ConvolvedGPT, RunConfig
-from experiments.from_scratch import gpt_of
+from model import GPT
 
 TINY = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=32)
 
@@ -19,7 +19,7 @@ def test_every_ablation_is_a_model_that_can_be_built_and_changes_something():
     """One thing at a time: no two are the same, and none but the first is the setting itself."""
     configs = ablations.configs_of(AblationsConfig())
     for config in configs:
-        (ConvolvedGPT if config.taps else gpt_of)(config)
+        (ConvolvedGPT if config.taps else GPT)(config)
     different = {str(replace(config, out_dir="")) for config in configs}
     assert len(different) == len(configs) == len(ABLATIONS) and ABLATIONS["as set"] == {}
 
@@ -59,7 +59,7 @@ def test_a_model_with_a_convolution_begins_as_the_model_without():
     models = []
     for config in (RunConfig(**TINY), RunConfig(**TINY, taps=3)):
         torch.manual_seed(0)
-        models.append((ConvolvedGPT if config.taps else gpt_of)(config))
+        models.append((ConvolvedGPT if config.taps else GPT)(config))
     idx = torch.randint(50, (1, 9))
     torch.testing.assert_close(models[0](idx)[0], models[1](idx)[0])
     more = models[1].num_params() - models[0].num_params()
