@@ -192,11 +192,8 @@ def main() -> None:
         "config": asdict(config),
         "attention": attention,
         "causal": causal,
-        "tokens": T,
-        "head_dim": D,
-        "uniform_entropy": round(float(uniform), 5),
-        **found,
     }
+    facts |= {"tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}
     print(table(facts))
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)

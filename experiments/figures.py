@@ -1,7 +1,7 @@
 """The pictures of the paper's figures, which the commands of this folder and results/render.py draw.
 
-A picture has at most six panels, or six series in colour. Other series are grey, each with its own marker. What is
-written here as draw(figure, ...) is called as draw(path, command, ...): see support/plots.py.
+A picture has at most six panels, or six series in colour. Other series are grey, each with its own marker.
+What is written here as draw(figure, ...) is called as draw(path, command, ...): see support/plots.py.
 """
 
 import math
@@ -78,7 +78,7 @@ def spikiness(figure, facts: dict, labels: dict[str, str]) -> None:
 @picture
 def monotonicity(figure, facts: dict, labels: dict, weights: dict, scores, layer: int) -> None:
     """Fig. 3: weights A (H, T, T) by name against scores q.k / sqrt(D), for three queries of the spikiest head."""
-    head, T = int(np.argmin(facts["maps"]["softmax"]["entropy"][layer])), scores.shape[-1]
+    head, T = np.argmin(facts["maps"]["softmax"]["entropy"][layer]), scores.shape[-1]
     queries = T - 1, 3 * T // 4, T // 2
     axes = grid_of(figure, len(weights), min(3, len(weights)), 3, 2.5)
     for axis, (name, A) in zip(axes.flat, weights.items()):
@@ -221,9 +221,7 @@ def curves(figure, groups: Groups, title: str, ylabel: str) -> None:
 
 @picture
 def recovery(figure, points: list[tuple], title: str) -> None:
-    """What converted models recover, against KL, tau and entropy of their weights.
-
-    points: (arm, % recovered, the weights' measures) for each model."""
+    """What converted models recover: points (arm, %, measures of its weights) against KL, tau and entropy."""
     look = looks(dict.fromkeys(arm.feature_map for arm, *_ in points))
     names = {arm: arm.label.partition(":")[0].removesuffix(", finetuned") for arm, *_ in points}
     most, best = max(((share, names[arm]) for arm, share, _ in points), default=(0, "none"))
@@ -248,7 +246,7 @@ def recovery(figure, points: list[tuple], title: str) -> None:
 
 @picture
 def patches(figure, images: list, weights: dict[str, list], title: str) -> None:
-    """At most six images, and under each the attention weights over its patches, 1 for the largest.
+    """At most six images, and under each the weights over its patches, 1 for the largest.
 
     weights: {row label: a (rows, columns) map for each image}."""
     images = images[:MOST]
@@ -271,10 +269,10 @@ def speed(figure, rows: list[dict], title: str = "Time and memory of attention")
 
     A length that was measured with fewer heads is multiplied, and its mark is hollow."""
     parts = {
-        "forward": ("forward", "ms", 1e3),  # times are in seconds
+        "forward": ("forward", "ms", 1e3),
         "training": ("forward and backward", "ms", 1e3),
-        "memory": ("extra memory", "MiB", 1),
-    }
+    }  # from seconds
+    parts["memory"] = ("extra memory", "MiB", 1)
     order = "softmax cpp triton torch elu taylor recurrent quadratic".split()
     rows = [r for r in rows if r["part"] in parts]
     heads = max(r["heads"] for r in rows)

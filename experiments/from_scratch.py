@@ -148,17 +148,12 @@ def table(results: list[dict]) -> str:
         behind = behind or (name == "softmax" and "hedgehog" in groups)
         config = runs[0]["config"]
         maps = f", maps {config['lr'] * config['map_lr_scale']:g}" if learns_map(name) else ""
-        rows.append(
-            [
-                label(name),
-                f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})",
-                f"{np.mean(finals(runs, text.replace(' ', '_'))):.3f}",
-                mean_sd([100 * c for c in closed], ".1f") if closed else "",
-                f"{config['lr']:g}{maps}",
-                f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
-                f"{np.mean([r['minutes'] for r in runs]):.1f}",
-            ]
-        )
+        losses = f"{mean_sd(finals(runs, 'loss'))} ({len(runs)})"
+        in_text = f"{np.mean(finals(runs, text.replace(' ', '_'))):.3f}"
+        share = mean_sd([100 * c for c in closed], ".1f") if closed else ""
+        tokens_per_s = f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}"
+        minutes = f"{np.mean([r['minutes'] for r in runs]):.1f}"
+        rows.append([label(name), losses, in_text, share, f"{config['lr']:g}{maps}", tokens_per_s, minutes])
     return markdown([*head, "lr", "tokens/s", "minutes a run"], rows)
 
 

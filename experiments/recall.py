@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from config import FitConfig
@@ -94,9 +95,7 @@ class RecallGPT(GPT):
         super().init_weights(self.config.embd_std, self.config.init_std)
 
 
-def sequences(
-    rng: np.random.Generator, n: int, length: int, n_keys: int | np.ndarray
-) -> tuple[Tensor, Tensor]:
+def sequences(rng: Generator, n: int, length: int, n_keys: int | np.ndarray) -> tuple[Tensor, Tensor]:
     """n sequences as (x, y), both (n, length - 1).
 
     y is x one token later at the values whose key has been seen before, and -100 (ignored) elsewhere.
@@ -117,7 +116,7 @@ def sequences(
 
 def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
     """The batch of a step, as many tokens at every length. Short sequences have 2 to length / 4 keys."""
-    rng, length = np.random.default_rng(step_seed(config.seed, step)), config.block_size
+    rng, length = default_rng(step_seed(config.seed, step)), config.block_size
     if config.stage_steps:
         length = min(length, SHORTEST * 2 ** max(0, step // config.stage_steps - 2))
     n, full = config.batch_size * (config.block_size // length), length == config.block_size
@@ -126,15 +125,14 @@ def batch_of(config: RecallConfig, step: int) -> tuple[Tensor, Tensor]:
 
 def fresh(config: RecallConfig, n: int, purpose: int) -> tuple[Tensor, Tensor]:
     """Sequences that training never draws; purpose 0: early stopping, 1: the reported accuracy."""
-    return sequences(np.random.default_rng([config.seed, purpose]), n, config.block_size, N_KEYS)
+    return sequences(default_rng([config.seed, purpose]), n, config.block_size, N_KEYS)
 
 
 @torch.no_grad()
 def accuracy(model: GPT, x: Tensor, y: Tensor) -> dict:
     """Loss (nats) and accuracy of the last token."""
-    device = next(model.parameters()).device
-    rows = [model(part.to(device))[0][:, -1].float().cpu() for part in x.split(256)]
-    logits = torch.cat(rows)  # (n, V)
+    x = x.to(next(model.parameters()).device)
+    logits = torch.cat([model(part)[0][:, -1].float().cpu() for part in x.split(256)])  # (n, V)
     right = (logits.argmax(-1) == y[:, -1]).double().mean().item()
     return {"loss": F.cross_entropy(logits, y[:, -1]).item(), "accuracy": right}
 
@@ -190,7 +188,7 @@ def main() -> None:
     single = replace(config, attentions=[], all=False, seeds=1, lrs=[], jobs=0)
     configs = [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions]
     trials = [{"lr": lr} for lr in config.lrs or [config.lr]]
-    found = sweep_and_seeds(one_run, configs, lambda _: trials, config.seeds, config.jobs, SAID)
+    found = sweep_and_seeds(one_run, configs, lambda run: trials, config.seeds, config.jobs, SAID)
     facts = {"recall": 1, **provenance(), **found}
     picture = figures.recall(out / "recall.png", facts["command"], by_attention(facts["runs"]))
     conclude(out / "recall.json", facts, table(facts["runs"]), picture, began)

@@ -48,16 +48,9 @@ def train_one(
     with as_user_error():
         fused.use(config.kernel, world.device)
         model = build(config)
-    fit(
-        model,
-        model.param_groups(config.lr, config.weight_decay, config.map_lr_scale),
-        batch=batch,
-        loss=lambda model, x, y: model(x, y)[1],
-        evaluate=evaluate,
-        config=config,
-        world=world,
-        meta={**about, "tokenizer": tokenizer},
-    )
+    groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
+    how = dict(batch=batch, loss=lambda model, x, y: model(x, y)[1], evaluate=evaluate, config=config)
+    fit(model, groups, **how, world=world, meta={**about, "tokenizer": tokenizer})
     restore(load_checkpoint(out / "best.safetensors")[0], model, path=out)
     log = Log(out / "log.jsonl")
     entries = log.read()
@@ -204,15 +197,14 @@ def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
                     config = futures.pop(future)
                     results[config.out_dir] = future.result()
                     bar.write(told(results[config.out_dir], said))
-                now = {future: progress(config) for future, config in futures.items()}
-                losses = [
-                    f"{Path(futures[future].out_dir).name}: loss {loss}"
-                    for future, (step, loss) in now.items()
-                    if step and future.running()
-                ]
+                steps, losses = bar.total, []
+                for future, config in futures.items():
+                    step, loss = progress(config)
+                    steps -= config.max_steps - step
+                    if step and future.running():
+                        losses.append(f"{Path(config.out_dir).name}: loss {loss}")
                 bar.set_postfix_str(", ".join(losses), refresh=False)
-                left = sum(config.max_steps - now[future][0] for future, config in futures.items())
-                bar.update(max(0, bar.total - left - bar.n))
+                bar.update(max(0, steps - bar.n))
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(e, KeyboardInterrupt):  # workers got it as well: fit saves, then they end
@@ -222,27 +214,19 @@ def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
 
 
 def sweep_and_seeds(
-    work: Callable,
-    configs: list,
-    trials: Callable,
-    seeds: int,
-    jobs: int,
-    said: str,
-    sweep_steps: int = 0,
+    work: Callable, configs: list, trials: Callable, seeds: int, jobs: int, said: str, sweep_steps: int = 0
 ) -> dict[str, list]:
     """For each config: all trials(config) with its own seed, then `seeds` seeds of the best trial.
 
     A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least "dev_loss", which must not be the
     number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
-    Returns {"runs": results with the best settings, "sweep": a line about each trial}. Folders are like
-    elu-lr0.002-seed1.
+    Returns {"runs": results with the best settings, "sweep": a line about each trial}.
     """
 
-    def run_of(config, changed: dict, seed: int, steps: int):
-        folder, length = Path(config.out_dir), [str(steps)] if steps != config.max_steps else []
-        words = [folder.name, *(f"{key}{value:g}" for key, value in changed.items()), f"seed{seed}", *length]
-        out_dir = str(folder.with_name("-".join(words)))
-        return replace(config, **changed, seed=seed, max_steps=steps, out_dir=out_dir)
+    def run_of(config, changed: dict, seed: int, steps: int):  # in a folder like elu-lr0.002-seed1
+        words = [config.out_dir, *(f"{key}{value:g}" for key, value in changed.items()), f"seed{seed}"]
+        words += [str(steps)] if steps != config.max_steps else []
+        return replace(config, **changed, seed=seed, max_steps=steps, out_dir="-".join(words))
 
     tried = [(c, trial) for c in configs if len(trials(c)) > 1 for trial in trials(c)]
     short = [run_of(c, trial, c.seed, sweep_steps or c.max_steps) for c, trial in tried]
@@ -259,7 +243,7 @@ def sweep_and_seeds(
 def conclude(path: Path, facts: dict, text: str, picture: str, began: float) -> None:
     """Write the results of many runs to `path`, print their table, and say where everything is."""
     minutes = round((time.perf_counter() - began) / 60, 1)
-    write_json(path, {**facts, "minutes": minutes})
+    write_json(path, facts | {"minutes": minutes})
     files = ", ".join(filter(None, [path.name, picture]))
     folder = Path(facts["runs"][0]["config"]["out_dir"]).name
     written = f"written to {path.parent}: {files}, and a folder for each run: {folder} ..."
