@@ -71,8 +71,8 @@ def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
     path = config.checkpoint or FIRST
     if not config.checkpoint and not Path(path).exists():
         print(
-            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights (seed {config.seed}), "
-            "whose numbers describe the maps alone; python train.py makes a trained one"
+            f"there is no checkpoint in {FIRST}: this is a small GPT with RANDOM weights "
+            f"(seed {config.seed}), whose numbers describe the maps alone; python train.py makes a trained one"
         )
         torch.manual_seed(config.seed)
         small = GPTConfig(block_size=256, vocab_size=256, n_layer=2, n_head=2, n_embd=128, qk_gain=6.0)

@@ -67,17 +67,17 @@ def spikiness(figure, facts: dict, labels: dict[str, str]) -> None:
             axis.vlines(values.mean(), -i - 0.3, -i + 0.3, look["color"], linewidth=2.5)
     left.set_yticks(-np.arange(len(maps)), map(labels.get, maps))
     left.axvline(uniform, color="0.4", linestyle=":")
-    left.set_title(
-        f"Spikiness: softmax {np.mean(maps['softmax']['entropy']):.2f}, uniform {uniform:.2f} nats"
+    spread = f"softmax {np.mean(maps['softmax']['entropy']):.2f}, uniform {uniform:.2f} nats"
+    left.set(title=f"Spikiness: {spread}", xlabel="entropy of the attention weights (nats; dotted: uniform)")
+    order = f"softmax 1, then {label(best)} {tau[best]:.2f}"
+    right.set(
+        title=f"Monotonicity: {order}", xlabel="Kendall's tau between weight and q.k", xlim=(-1.05, 1.05)
     )
-    left.set_xlabel("entropy of the attention weights (nats; dotted: uniform)")
-    right.set_title(f"Monotonicity: softmax 1, then {label(best)} {tau[best]:.2f}")
-    right.set(xlabel="Kendall's tau between weight and q.k", xlim=(-1.05, 1.05))
 
 
 @picture
 def monotonicity(figure, facts: dict, labels: dict, weights: dict, scores, layer: int) -> None:
-    """Fig. 3: weights A (H, T, T) by name against scores q.k / sqrt(D), for three queries of the spikiest head."""
+    """Fig. 3: weights A (H, T, T) by name against scores (H, T, T), for three queries of the spikiest head."""
     head, T = np.argmin(facts["maps"]["softmax"]["entropy"][layer]), scores.shape[-1]
     queries = T - 1, 3 * T // 4, T // 2
     axes = grid_of(figure, len(weights), min(3, len(weights)), 3, 2.5)
@@ -85,9 +85,9 @@ def monotonicity(figure, facts: dict, labels: dict, weights: dict, scores, layer
         for i, shade in zip(queries, ("black", "#0072b2", "#e69f00")):
             seen = slice(0, i + 1) if facts["causal"] else slice(0, T)
             axis.scatter(scores[head, i, seen], A[head, i, seen].clamp(1e-9), s=7, color=shade, alpha=0.6)
-        axis.set(yscale="log", xlabel="q.k / sqrt(D)")
+        title = f"{labels[name]}\ntau {facts['maps'][name]['tau'][layer][head]:.2f}"
+        axis.set(yscale="log", xlabel="q.k / sqrt(D)", title=title)
         axis.yaxis.set_minor_formatter("")
-        axis.set_title(f"{labels[name]}\ntau {facts['maps'][name]['tau'][layer][head]:.2f}")
     for axis in axes[:, 0]:
         axis.set_ylabel("attention weight")
     shades = "{} (black), {} (blue), {} (orange)".format(*queries)
@@ -131,8 +131,8 @@ def one_head(figure, weights: dict, tokens: list[str], which: str, most: int = 3
         shown = np.ma.array(A, mask=np.triu(A == 0, 1))  # without what a query may not see
         axis.set_facecolor("0.92")
         image = axis.imshow(shown, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-        axis.set_title(f"{name}\nlooks at {spread.exp():.1f} tokens: entropy {spread:.2f} nats")
-        axis.set_xlabel("key: looked at")
+        said = f"looks at {spread.exp():.1f} tokens: entropy {spread:.2f} nats"
+        axis.set(title=f"{name}\n{said}", xlabel="key: looked at")
         for set_ticks in (axis.set_xticks, axis.set_yticks):
             set_ticks(range(len(written)), written, family="monospace")
         axis.tick_params(length=0)
@@ -157,9 +157,9 @@ def taylor(figure, facts: dict, scores) -> None:
     left.axvspan(-6, -1, color="0.9")
     left.text(-5.8, 2e4, "here a larger q.k\nhas the smaller weight", fontsize=8, va="center")
     left.set(yscale="log", ylim=(1e-3, 1e6))  # the upper third is for text and legend
+    below = f"{np.mean(facts['below_minus_one']):.0%} of this model's scores (bars)"
     left.set(xlabel="x = q.k / sqrt(D)", ylabel="weight before normalisation")
-    below = np.mean(facts["below_minus_one"])
-    left.set_title(f"Taylor falls below x = -1: {below:.0%} of this model's scores (bars)")
+    left.set_title(f"Taylor falls below x = -1: {below}")
     left.legend(loc="upper right")
     twin = left.twinx()
     bars, *_ = twin.hist(seen[abs(seen) < 6], bins=60, color="#0072b2", alpha=0.3)
@@ -171,9 +171,8 @@ def taylor(figure, facts: dict, scores) -> None:
             right.scatter(*entropies, s=28, label=label(name), **style(name))
     right.plot([0, top], [0, top], color="0.4", linewidth=1, label="as spiky as softmax")
     right.axhline(top, color="0.4", linestyle=":")
-    right.set(xlabel="softmax's entropy of a head (nats)", ylim=(0, 1.08 * top))
-    right.set_ylabel("the map's entropy (nats; dotted: uniform)")
-    right.set_title("On the line, a head is as spiky as softmax's")
+    right.set(title="On the line, a head is as spiky as softmax's", ylim=(0, 1.08 * top))
+    right.set(xlabel="softmax's entropy of a head (nats)", ylabel="the map's entropy (nats; dotted: uniform)")
     right.legend(loc="lower right")
 
 

@@ -86,9 +86,8 @@ def identity(config) -> dict:
 
 
 def differences(saved: dict, config: dict, apart: Iterable[str] = ()) -> dict[str, tuple]:
-    """In which settings, but for `apart`, `config` is another than a saved one, perhaps of an earlier version.
-
-    Raises ValueError if this version cannot build the saved model."""
+    """{setting: (saved, in config)} of those that differ, but for `apart`. The saved ones may be of an earlier
+    version. Raises ValueError if this version cannot build the saved model."""
     saved, config = GONE | saved, GONE | config
     if "taps" in config and "conv" in saved:  # the earlier name
         saved["taps"] = saved.pop("conv")
@@ -171,7 +170,7 @@ def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
     """The results of work(config) for every config, each with an out_dir of its own.
 
     work is imported by name. jobs: how many runs at a time; 0: one for each core. said: what to print when a
-    run ends, e.g. "loss {final[loss]}". A run whose loss is not finite has "failed"; other exceptions end all.
+    run ends, e.g. "loss {final[loss]}". A run whose loss is not finite has "failed"; other errors end all.
     """
     results = {c.out_dir: result for c in configs if (result := finished(c, say=print))}
     waiting = [c for c in configs if c.out_dir not in results]
@@ -218,10 +217,9 @@ def sweep_and_seeds(
 ) -> dict[str, list]:
     """For each config: all trials(config) with its own seed, then `seeds` seeds of the best trial.
 
-    A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least "dev_loss", which must not be the
-    number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
-    Returns {"runs": results with the best settings, "sweep": a line about each trial}.
-    """
+    A trial is a change to try, e.g. {"lr": 1e-3}; the best one has the least "dev_loss", which must not be
+    the number that is reported. sweep_steps: the length of a trial; 0: that of the other runs.
+    Returns {"runs": results with the best settings, "sweep": a line about each trial}."""
 
     def run_of(config, changed: dict, seed: int, steps: int):  # in a folder like elu-lr0.002-seed1
         words = [config.out_dir, *(f"{key}{value:g}" for key, value in changed.items()), f"seed{seed}"]
