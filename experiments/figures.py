@@ -104,7 +104,7 @@ def attention_maps(figure, labels: dict, weights: dict, layer: int, heads: list[
     for n, (axis, (head, name)) in enumerate(zip(axes.flat, panels)):
         A = weights[name][head]
         share = A / A.amax(-1, keepdim=True)
-        axis.imshow(share.sqrt(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(share.sqrt().numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
         axis.set(xlabel=f"mean entropy {entropy(A).mean():.2f} nats", xticks=[], yticks=[])
         if n < len(weights):
             axis.set_title(labels[name].replace(", ", "\n"))
