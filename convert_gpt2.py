@@ -179,14 +179,8 @@ def main() -> None:
 
     # 2. Distil: the maps alone learn to give the weights of softmax (Eq. 3), on activations of the teacher.
     sequences = [(x[None],) for x in data.batch_of(dev, 0, config.held_out, T, seed=0)[0]]
-    maps = stage(
-        "distil",
-        max_steps=config.distil_steps,
-        lr=config.distil_lr,
-        weight_decay=0.0,
-        patience=5,
-        stop_loss=0.0,
-    )
+    steps = dict(max_steps=config.distil_steps, stop_loss=0.0, patience=5)
+    maps = stage("distil", lr=config.distil_lr, weight_decay=0.0, **steps)
     distill(model, lambda step: batch(step)[:1], sequences, lambda model, x: model(x), maps, world, meta)
 
     # 3. Swap: from here on the maps carry the attention, in O(T) time and with a state of constant size.

@@ -150,13 +150,9 @@ def map_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def param_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    map_lr_scale: float,
-    rest: list[nn.Parameter] | None = None,
+    model: nn.Module, lr: float, weight_decay: float, map_lr_scale: float, rest: list | None = None
 ) -> list[dict]:
-    """GPT.param_groups for any model. rest: what trains beside the feature maps, by default all other parameters."""
+    """GPT.param_groups for any model. rest: the parameters that train beside the feature maps; by default all."""
     maps = map_parameters(model)
     if rest is None:
         of_maps = set(maps)
