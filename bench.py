@@ -110,9 +110,10 @@ def choose(name: str, device: torch.device) -> None:
 # ---------------------------------------------------------------- what is measured
 
 
-def random(n: int, T: int, H: int, config: BenchConfig, device: torch.device) -> Tensor:
-    """n random inputs of attention: (n, 1, H, T, D)."""
-    return torch.randn(n, 1, H, T, config.head_dim, device=device).to(getattr(torch, config.dtype))
+def random(n: int, T: int, H: int, config: BenchConfig, device: torch.device) -> list[Tensor]:
+    """n random inputs of attention: (1, H, T, D) each."""
+    dtype = getattr(torch, config.dtype)
+    return [torch.randn(1, H, T, config.head_dim, device=device).to(dtype) for _ in range(n)]
 
 
 def forward_and_backward(attend: nn.Module, qkv: list[Tensor], dy: Tensor) -> None:
@@ -144,8 +145,10 @@ def time_attention(part: str, names: list[str], report: Report, config: BenchCon
 def extra_mib(config: BenchConfig, name: str, T: int, device: torch.device) -> float:
     """MiB that forward and backward add to the memory in use. Runs in a process of its own."""
     choose(name, device)
-    small, large = (calls_of("memory", [name], n, config, device)[name] for n in (256, T))
-    return timing.extra_mib(small, large, device)
+    for length in (256, T):  # the first call also loads and builds; the second one counts
+        call = calls_of("memory", [name], length, config, device)[name]
+        mib = timing.extra_mib(call, device)
+    return mib
 
 
 def measure_memory(part: str, names: list[str], report: Report, config: BenchConfig) -> None:

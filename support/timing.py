@@ -77,9 +77,8 @@ def reset_peak_mib(device: torch.device) -> float:
     return peak_mib(device)
 
 
-def extra_mib(warm_up: Callable, call: Callable, device: torch.device) -> float:
-    """MiB that the call adds to the memory in use, at the peak. The warm-up loads and builds."""
-    warm_up()
+def extra_mib(call: Callable, device: torch.device) -> float:
+    """MiB that the call adds to the memory in use, at the peak."""
     before = reset_peak_mib(device)
     call()
     return peak_mib(device) - before
