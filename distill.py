@@ -149,14 +149,18 @@ def distill(
     return found
 
 
+def require_softmax(teacher: GPT) -> None:
+    if teacher.config.attention != "softmax":
+        raise ValueError(f"the teacher must have softmax attention, not {teacher.config.attention}")
+
+
 def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
     """A GPT with the weights of a softmax GPT and linear attention whose maps are as they begin.
 
     changes: other fields of GPTConfig, such as tie and options. Raises ValueError if the teacher is not
     softmax.
     """
-    if teacher.config.attention != "softmax":
-        raise ValueError(f"the teacher must have softmax attention, not {teacher.config.attention}")
+    require_softmax(teacher)
     pupil = GPT(GPTConfig(**{**asdict(teacher.config), "attention": feature_map, **changes}))
     pupil.load_state_dict(teacher.state_dict(), strict=False)  # all but the maps
     return pupil.to(next(teacher.parameters()).device)
@@ -204,6 +208,7 @@ def load_teacher(path: str) -> tuple[GPT, dict]:
     tensors, saved = load_checkpoint(path)
     with as_user_error():
         teacher = GPT(GPTConfig.of(saved.get("config", {})))
+        require_softmax(teacher)
     restore(tensors, teacher, path=path)
     return teacher.eval(), saved
 
