@@ -16,6 +16,18 @@ from torch import Tensor, nn
 from support.cli import RunError, UserError
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself inside torch.compile, DDP, FSDP and peft. FSDP2 changes a model in place."""
+    while True:
+        children = list(model._modules)
+        if hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif len(children) == 1 and children[0] in ("_orig_mod", "module", "_fsdp_wrapped_module"):
+            model = model._modules[children[0]]
+        else:
+            return model
+
+
 def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
     """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without
     frozen parameters: those are where they came from."""
@@ -25,6 +37,14 @@ def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tens
         if tensor.data_ptr() not in frozen:
             first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
     return {name: model.state_dict()[name] for name in first.values()}
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in the memory of the CPU; all of it, where FSDP2 has divided it."""
+    if tensor.is_meta:
+        raise UserError("weights on meta or offloaded to disk cannot be saved: load the model without that")
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().contiguous()
 
 
 def checksum(tensors: dict[str, Tensor], meta: str) -> str:
@@ -63,7 +83,12 @@ def save_checkpoint(
         names = {id(p): n for n, p in model.named_parameters()}
         for p, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(p)]}.{key}": torch.as_tensor(t) for key, t in state.items()}
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    write_checkpoint(path, tensors, meta)
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """The file that load_checkpoint reads."""
+    tensors = {n: on_host(t) for n, t in tensors.items()}
     text = json.dumps(meta)
     write_tensors(path, tensors, {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)})
 
@@ -78,8 +103,15 @@ def read_tensors(path: Path, what: str = "a safetensors file") -> tuple[dict[str
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda beside: save_file(tensors, beside, header))
+    tensors = {name: on_host(t) for name, t in tensors.items()}
+
+    def write(beside: Path) -> None:
+        save_file(tensors, beside, header)
+        with safe_open(beside, "pt") as f:  # what cannot be read back does not replace what can
+            if f.metadata() != header or set(f.keys()) != set(tensors):
+                raise OSError("it cannot be read back")
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
