@@ -15,9 +15,12 @@ its maps at once (`post_init`), so transformers saves and loads them as it does 
 `attn_implementation` in the same file makes transformers refuse it where `hf` has not been imported.
 """
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -74,7 +77,7 @@ def linearize(
             module.config = own
     own.hedgehog, own.attn_implementation = how, NAME
     model.set_attn_implementation(NAME)
-    name_after(inner, getattr(inner, "source", own.name_or_path))
+    name_after(model, getattr(inner, "source", own.name_or_path))
     return model
 
 
@@ -90,15 +93,35 @@ def plug(model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool
         check_plain(module)
     made = {}
     for module in (modules[i] for i in wanted):
-        config, device = module.config, next(module.parameters()).device
-        n_head = config.num_attention_heads
+        config, n_head = module.config, module.config.num_attention_heads
         head_dim = getattr(module, "head_dim", None) or config.hidden_size // n_head
         phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
-        made[module] = LinearAttention(phi.to(device).float(), causal=is_causal(module))
+        made[module] = LinearAttention(phi.to(device_of(module)).float(), causal=is_causal(module))
     for module, attend in made.items():
         module.add_module(NAME, Socket(attend))
         module.register_forward_pre_hook(prepare_cache, with_kwargs=True)
     model._keep_in_fp32_modules_strict.add(NAME)  # maps stay float32 in models of any dtype
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. With accelerate its weights may wait elsewhere, and are on meta meanwhile."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((d for d in devices if d is not None), next(module.parameters()).device)
+
+
+@contextlib.contextmanager
+def in_place(socket: nn.Module) -> Iterator[None]:
+    """Bring the maps of a socket from where accelerate keeps them between two calls.
+
+    accelerate does so when a module is called; a fast form of attention reads the weights of a map itself.
+    """
+    hooked = [part for part in socket.modules() if hasattr(part, "_hf_hook")]
+    for part in hooked:
+        part._hf_hook.pre_forward(part)
+    yield
+    for part in hooked:
+        part._hf_hook.post_forward(part, None)
 
 
 def name_after(model: nn.Module, base: str) -> None:
@@ -106,9 +129,11 @@ def name_after(model: nn.Module, base: str) -> None:
 
     Clients load tokenizers, references and the models under their adapters by the name of a model.
     """
-    model.source = base
     name = f"{base or 'a model'}, linearized in memory: call save_pretrained(folder) and load that folder"
-    model.name_or_path = model.config.name_or_path = name
+    inner = unwrapped(model)
+    inner.source, inner.name_or_path, inner.config.name_or_path = base, name, name
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.base_model_name_or_path = name
 
 
 made_by_transformers = PreTrainedModel.post_init
@@ -207,10 +232,12 @@ def attention(
     socket = getattr(module, NAME, None)
     if socket is None:  # a layer that keeps softmax
         y = softmax_attention(query, key, value, causal=is_causal(module), key_mask=mask)
-    elif state_layer is not None:
-        y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
-    else:
-        y = socket.attend(query, key, value, key_mask=mask)
+        return y.transpose(1, 2), None
+    with in_place(socket):
+        if state_layer is not None:
+            y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
+        else:
+            y = socket.attend(query, key, value, key_mask=mask)
     return y.transpose(1, 2), None
 
 

@@ -16,6 +16,7 @@ from support.checkpoints import (
     checksum,
     load_checkpoint,
     on_host,
+    plain,
     unique_tensors,
     unwrapped,
     write_checkpoint,
@@ -82,8 +83,8 @@ def crc_of(values: dict[str, str]) -> int:
 
 def places(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model that are saved, by name. Tied ones have one name."""
-    saved = model.state_dict()
-    return {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in saved}
+    saved, found = model.state_dict(), (*model.named_parameters(), *model.named_buffers())
+    return {plain(n): t for n, t in found if n in saved}
 
 
 def misfits(tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
@@ -149,7 +150,7 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
         )
     for name, place in places(model).items():
         if name in tensors:
-            place.data = tensors[name].to(place.device)  # in the dtype that was saved
+            place.data = tensors[name].to(place.device, copy=True)  # in the dtype that was saved
     return model.eval()
 
 

@@ -28,15 +28,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def plain(name: str) -> str:
+    """The name of a weight without the prefixes of torch.compile, whole or in parts."""
+    return name.replace("_orig_mod.", "")
+
+
 def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
     """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without
     frozen parameters: those are where they came from."""
+
+    def address(t: Tensor) -> int:
+        return (t.to_local() if hasattr(t, "to_local") else t).data_ptr()  # FSDP2 divides tensors
+
     first: dict[int, str] = {}
-    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and not frozen_too}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in frozen:
-            first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
-    return {name: model.state_dict()[name] for name in first.values()}
+    model = unwrapped(model)
+    state = model.state_dict()
+    frozen = {address(p) for p in model.parameters() if not p.requires_grad and not frozen_too}
+    for name, tensor in state.items():
+        if address(tensor) not in frozen:
+            first.setdefault(address(tensor) if tensor.numel() else id(tensor), name)
+    return {plain(name): state[name] for name in first.values()}
 
 
 def on_host(tensor: Tensor) -> Tensor:
