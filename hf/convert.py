@@ -76,7 +76,7 @@ def linearize(
         if getattr(module, "config", None) is shared:
             module.config = own
     own.hedgehog, own.attn_implementation = how, NAME
-    model.set_attn_implementation(NAME)
+    inner.set_attn_implementation(NAME)
     name_after(model, getattr(inner, "source", own.name_or_path))
     return model
 

@@ -48,6 +48,10 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
     model = unwrapped(model)
     if not sockets(model):
         raise ValueError("there is nothing to save: linearize(model) first")
+    if getattr(model, "hf_quantizer", None):
+        raise ValueError(
+            "a quantized model is saved by model.save_pretrained, and loaded by hf.from_pretrained"
+        )
     tensors = {name: on_host(t) for name, t in unique_tensors(model, frozen_too=True).items()}
     about = {
         "class": type(model).__name__.removeprefix("FSDP"),
