@@ -48,10 +48,6 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
     model = unwrapped(model)
     if not sockets(model):
         raise ValueError("there is nothing to save: linearize(model) first")
-    if getattr(model, "hf_quantizer", None):
-        raise ValueError(
-            "a quantized model is saved by model.save_pretrained, and loaded by hf.from_pretrained"
-        )
     tensors = {name: on_host(t) for name, t in unique_tensors(model, frozen_too=True).items()}
     about = {
         "class": type(model).__name__.removeprefix("FSDP"),
@@ -59,7 +55,8 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model.config.to_diff_dict(),
     }
-    again, values, kept = skeleton(about, "the model"), fingerprints(tensors), {}
+    about["config"].pop("quantization_config", None)  # weights from GGUF are no longer quantized
+    again, values, kept = skeleton(about, path), fingerprints(tensors), {}
     if about["base"]:
         with contextlib.suppress(UserError):
             again, new = with_base(about, about["base"])
@@ -69,7 +66,8 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
     if wrong := misfits(changed, again) or sorted(set(places(again)) - set(tensors)):
         raise ValueError(
             f"{type(model).__name__} and its config do not make this model again ({', '.join(wrong[:3])}): "
-            "merge the LoRA adapters first: hf.lora.merge_lora(model), or merge_and_unload() of peft"
+            "merge the LoRA adapters first: hf.lora.merge_lora(model), or merge_and_unload() of peft. "
+            "model.save_pretrained(folder) saves quantized models, too"
         )
     about |= {"base": about["base"] if kept else "", "base_crc": crc_of(kept)}
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
