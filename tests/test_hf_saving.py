@@ -19,7 +19,6 @@ transformers = pytest.importorskip("transformers")
 
 from test_hf import DECODERS, SMALL, build, encoder, vit  # noqa: E402
 
-import hf  # noqa: E402
 from hf import from_pretrained, linearize, load_linearized, save_linearized  # noqa: E402
 from hf.models import load  # noqa: E402
 from model import map_parameters  # noqa: E402
@@ -168,11 +167,11 @@ def test_an_adapter_finds_the_linear_model_or_none(base, linear, tmp_path):
         assert torch.equal(logits(kind.from_pretrained(tmp_path / "adapter")), logits(model))
 
     # Its base would be taken for softmax, in either order.
-    for build in (
+    for make in (
         lambda: peft.get_peft_model(linear, copy.deepcopy(config)),
         lambda: linearize(peft.get_peft_model(Auto.from_pretrained(base), copy.deepcopy(config))),
     ):
-        build().save_pretrained(tmp_path / "lost")
+        make().save_pretrained(tmp_path / "lost")
         with pytest.raises(OSError, match="linearized in memory"):
             peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lost")
 
@@ -536,7 +535,3 @@ def test_quiet_holds_back_the_warnings_of_its_own_thread_alone():
     finally:
         transformers.logging.remove_handler(handler)
     assert seen == ["an error", "of another thread", "later"]
-
-
-def test_hf_names_its_functions():
-    assert hf.from_pretrained is from_pretrained and hf.linearize is linearize
