@@ -84,19 +84,19 @@ def load(
     new: names of modules whose weights may be missing.
     Raises UserError if there is no such model, or if other weights are missing.
     """
-    model, found = found_by_name(source, kind, dtype=dtype, **changes)
+    model, found = load_with_report(source, kind, dtype=dtype, **changes)
     if missing := sorted(key for key in found if set(new).isdisjoint(key.split("."))):
         names = ", ".join(missing[:3])
         raise UserError(f"{source} lacks weights ({names} ...): it is damaged, or another kind of model")
     return model
 
 
-def found_by_name(source: str, kind, **options) -> tuple[nn.Module, set[str]]:
+def load_with_report(source: str | None, kind, **options) -> tuple[nn.Module, set[str]]:
     """A model, and the names of weights that its source lacks or has in another shape; they are random.
 
     Raises UserError if there is no such model.
     """
-    name, more = where(source)
+    name, more = where(source) if source else (None, {})
     advice = "give a hub name, a folder with config.json and safetensors, or a .gguf file"
     errors = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
     with one_line("transformers", f"load a {kind.__name__} from {source}", advice, errors):

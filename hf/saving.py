@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf.convert import KNOWN, NAME, linearize, name_after
-from hf.models import found_by_name, load, read_config
+from hf.models import load, load_with_report, read_config
 from support.checkpoints import (
     checksum,
     load_checkpoint,
@@ -26,12 +26,28 @@ from support.hub import one_line
 from swap import sockets
 
 FAMILIES = tuple({name.split("Self")[0].split("Attention")[0] for name in KNOWN})  # Llama, Bert ...
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """A checksum of each weight, by name."""
+    tensors = unique_tensors(model, frozen_too=True)
+    return {name: checksum({"": on_host(t)}, "") for name, t in tensors.items()}
+
+
+def crc_of(values: dict[str, str]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def places(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model that are saved, by name. Tied ones have one name."""
+    saved, found = model.state_dict(), (*model.named_parameters(), *model.named_buffers())
+    return {plain(name): t for name, t in found if name in saved}
+
+
+def misfits(tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """The names of tensors that a model does not have, or has in another shape."""
+    have = places(model)
+    return [name for name, t in tensors.items() if name not in have or have[name].shape != t.shape]
 
 
 # ---------------------------------------------------------------- save
@@ -48,7 +64,6 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
     model = unwrapped(model)
     if not sockets(model):
         raise ValueError("there is nothing to save: linearize(model) first")
-    tensors = {name: on_host(t) for name, t in unique_tensors(model, frozen_too=True).items()}
     about = {
         "class": type(model).__name__.removeprefix("FSDP"),
         "base": getattr(model, "source", model.config.name_or_path),
@@ -56,14 +71,16 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
         "config": model.config.to_diff_dict(),
     }
     about["config"].pop("quantization_config", None)  # weights from GGUF are no longer quantized
-    again, values, kept = skeleton(about, path), fingerprints(tensors), {}
+    again, values, kept = skeleton(about, path), fingerprints(model), {}
     if about["base"]:
         with contextlib.suppress(UserError):
-            again, new = with_base(about, about["base"])
-            of_base = fingerprints(unique_tensors(again, frozen_too=True))
-            kept = {n: v for n, v in values.items() if of_base.get(n) == v and n not in new}
-    changed = {name: t for name, t in tensors.items() if name not in kept}
-    if wrong := misfits(changed, again) or sorted(set(places(again)) - set(tensors)):
+            again, new = with_weights(again, about["base"])
+            same = fingerprints(again).items() & values.items()
+            kept = {
+                name: value for name, value in values.items() if (name, value) in same and name not in new
+            }
+    tensors = {n: on_host(t) for n, t in unique_tensors(model, frozen_too=True).items() if n not in kept}
+    if wrong := misfits(tensors, again) or sorted(set(places(again)) - set(values)):
         raise ValueError(
             f"{type(model).__name__} and its config do not make this model again ({', '.join(wrong[:3])}): "
             "merge the LoRA adapters first: hf.lora.merge_lora(model), or merge_and_unload() of peft. "
@@ -71,28 +88,7 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
         )
     about |= {"base": about["base"] if kept else "", "base_crc": crc_of(kept)}
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        write_checkpoint(Path(path), {f"model.{n}": t for n, t in changed.items()}, {"linearized": about})
-
-
-def fingerprints(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A checksum of each tensor, by name."""
-    return {name: checksum({"": on_host(t)}, "") for name, t in tensors.items()}
-
-
-def crc_of(values: dict[str, str]) -> int:
-    return zlib.crc32(json.dumps(values).encode())
-
-
-def places(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a model that are saved, by name. Tied ones have one name."""
-    saved, found = model.state_dict(), (*model.named_parameters(), *model.named_buffers())
-    return {plain(n): t for n, t in found if n in saved}
-
-
-def misfits(tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """The names of tensors that the model does not have, or has in another shape."""
-    have = places(model)
-    return [n for n, t in tensors.items() if n not in have or have[n].shape != t.shape]
+        write_checkpoint(Path(path), {f"model.{n}": t for n, t in tensors.items()}, {"linearized": about})
 
 
 # ---------------------------------------------------------------- load
@@ -124,27 +120,26 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     if not isinstance(about, dict):
         raise UserError(f"{path} is a checkpoint, but not from save_linearized")
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
-    source = str(model or about.get("base", "")) if not isinstance(model, nn.Module) else ""
-
-    old = "config" not in about  # the files before this field hold what has changed since linearize
+    given, source = isinstance(model, nn.Module), str(model or about.get("base", ""))
+    old = "config" not in about  # the first files: they have the weights that changed after linearize
     if old:
-        with one_line("transformers", f"read {path}", "its header is damaged", (KeyError,)):
-            how = {name: about[name] for name in ("feature_map", "layers", "tie", "options")}
-        config = read_config(source) if source else model.config
-        about = {**about, "config": {**config.to_diff_dict(), NAME: how}}
-    wrong, new = misfits(tensors, skeleton(about, path)), set()
-    if isinstance(model, nn.Module):
-        model = unwrapped(model)
-        how = about["config"][NAME]
-        linearize(model, how["feature_map"], how["layers"], how["tie"], **how["options"])
-        wrong = misfits(tensors, model)
-    elif not wrong:
-        model, new = with_base(about, source, tensors)
+        config = model.config if given else read_config(source)
+        how = {name: about.get(name) for name in ("feature_map", "layers", "tie", "options")}
+        about["config"] = {**config.to_diff_dict(), NAME: how}
+    like = skeleton(about, path)
+    check_fit(tensors, like, path)
+    if given:
+        how = like.config.hedgehog
+        model = linearize(unwrapped(model), how["feature_map"], how["layers"], how["tie"], **how["options"])
+        check_fit(tensors, model, path)
+    else:
+        model, _ = with_weights(like, source, tensors)
         name_after(model, source)
-    if wrong or (wrong := sorted(new - set(tensors))):
-        raise UserError(f"the weights in {path} do not fit the model: {', '.join(wrong[:3])}")
-    values = fingerprints(unique_tensors(model, frozen_too=True))
-    kept = {n: v for n, v in values.items() if (NAME not in n.split(".") if old else n not in tensors)}
+    kept = {
+        name: value
+        for name, value in fingerprints(model).items()
+        if (NAME not in name.split(".") if old else name not in tensors)
+    }
     if crc_of(kept) != about.get("base_crc"):
         raise UserError(
             f"{path} belongs on top of {about['base']} ({about['class']}, {about['dtype']}), with "
@@ -156,6 +151,11 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     return model.eval()
 
 
+def check_fit(tensors: dict[str, Tensor], model: nn.Module, path: str | Path) -> None:
+    if wrong := misfits(tensors, model):
+        raise UserError(f"the weights in {path} do not fit the model: {', '.join(wrong[:3])}")
+
+
 def model_class(name: str) -> type[nn.Module]:
     """A class of transformers by its name in a file: a model of a known family, or a UserError."""
     kind = getattr(transformers, name, None) if str(name).startswith(FAMILIES) else None
@@ -164,29 +164,23 @@ def model_class(name: str) -> type[nn.Module]:
     return kind
 
 
-def described(about: dict) -> tuple[type[nn.Module], transformers.PreTrainedConfig]:
-    kind = model_class(about["class"])
-    return kind, kind.config_class.from_dict(dict(about["config"]))
-
-
 def skeleton(about: dict, path: str | Path) -> nn.Module:
     """The model that a header describes, without numbers. Raises UserError if there is none."""
     advice = "its header must name a class, a config and a dtype, as save_linearized writes them"
     with one_line("transformers", f"build the model of {path}", advice, Exception), torch.device("meta"):
-        kind, config = described(about)
-        if about["dtype"] not in DTYPES or not 0 < config.num_hidden_layers < 10_000:
-            raise ValueError(f"dtype {about['dtype']!r}, {config.num_hidden_layers} layers")
-        return kind(config)
+        kind, dtype = model_class(about["class"]), getattr(torch, about["dtype"])
+        config = kind.config_class.from_dict(dict(about["config"]))
+        if not isinstance(dtype, torch.dtype) or not 0 < config.num_hidden_layers < 10_000:
+            raise ValueError(f"dtype {dtype}, {config.num_hidden_layers} layers")
+        return kind(config).to(dtype)
 
 
-def with_base(about: dict, source: str, tensors=None) -> tuple[nn.Module, set[str]]:
-    """The model that a header describes, and the names of weights that its base does not have.
+def with_weights(like: nn.Module, source: str, tensors=None) -> tuple[nn.Module, set[str]]:
+    """The model that `like` is without numbers, and the names of weights that are random.
 
     source: where the base is. Without one, `tensors` are the weights.
     """
-    kind, config = described(about)
-    options = {"config": config, "dtype": DTYPES[about["dtype"]]}
-    if source:
-        return found_by_name(source, kind, ignore_mismatched_sizes=True, **options)
-    model, found = kind.from_pretrained(None, state_dict=tensors, output_loading_info=True, **options)
-    return model, found["missing_keys"]
+    options = dict(config=like.config, dtype=like.dtype, ignore_mismatched_sizes=True)
+    return load_with_report(
+        source or None, type(like), **options, **({} if source else {"state_dict": tensors})
+    )
