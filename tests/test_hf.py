@@ -341,6 +341,26 @@ def test_threads_share_a_model(llama):
     assert all(torch.equal(a, b) for a, b in zip(together, alone * 5))
 
 
+@torch.no_grad()
+def test_threads_share_a_model_that_mimics(llama):
+    """Each thread finds the loss of its own pass, and a model can be copied after one."""
+    set_mode(linearize(llama, init="random"), "mimic")
+
+    def losses(ids):
+        llama(ids, use_cache=False)
+        return torch.stack([socket.attend.loss for socket in sockets(llama)])
+
+    prompts = [torch.randint(50, (1, 4 + i)) for i in range(8)]
+    alone = [losses(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(losses, prompts * 25))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone * 25))
+    with torch.enable_grad():
+        llama(prompts[0], use_cache=False)
+    other = copy.deepcopy(llama)
+    assert not hasattr(sockets(other)[0].attend, "loss") and torch.equal(losses(prompts[0]), alone[0])
+
+
 # ---------------------------------------------------------------- saving
 
 
