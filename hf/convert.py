@@ -66,6 +66,10 @@ def linearize(
     """
     if sockets(model):
         raise ValueError("this model has been linearized before: load it again, or use set_mode")
+    if any(hasattr(m, "module") or type(m).__name__.startswith("FSDP") for m in model.modules()):
+        raise ValueError(
+            "linearize a model before DDP or FSDP wraps it: they would not train its maps together"
+        )
     inner = unwrapped(model)
     layers = layers if layers is None else [int(i) for i in layers]
     how = {"feature_map": feature_map, "layers": layers, "tie": tie, "options": options}

@@ -333,6 +333,13 @@ def test_wrappers_are_not_in_the_file(linear, tmp_path, group, name):
     assert torch.equal(logits(load_linearized(tmp_path / "f")), wanted)
 
 
+@pytest.mark.parametrize("name", ["DDP", "compiled DDP", "FSDP2"])
+def test_what_trains_in_several_processes_is_linearized_first(base, group, name):
+    """DDP and FSDP know the parameters that a model had when they wrapped it."""
+    with pytest.raises(ValueError, match="before DDP or FSDP wraps it"):
+        linearize(WRAPPERS[name](Auto.from_pretrained(base)))
+
+
 def adapters(peft):
     lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     targets = dict(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
