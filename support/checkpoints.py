@@ -91,7 +91,7 @@ def save_checkpoint(
     `meta` (configuration, step, seed ...: anything JSON) in its header with a checksum."""
     tensors = {f"model.{n}": t for n, t in unique_tensors(model).items()}
     if optimizer is not None:
-        names = {id(p): n for n, p in model.named_parameters()}
+        names = {id(p): plain(n) for n, p in unwrapped(model).named_parameters()}
         for p, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(p)]}.{key}": torch.as_tensor(t) for key, t in state.items()}
     write_checkpoint(path, tensors, meta)
@@ -167,7 +167,7 @@ def restore(
         return
     if not any(n.startswith("optimizer.") for n in tensors):
         raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
-    names = {id(p): f"optimizer.{n}." for n, p in model.named_parameters()}
+    names = {id(p): f"optimizer.{plain(n)}." for n, p in unwrapped(model).named_parameters()}
     for group in optimizer.param_groups:
         for p, prefix in ((p, names[id(p)]) for p in group["params"]):
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -532,25 +532,43 @@ def test_a_model_that_was_changed_after_it_was_made_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrap", ["compiled", "compiled in part", "DDP"])
-def test_a_wrapper_is_not_in_the_folder(wrap, tmp_path):
+@pytest.fixture(params=["compiled", "compiled in part", "DDP"])
+def wrapped(request, tmp_path):
+    """(a GPT, it in a wrapper)."""
     model = ours()
-    wanted = {name: t.clone() for name, t in model.state_dict().items()}
-    if wrap == "DDP":
-        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    elif wrap == "compiled":
-        wrapped = torch.compile(model)
-    else:
-        wrapped = model
+    if request.param == "compiled in part":
         model.transformer.h[1].mlp = torch.compile(model.transformer.h[1].mlp)
-    try:
-        to_hf(wrapped, tmp_path / "x")
-    finally:
-        if wrap == "DDP":
-            torch.distributed.destroy_process_group()
+    if request.param != "DDP":
+        yield model, torch.compile(model) if request.param == "compiled" else model
+        return
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield model, torch.nn.parallel.DistributedDataParallel(model)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_is_not_in_the_folder(wrapped, tmp_path):
+    model, wrapper = wrapped
+    to_hf(wrapper, tmp_path / "x")
     back = convert_gpt2.from_pretrained(tmp_path / "x").state_dict()
-    assert back.keys() == wanted.keys() and all(torch.equal(back[name], wanted[name]) for name in wanted)
+    assert back.keys() == ours().state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(back.values(), model.state_dict().values()))
+
+
+def test_a_wrapper_is_not_in_a_checkpoint(wrapped, tmp_path):
+    """What a wrapped model saved, its optimiser included, goes on in a plain one and in the wrapper."""
+    model, wrapper = wrapped
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    support.checkpoints.save_checkpoint(tmp_path / "x", wrapper, optimizer)
+    tensors, _ = support.checkpoints.load_checkpoint(tmp_path / "x")
+    assert not any("_orig_mod" in name or "module." in name for name in tensors)
+    for other, of in ((ours(), None), (wrapper, optimizer)):
+        of = of or torch.optim.AdamW(other.parameters())
+        support.checkpoints.restore(tensors, other, of)
+        for a, b in zip(other.parameters(), model.parameters()):
+            assert torch.equal(a, b) and torch.equal(of.state[a]["exp_avg"], optimizer.state[b]["exp_avg"])
 
 
 def test_weights_that_do_not_fit_the_sizes_or_have_no_numbers_are_not_written(tmp_path):
