@@ -459,8 +459,8 @@ def test_a_header_of_a_stranger_is_checked_before_anything_is_made(tmp_path, nam
 
 @pytest.mark.parametrize("value", [None, [], {}, {"base": 3}, {"class": "LlamaForCausalLM", "config": {}}])
 def test_a_header_without_its_fields_is_one_line(tmp_path, value):
-    write_checkpoint(tmp_path / "f", {}, {"linearized": value})
     with pytest.raises(UserError) as e:
+        write_checkpoint(tmp_path / "f", {}, {"linearized": value})
         load_linearized(tmp_path / "f")
     assert "\n" not in str(e.value)
 
