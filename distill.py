@@ -33,6 +33,7 @@ from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import World, pick_device
 from support.heads import heads_table, write_heads
+from support.threads import PerThread
 from swap import MODES, SoftmaxTeacher, set_mode, sockets
 from train import fit
 
@@ -64,10 +65,9 @@ def attention_cross_entropy(
 
 class MimicAttention(LinearAttention):
     """Softmax for the model, and beside it Eq. 3 for the map. After a forward pass `loss` (H,) is the
-    cross-entropy and `entropy` (H,) the entropy of softmax."""
+    cross-entropy and `entropy` (H,) the entropy of softmax, of this thread's pass."""
 
-    loss: Tensor
-    entropy: Tensor
+    loss, entropy = PerThread(), PerThread()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         phi = self.phi

@@ -121,7 +121,7 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
         raise UserError(f"there is no checkpoint {name} here, and {needs}") from e
     if Path(name).is_file():
         model = load_linearized(name)
-        name = model.hedgehog["base"]
+        name = model.source
     else:
         advice = "it is neither a checkpoint of this program nor a Hugging Face model that can be loaded"
         errors = (OSError, ValueError, TypeError, SafetensorError)
@@ -167,7 +167,7 @@ def main() -> None:
     if name and (linearized or not Path(name).exists() or (Path(name) / "config.json").exists()):
         check_name(name)
         (model, idx), tokenizer = hugging_face(name, text, config.tokens), ""
-        attention = model.hedgehog["feature_map"] if linearized else "softmax"
+        attention = model.config.hedgehog["feature_map"] if linearized else "softmax"
     else:
         model, tokenizer = load(config, device)
         idx, attention = tokens_of(config, tokenizer, text, model), model.config.attention

@@ -37,6 +37,8 @@ def check_shape(source: str, kind, what: str, text: bool = True) -> nn.Module:
     transformers that builds the model; `what` says what is wanted, in words; text: there is a tokenizer.
     """
     of_model = read_config(source)
+    if hasattr(of_model, "hedgehog"):
+        raise UserError(f"{source} is linearized already: give the model that it was made of")
     try:
         with torch.device("meta"):
             model = kind.from_config(of_model)

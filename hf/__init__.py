@@ -1,11 +1,12 @@
 """Linear attention inside the models of Hugging Face's transformers.
 
-    from hf import linearize, save_linearized, load_linearized, set_mode
+    from hf import linearize, from_pretrained, save_linearized, load_linearized, set_mode
 
+After `import hf`, transformers itself loads what `save_pretrained` has written of a linearized model.
 The files of this folder:
     convert.py   linearize: a feature map beside each attention
     cache.py     the state of linear attention in transformers' cache
-    saving.py    save_linearized and load_linearized
+    saving.py    from_pretrained, save_linearized and load_linearized
     models.py    models and tokenizers with our own interfaces
     lora.py      LoRA beside the attention of a model
     gpt2.py      our GPT-2 as a folder for transformers; works without transformers
@@ -15,7 +16,14 @@ import importlib
 
 from swap import set_mode  # noqa: F401  a part of this package's interface
 
-HOME = {"linearize": "hf.convert", "save_linearized": "hf.saving", "load_linearized": "hf.saving"}
+HOME = dict.fromkeys(("from_pretrained", "save_linearized", "load_linearized"), "hf.saving")
+HOME["linearize"] = "hf.convert"
+try:
+    import transformers  # noqa: F401
+except ImportError:
+    pass  # hf/gpt2.py does not need it
+else:
+    importlib.import_module("hf.convert")  # tells transformers of linear attention
 
 
 def __getattr__(name: str):

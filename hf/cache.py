@@ -4,6 +4,7 @@ transformers keeps the keys and values of all tokens in a Cache, with one layer 
 `prepare_cache` puts a StateLayer there and hands it to convert.attention.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
@@ -13,10 +14,26 @@ from swap import SoftmaxTeacher, ZeroAttention
 NAME = "hedgehog"  # of the attention implementation in transformers, and of the sockets in a model
 
 
+def shape_alone(which: int) -> property:
+    """The keys (0) or values (1) of a layer: (B, groups, T, D) on meta, since a state has none.
+
+    Clients read the length of the text and the size of the batch there.
+    """
+
+    def get(layer) -> Tensor | None:
+        if "state" not in layer.state:
+            return None
+        B, (_, groups, _, D) = layer.state["state"].S.size(0), layer.shapes[which]
+        return torch.empty(B, groups, layer.get_seq_length(), D, device="meta")
+
+    return property(get, lambda layer, value: None)
+
+
 class StateLayer(CacheLayerMixin):
     """A layer of a transformers Cache with S (B, H, F, D) and z (B, H, F), not keys and values."""
 
     is_sliding = False
+    keys, values = shape_alone(0), shape_alone(1)
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -28,6 +45,7 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The new keys and values. The attention function adds them to the state."""
         self.lazy_initialization(key_states, value_states)
+        self.shapes = key_states.shape, value_states.shape
         return key_states, value_states
 
     def get_seq_length(self) -> int:

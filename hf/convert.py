@@ -4,25 +4,32 @@
     linearize(model)                    # Hedgehog maps with W = I, in place; distil them next
     set_mode(model, "mimic")            # softmax outside, Eq. 3 inside: train map_parameters(model)
     set_mode(model, "linear")           # model.generate() now has a state of constant size
-    save_linearized(model, "linear.safetensors")
+    model.save_pretrained("folder")     # and, after `import hf`, AutoModelForCausalLM.from_pretrained("folder")
 
 transformers calls `attention` in place of softmax attention, with queries and keys as they enter softmax
 (after RoPE). With grouped-query attention, keys and values are repeated first: each query head has one map,
 `hedgehog.attend.phi` in the attention module. No mode has attention dropout. Tested with transformers 5.23.0.
+
+The model's config says what was done, in its field `hedgehog`. A model that is made from such a config gets
+its maps at once (`post_init`), so transformers saves and loads them as it does all weights. The field
+`attn_implementation` in the same file makes transformers refuse it where `hf` has not been imported.
 """
 
+import contextlib
+import copy
 import json
-import zlib
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 import distill  # noqa: F401  adds mode "mimic" to those of set_mode
 from attention import LinearAttention, softmax_attention
 from feature_maps import make_feature_map
 from hf.cache import NAME, StateLayer, prepare_cache
-from support.checkpoints import checksum, unique_tensors
+from support.checkpoints import unwrapped
 from swap import sockets
 
 KNOWN = (  # classes of attention modules that compute softmax(scale q.k) v, and nothing more
@@ -59,43 +66,97 @@ def linearize(
     """
     if sockets(model):
         raise ValueError("this model has been linearized before: load it again, or use set_mode")
+    if any(hasattr(m, "module") or type(m).__name__.startswith("FSDP") for m in model.modules()):
+        raise ValueError(
+            "linearize a model before DDP or FSDP wraps it: they would not train its maps together"
+        )
+    inner = unwrapped(model)
+    layers = layers if layers is None else [int(i) for i in layers]
+    how = {"feature_map": feature_map, "layers": layers, "tie": tie, "options": options}
+    json.dumps(how)  # it will be in config.json
+    plug(inner, **how)
+    shared, own = inner.config, copy.deepcopy(inner.config)  # two models may share a config
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    own.hedgehog, own.attn_implementation = how, NAME
+    inner.set_attn_implementation(NAME)
+    name_after(model, getattr(inner, "source", own.name_or_path))
+    return model
+
+
+def plug(model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool, options: dict) -> None:
+    """Add a map to each attention module, once all maps are made."""
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no attention of a known kind ({', '.join(KNOWN)})")
     wanted = range(len(modules)) if layers is None else layers
-    if wrong := [i for i in wanted if not 0 <= i < len(modules)]:
+    if wrong := [i for i in wanted if i not in range(len(modules))]:
         raise ValueError(f"layers must be in 0 .. {len(modules) - 1}, not {wrong}")
     for module in modules:
         check_plain(module)
+    made = {}
+    for module in (modules[i] for i in wanted):
+        config, n_head = module.config, module.config.num_attention_heads
+        head_dim = getattr(module, "head_dim", None) or config.hidden_size // n_head
+        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
+        made[module] = LinearAttention(phi.to(device_of(module)).float(), causal=is_causal(module))
+    for module, attend in made.items():
+        module.add_module(NAME, Socket(attend))
+        module.register_forward_pre_hook(prepare_cache, with_kwargs=True)
+    model._keep_in_fp32_modules_strict.add(NAME)  # maps stay float32 in models of any dtype
 
-    # For saving.py: which weights have changed since, and how to do this again.
-    base = model.hedgehog_base = fingerprints(model)
-    model.hedgehog = {
-        "class": type(model).__name__,
-        "base": getattr(model, "source", model.config.name_or_path),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "base_crc": zlib.crc32(json.dumps(base).encode()),
-        "feature_map": feature_map,
-        "layers": sorted(wanted),
-        "tie": tie,
-        "options": options,
-    }
-    for i in wanted:
-        config, device = modules[i].config, next(modules[i].parameters()).device
-        n_head = config.num_attention_heads
-        head_dim = getattr(modules[i], "head_dim", None) or config.hidden_size // n_head
-        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)  # float32 in any case
-        attend = LinearAttention(phi.to(device), causal=is_causal(modules[i]))
-        modules[i].add_module(NAME, Socket(attend))
-        modules[i].register_forward_pre_hook(prepare_cache, with_kwargs=True)
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. With accelerate its weights may wait elsewhere, and are on meta meanwhile."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((d for d in devices if d is not None), next(module.parameters()).device)
+
+
+@contextlib.contextmanager
+def in_place(socket: nn.Module) -> Iterator[None]:
+    """Bring the maps of a socket from where accelerate keeps them between two calls.
+
+    accelerate does so when a module is called; a fast form of attention reads the weights of a map itself.
+    """
+    hooked = [part for part in socket.modules() if hasattr(part, "_hf_hook")]
+    for part in hooked:
+        part._hf_hook.pre_forward(part)
+    yield
+    for part in hooked:
+        part._hf_hook.post_forward(part, None)
+
+
+def name_after(model: nn.Module, base: str) -> None:
+    """Remember the base, and give the model a name that cannot be taken for the base's.
+
+    Clients load tokenizers, references and the models under their adapters by the name of a model.
+    """
+    name = f"{base or 'a model'}, linearized in memory: call save_pretrained(folder) and load that folder"
+    inner = unwrapped(model)
+    inner.source, inner.name_or_path, inner.config.name_or_path = base, name, name
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.base_model_name_or_path = name
+
+
+made_by_transformers = PreTrainedModel.post_init
+
+
+def post_init(model: PreTrainedModel) -> None:
+    """The end of each constructor of transformers. Adds the maps that the config asks for."""
+    made_by_transformers(model)
+    how = getattr(model.config, NAME, None)
+    if how is None or sockets(model):  # the maps of a model's inner model are its own
+        return
+    if not isinstance(how, dict) or set(how) != {"feature_map", "layers", "tie", "options"}:
+        raise ValueError(f"{NAME} in a config must have feature_map, layers, tie and options, not {how!r}")
+    plug(model, **how)
+    model.config.attn_implementation = NAME
     model.set_attn_implementation(NAME)
-    return model
 
 
-def fingerprints(model: nn.Module) -> dict[str, str]:
-    """A checksum of each weight, by name."""
-    tensors = unique_tensors(model, frozen_too=True)
-    return {name: checksum({"": t.detach().cpu().contiguous()}, "") for name, t in tensors.items()}
+PreTrainedModel.post_init = post_init
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -175,10 +236,12 @@ def attention(
     socket = getattr(module, NAME, None)
     if socket is None:  # a layer that keeps softmax
         y = softmax_attention(query, key, value, causal=is_causal(module), key_mask=mask)
-    elif state_layer is not None:
-        y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
-    else:
-        y = socket.attend(query, key, value, key_mask=mask)
+        return y.transpose(1, 2), None
+    with in_place(socket):
+        if state_layer is not None:
+            y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
+        else:
+            y = socket.attend(query, key, value, key_mask=mask)
     return y.transpose(1, 2), None
 
 

@@ -15,9 +15,9 @@ import torch
 from attention import SoftmaxAttention
 from convert_gpt2 import OURS
 from model import GPT
-from support.checkpoints import unique_tensors, write_json, write_tensors
+from support.checkpoints import plain, unique_tensors, unwrapped, write_json, write_tensors
 from support.cli import UserError
-from support.gpt2_folder import NEEDED, SIZES, TRANSPOSED
+from support.gpt2_folder import NEEDED, SIZES, TRANSPOSED, read_sizes
 
 
 def to_hf(model: GPT, path: str | Path) -> None:
@@ -25,7 +25,8 @@ def to_hf(model: GPT, path: str | Path) -> None:
 
     Raises UserError for a model that GPT-2 cannot represent, and for a path that is taken or not writable.
     """
-    path, config = Path(path), model.config
+    path, model = Path(path), unwrapped(model)
+    config = model.config
     check_is_gpt2(model)
 
     # <|endoftext|> is in GPT-2's vocabulary alone. Without a word, transformers takes 50256 in any case.
@@ -43,6 +44,7 @@ def to_hf(model: GPT, path: str | Path) -> None:
         beside.mkdir(parents=True)
         write_json(beside / "config.json", options)
         write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})  # transformers 4 asks for it
+        read_sizes(beside / "config.json")
         if path.exists():
             path.rmdir()
         beside.rename(path)
@@ -69,8 +71,9 @@ def check_is_gpt2(model: GPT) -> None:
         )
     if not wrong:
         with torch.device("meta"):
-            expected = GPT(config).state_dict()
-        if other := sorted(expected.keys() ^ model.state_dict().keys()):
+            expected = {(name, t.shape) for name, t in GPT(config).state_dict().items()}
+        other = expected ^ {(plain(name), t.shape) for name, t in model.state_dict().items()}
+        if other := sorted({name for name, _ in other}):
             wrong.append(f"other weights than its configuration says ({', '.join(other[:3])})")
     if wrong:
         raise UserError(f"GPT-2 cannot represent this model: it has {'; '.join(wrong)}")

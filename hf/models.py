@@ -84,15 +84,22 @@ def load(
     new: names of modules whose weights may be missing.
     Raises UserError if there is no such model, or if other weights are missing.
     """
-    name, options = where(source)
-    options |= dict(dtype=dtype, output_loading_info=True)
-    advice = "give a hub name, a folder with config.json and safetensors, or a .gguf file"
-    errors = (OSError, ValueError, RuntimeError, SafetensorError)
-    with one_line("transformers", f"load a {kind.__name__} from {source}", advice, errors):
-        model, found = kind.from_pretrained(name, **options, **changes)
-    missing = sorted(key for key in found["missing_keys"] if set(new).isdisjoint(key.split(".")))
-    if missing:
+    model, found = load_with_report(source, kind, dtype=dtype, **changes)
+    if missing := sorted(key for key in found if set(new).isdisjoint(key.split("."))):
         names = ", ".join(missing[:3])
         raise UserError(f"{source} lacks weights ({names} ...): it is damaged, or another kind of model")
-    model.source = source
     return model
+
+
+def load_with_report(source: str | None, kind, **options) -> tuple[nn.Module, set[str]]:
+    """A model, and the names of weights that its source lacks or has in another shape; they are random.
+
+    Raises UserError if there is no such model.
+    """
+    name, more = where(source) if source else (None, {})
+    advice = "give a hub name, a folder with config.json and safetensors, or a .gguf file"
+    errors = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
+    with one_line("transformers", f"load a {kind.__name__} from {source}", advice, errors):
+        model, found = kind.from_pretrained(name, output_loading_info=True, **more, **options)
+    model.source = source
+    return model, found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +19,21 @@ def where(source: str) -> tuple[str, dict]:
 
 @contextlib.contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Hold back the warnings of an imported library. The commands have one line of their own."""
-    logger = logging.getLogger(library)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hold back the warnings of an imported library in this thread. The commands have one line of their own."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        held_back = record.thread == thread and record.name.split(".")[0] == library
+        return record.levelno >= logging.ERROR or not held_back
+
+    handlers = logging.getLogger(library).handlers + logging.root.handlers
+    for handler in handlers:
+        handler.addFilter(passes)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for handler in handlers:
+            handler.removeFilter(passes)
 
 
 @contextlib.contextmanager

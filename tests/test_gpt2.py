@@ -529,9 +529,67 @@ def test_a_model_that_was_changed_after_it_was_made_is_not_written(tmp_path):
     inner.transformer.h[0].attn.c_attn = torch.nn.Sequential(inner.transformer.h[0].attn.c_attn)
     with pytest.raises(UserError, match=r"other weights .*h\.0\.attn\.c_attn\.0\.bias"):
         to_hf(inner, tmp_path / "x")
-    with pytest.raises(UserError, match="other weights than its configuration says"):
-        to_hf(torch.compile(ours()), tmp_path / "x")  # its names begin with _orig_mod.
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["compiled", "compiled in part", "DDP"])
+def wrapped(request, tmp_path):
+    """(a GPT, it in a wrapper)."""
+    model = ours()
+    if request.param == "compiled in part":
+        model.transformer.h[1].mlp = torch.compile(model.transformer.h[1].mlp)
+    if request.param != "DDP":
+        yield model, torch.compile(model) if request.param == "compiled" else model
+        return
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield model, torch.nn.parallel.DistributedDataParallel(model)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_is_not_in_the_folder(wrapped, tmp_path):
+    model, wrapper = wrapped
+    to_hf(wrapper, tmp_path / "x")
+    back = convert_gpt2.from_pretrained(tmp_path / "x").state_dict()
+    assert back.keys() == ours().state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(back.values(), model.state_dict().values()))
+
+
+def test_a_wrapper_is_not_in_a_checkpoint(wrapped, tmp_path):
+    """What a wrapped model saved, its optimiser included, goes on in a plain one and in the wrapper."""
+    model, wrapper = wrapped
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    support.checkpoints.save_checkpoint(tmp_path / "x", wrapper, optimizer)
+    tensors, _ = support.checkpoints.load_checkpoint(tmp_path / "x")
+    assert not any("_orig_mod" in name or "module." in name for name in tensors)
+    for other, of in ((ours(), None), (wrapper, optimizer)):
+        of = of or torch.optim.AdamW(other.parameters())
+        support.checkpoints.restore(tensors, other, of)
+        for a, b in zip(other.parameters(), model.parameters()):
+            assert torch.equal(a, b) and torch.equal(of.state[a]["exp_avg"], optimizer.state[b]["exp_avg"])
+
+
+def test_weights_that_do_not_fit_the_sizes_or_have_no_numbers_are_not_written(tmp_path):
+    wide = ours()
+    wide.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(torch.zeros(100, 32))
+    with torch.device("meta"):
+        empty = ours()
+    for model, named in ((wide, "h.0.mlp.c_fc.weight"), (empty, "weights on meta or offloaded")):
+        with pytest.raises(UserError, match=named):
+            to_hf(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_read_back_replaces_none(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    support.checkpoints.write_tensors(path, {"a": torch.ones(3)}, {"of": "old"})
+    before = path.read_bytes()
+    monkeypatch.setattr(support.checkpoints, "save_file", lambda tensors, path, header: save_file({}, path))
+    with pytest.raises(RunError, match="it cannot be read back"):
+        support.checkpoints.write_tensors(path, {"a": torch.zeros(3)}, {"of": "new"})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

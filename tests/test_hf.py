@@ -261,7 +261,7 @@ def test_generation_equals_the_full_forward_pass_at_every_step_and_keeps_a_state
         return_dict_in_generate=True,
     )
     sizes = [sum(t.numel() for t in layer.state["state"]) for layer in made.past_key_values.layers]
-    assert all(isinstance(layer, StateLayer) and layer.keys is None for layer in made.past_key_values.layers)
+    assert all(isinstance(layer, StateLayer) and layer.keys.is_meta for layer in made.past_key_values.layers)
     H, D = sockets(decoder)[0].attend.phi.n_head, sockets(decoder)[0].attend.phi.head_dim
     assert sizes == [2 * H * 2 * D * (D + 1)] * 2
     for _ in range(12):
@@ -339,6 +339,26 @@ def test_threads_share_a_model(llama):
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda ids: llama.generate(ids, **options), prompts * 5))
     assert all(torch.equal(a, b) for a, b in zip(together, alone * 5))
+
+
+@torch.no_grad()
+def test_threads_share_a_model_that_mimics(llama):
+    """Each thread finds the loss of its own pass, and a model can be copied after one."""
+    set_mode(linearize(llama, init="random"), "mimic")
+
+    def losses(ids):
+        llama(ids, use_cache=False)
+        return torch.stack([socket.attend.loss for socket in sockets(llama)])
+
+    prompts = [torch.randint(50, (1, 4 + i)) for i in range(8)]
+    alone = [losses(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(losses, prompts * 25))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone * 25))
+    with torch.enable_grad():
+        llama(prompts[0], use_cache=False)
+    other = copy.deepcopy(llama)
+    assert not hasattr(sockets(other)[0].attend, "loss") and torch.equal(losses(prompts[0]), alone[0])
 
 
 # ---------------------------------------------------------------- saving

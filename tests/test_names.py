@@ -57,9 +57,9 @@ import hf
 files = [file.name for file in pkgutil.iter_modules(hf.__path__)]
 for name in files:
     importlib.import_module(f"hf.{name}")
-from hf import linearize, load_linearized, save_linearized, set_mode
+from hf import from_pretrained, linearize, load_linearized, save_linearized, set_mode
 
-functions = (linearize, load_linearized, save_linearized, set_mode)
+functions = (from_pretrained, linearize, load_linearized, save_linearized, set_mode)
 packages = ("evaluate", "kernels", "transformers", "peft", "datasets", "tokenizers", "torch")
 specs = {name: importlib.util.find_spec(name) for name in packages}
 print(json.dumps({
@@ -90,6 +90,7 @@ def test_hugging_faces_packages_are_found_and_not_files_of_this_repository(facts
 def test_hf_gives_its_functions_also_after_its_files_have_been_imported(facts):
     """No file may have the name of a function: Python would put the file in its place."""
     assert facts["functions"] == [
+        "hf.saving.from_pretrained",
         "hf.convert.linearize",
         "hf.saving.load_linearized",
         "hf.saving.save_linearized",
