@@ -29,7 +29,7 @@ from config import FitConfig
 from feature_maps import as_bool, is_learned
 from fused import mimicry as fast
 from model import GPT, GPTConfig, map_parameters
-from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.checkpoints import LANGUAGE_MODEL, load_checkpoint, restore, save_checkpoint
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import World, pick_device
 from support.heads import heads_table, write_heads
@@ -201,10 +201,11 @@ def load_teacher(path: str) -> tuple[GPT, dict]:
     """(the softmax GPT in a checkpoint of this repository, the checkpoint's meta)."""
     if path == DistillConfig.checkpoint and not Path(path).exists():
         raise UserError(f"there is no teacher in {path}: python train.py --attention softmax trains one")
-    tensors, saved = load_checkpoint(path)
+    tensors, saved = load_checkpoint(path, LANGUAGE_MODEL)
     with as_user_error():
-        teacher = GPT(GPTConfig.of(saved.get("config", {})))
+        teacher = GPT(GPTConfig.of(saved["config"]))
     restore(tensors, teacher, path=path)
+    data.check_tokenizer(teacher, data.get_tokenizer(saved["tokenizer"]))
     return teacher.eval(), saved
 
 

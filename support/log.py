@@ -19,13 +19,7 @@ from tqdm import tqdm
 from support import plots
 from support.checkpoints import load_checkpoint, restore, write_atomically, write_json
 from support.devices import World, machine, peak_gib
-
-
-def command() -> str:
-    """The command that runs, as a person types it. With -m, sys.argv has the path of the file instead."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec and sys.argv[0].endswith(".py") else ["python", sys.argv[0]]
-    return " ".join([*program, *sys.argv[1:]])
+from support.header import command
 
 
 def provenance() -> dict[str, Any]:
