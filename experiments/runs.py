@@ -51,19 +51,19 @@ def train_one(
     groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
     how = dict(batch=batch, loss=lambda model, x, y: model(x, y)[1], evaluate=evaluate, config=config)
     fit(model, groups, **how, world=world, meta={**about, "tokenizer": tokenizer})
-    restore(load_checkpoint(out / "best.safetensors")[0], model, path=out)
+    tensors, saved = load_checkpoint(out / "best.safetensors")
+    restore(tensors, model, path=out)
     log = Log(out / "log.jsonl")
     entries = log.read()
-    points = [e for e in entries if "val_loss" in e]
     result = {
         **about,
         **provenance(),
         "parameters": model.num_params(),
-        "steps": points[-1]["step"],
-        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in entries if "tokens_per_s" in e),
-        "dev_loss": min(e["val_loss"] for e in points),
+        "steps": load_checkpoint(out / "last.safetensors")[1]["step"],
+        "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e] or [0]),
+        "dev_loss": saved["best"],
         "final": final(model.eval()),
-        "curve": [(e["step"], round(e[f"val_{curve}"], 4)) for e in points],
+        "curve": [(e["step"], round(e[f"val_{curve}"], 4)) for e in entries if f"val_{curve}" in e],
         "minutes": round(log.minutes(began), 2),
     }
     write_json(out / "result.json", result)

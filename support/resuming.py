@@ -130,6 +130,8 @@ def begin(
         check_same_run(saved, changed, config, say)
         restore(tensors, model, optimizer, last)
         progress = Progress.of(saved)
+        if not (out / "best.safetensors").exists():  # deleted: the next validation makes one
+            progress.best = math.inf
         say(f"resuming {out} at step {progress.step}")
     elif config.resume:
         say(f"nothing to resume in {out}: starting at step 0")
@@ -137,7 +139,7 @@ def begin(
         if not resumes:
             set_aside(out, say)
         header = {"step": progress.step, "seconds_before": progress.seconds, **meta, **provenance()}
-        log.start(header, progress.step)
+        log.start(header, progress.step, say)
     return progress, log
 
 

@@ -217,3 +217,10 @@ def test_a_run_resumed_at_step_0_moves_nothing(train, tmp_path):
     forge_run(train, tmp_path, lambda t, m: m.update(step=0))
     code, stdout, stderr = train("--out_dir", tmp_path, "--resume")
     assert code == 0 and "resuming" in stdout and not (tmp_path / "previous").exists(), stderr
+
+
+def test_a_best_checkpoint_that_was_deleted_is_made_again(train, tmp_path):
+    forge_run(train, tmp_path, lambda t, m: m.update(best=0.1))  # lower than what comes
+    (tmp_path / "best.safetensors").unlink()
+    code, _, stderr = train("--out_dir", tmp_path, "--max_steps", 9, "--resume")
+    assert code == 0 and load_checkpoint(tmp_path / "best.safetensors")[1]["step"] == 9, stderr
