@@ -100,7 +100,7 @@ class StopSignal:
         return self
 
     def ask(self, number, frame) -> None:
-        patient = number == signal.SIGTERM or int(os.environ.get("WORLD_SIZE", 1)) > 1
+        patient = number == signal.SIGTERM or os.environ.get("WORLD_SIZE", "1") != "1"
         if not self.asked:
             self.asked, self.since = signal.Signals(number).name, time.monotonic()
             again = "" if patient else " (again: stop at once)"
