@@ -81,11 +81,9 @@ def join_world(device: str) -> World:
     UserError for a place that no process can have."""
     advice = "start with torchrun, which sets it, or unset it"
     place = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
-    needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if place["WORLD_SIZE"] != "1" and needed:
-        raise UserError(
-            f"WORLD_SIZE is {place['WORLD_SIZE']!r}, without {', '.join(sorted(needed))}: {advice}"
-        )
+    needed = "RANK MASTER_ADDR MASTER_PORT".split() + ["LOCAL_RANK"] * torch.cuda.is_available()
+    if place["WORLD_SIZE"] != "1" and (lacking := [name for name in needed if name not in os.environ]):
+        raise UserError(f"WORLD_SIZE is {place['WORLD_SIZE']!r}, without {', '.join(lacking)}: {advice}")
     for name, text in place.items():
         if not re.fullmatch("[0-9]{1,9}", text) or (name == "WORLD_SIZE" and not int(text)):
             raise UserError(f"{name} is {text!r}, and not a number of processes: {advice}")
