@@ -27,7 +27,7 @@ import fused
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
-from support.devices import World, pick_device
+from support.devices import World, pick_device, pick_dtype
 from support.earlier import changes, renewed
 from support.log import Log, provenance
 from train import fit
@@ -149,6 +149,14 @@ def one(work: Callable, config, threads: int) -> dict:
             result = {**identity(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
             return result
+
+
+def check_machine(config) -> None:
+    """Raise UserError for a device, a number format or a kernel that is not there, before processes start."""
+    with as_user_error():
+        device = pick_device(config.device)
+        pick_dtype(config.dtype, device)
+        fused.use(config.kernel, device)
 
 
 def end_with_parent() -> None:
