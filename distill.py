@@ -204,6 +204,8 @@ def load_teacher(path: str) -> tuple[GPT, dict]:
     tensors, saved = load_checkpoint(path, LANGUAGE_MODEL)
     with as_user_error():
         teacher = GPT(GPTConfig.of(saved["config"]))
+    if teacher.config.attention != "softmax":
+        raise UserError(f"the teacher must have softmax attention, not {teacher.config.attention} as {path}")
     restore(tensors, teacher, path=path)
     data.check_tokenizer(teacher, data.get_tokenizer(saved["tokenizer"]))
     return teacher.eval(), saved
