@@ -18,15 +18,46 @@ from support.cli import RunError, UserError
 from support.header import ANY, LANGUAGE_MODEL, Kind, command, read_header  # noqa: F401  for who loads one
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself inside torch.compile, DDP, FSDP and peft. FSDP2 changes a model in place."""
+    while True:
+        children = list(model._modules)
+        if hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif len(children) == 1 and children[0] in ("_orig_mod", "module", "_fsdp_wrapped_module"):
+            model = model._modules[children[0]]
+        else:
+            return model
+
+
+def plain(name: str) -> str:
+    """The name of a weight without the prefixes of torch.compile, whole or in parts."""
+    return name.replace("_orig_mod.", "")
+
+
 def unique_tensors(model: nn.Module, frozen_too: bool = False) -> dict[str, Tensor]:
     """state_dict without second names of tied weights (lm_head.weight is transformer.wte.weight) and without
     frozen parameters: those are where they came from."""
+
+    def address(t: Tensor) -> int:
+        return (t.to_local() if hasattr(t, "to_local") else t).data_ptr()  # FSDP2 divides tensors
+
     first: dict[int, str] = {}
-    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad and not frozen_too}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in frozen:
-            first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
-    return {name: model.state_dict()[name] for name in first.values()}
+    model = unwrapped(model)
+    state = model.state_dict()
+    frozen = {address(p) for p in model.parameters() if not p.requires_grad and not frozen_too}
+    for name, tensor in state.items():
+        if address(tensor) not in frozen:
+            first.setdefault(address(tensor) if tensor.numel() else id(tensor), name)
+    return {plain(name): state[name] for name in first.values()}
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in the memory of the CPU; all of it, where FSDP2 has divided it."""
+    if tensor.is_meta:
+        raise UserError("weights on meta or offloaded to disk cannot be saved: load the model without that")
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().contiguous()
 
 
 def checksum(tensors: dict[str, Tensor], meta: str) -> str:
@@ -62,10 +93,15 @@ def save_checkpoint(
     `meta` (configuration, step, seed ...: anything JSON) in its header, with the command and a checksum."""
     tensors = {f"model.{n}": t for n, t in unique_tensors(model).items()}
     if optimizer is not None:
-        names = {id(p): n for n, p in model.named_parameters()}
+        names = {id(p): plain(n) for n, p in unwrapped(model).named_parameters()}
         for p, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(p)]}.{key}": torch.as_tensor(t) for key, t in state.items()}
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    write_checkpoint(path, tensors, meta)
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """The file that load_checkpoint reads."""
+    tensors = {n: on_host(t) for n, t in tensors.items()}
     text = json.dumps({**meta, "command": command()})
     read_header(path, text, 0)  # what could not be read is not written
     write_tensors(path, tensors, {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)})
@@ -88,8 +124,15 @@ def read_tensors(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda beside: save_file(tensors, beside, header))
+    tensors = {name: on_host(t) for name, t in tensors.items()}
+
+    def write(beside: Path) -> None:
+        save_file(tensors, beside, header)
+        with safe_open(beside, "pt") as f:  # what cannot be read back does not replace what can
+            if f.metadata() != header or set(f.keys()) != set(tensors):
+                raise OSError("it cannot be read back")
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: str | Path, kind: Kind = ANY) -> tuple[dict[str, Tensor], dict]:
@@ -121,7 +164,7 @@ def restore(
     """Copy a checkpoint's tensors into the model, and into AdamW's state if an optimiser is given.
     Raises UserError before anything is copied if they do not fit."""
     want = {f"model.{n}": t for n, t in unique_tensors(model).items()}
-    own = {id(p): n for n, p in model.named_parameters()}
+    own = {id(p): plain(n) for n, p in unwrapped(model).named_parameters()}
     have = {n: t for n, t in tensors.items() if optimizer is not None or not n.startswith("optimizer.")}
     groups = optimizer.param_groups if optimizer is not None else []
     if groups and not any(n.startswith("optimizer.") for n in tensors):

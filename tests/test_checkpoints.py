@@ -59,6 +59,34 @@ def test_a_compiled_model_has_the_same_names():
     assert set(unique_tensors(model)) == names
 
 
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda m: torch.compile(torch.nn.DataParallel(m))]
+)
+def test_a_wrapped_model_is_saved_and_restored_as_the_model_itself(tmp_path, wrap):
+    """torch.compile and DataParallel (as DDP) put _orig_mod. and module. before every name: nanoGPT's old trouble."""
+    model, optimizer = trained()
+    save_checkpoint(tmp_path / "plain.safetensors", model, optimizer, step=1)
+    save_checkpoint(tmp_path / "wrapped.safetensors", wrap(model), optimizer, step=1)
+    plain, wrapped = (load_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys() and all(torch.equal(plain[n], wrapped[n]) for n in plain)
+    other = small(1)
+    other_optimizer = torch.optim.AdamW(other.param_groups(1e-2, 0.1, 10.0))
+    restore(wrapped, wrap(other), other_optimizer)
+    for (n, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(p, q), n
+        assert torch.equal(optimizer.state[p]["exp_avg"], other_optimizer.state[q]["exp_avg"]), n
+
+
+def test_what_cannot_be_read_back_does_not_replace_what_can(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, small(0), step=1)
+    before = path.read_bytes()
+    monkeypatch.setattr(checkpoints, "save_file", lambda tensors, path, header: save_file({}, path, header))
+    with pytest.raises(RunError, match="cannot be read back.*intact"):
+        save_checkpoint(path, small(1), step=2)
+    assert path.read_bytes() == before
+
+
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
     path, bad = tmp_path / "c.safetensors", tmp_path / "bad.safetensors"
     save_checkpoint(path, *trained(), step=100, config={}, best=1.0)
