@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attention import attentions
 from model import GPTConfig
-from support.checkpoints import load_checkpoint
+from support.checkpoints import LANGUAGE_MODEL, load_checkpoint
 from support.cli import UserError, as_user_error, parse, setting
 
 may_change = partial(setting, may_change=True)
@@ -131,9 +131,9 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
     if config.init_from:  # the model, tokens and data of the checkpoint, unless flags say otherwise
-        saved = load_checkpoint(config.init_from)[1]
+        saved = load_checkpoint(config.init_from, LANGUAGE_MODEL)[1]
         with as_user_error():
-            there = GPTConfig.of(saved.get("config", {}))
+            there = GPTConfig.of(saved["config"])
         config.attention = config.attention if "attention" in given else there.attention
         if "tokenizer" not in given:
             config.tokenizer = saved["tokenizer"]

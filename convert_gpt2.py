@@ -112,7 +112,7 @@ def load(config, given: set[str]) -> tuple[GPT, str]:
         recipe = OWN | {name: saved["config"][name] for name in ("dataset", "data_dir")}
     else:
         teacher, tokenizer = from_pretrained(config.model), "gpt2"
-        gpt2_folder.check_tokenizer(teacher, data.get_tokenizer(tokenizer))
+        data.check_tokenizer(teacher, data.get_tokenizer(tokenizer))
     longest = teacher.config.block_size
     recipe["block_size"] = min(recipe.get("block_size", config.block_size), longest)
     for name in recipe.keys() - given:

@@ -29,7 +29,7 @@ from config import FitConfig
 from feature_maps import as_bool, is_learned
 from fused import mimicry as fast
 from model import GPT, GPTConfig, map_parameters
-from support.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.checkpoints import LANGUAGE_MODEL, load_checkpoint, restore, save_checkpoint
 from support.cli import UserError, as_user_error, parse, run
 from support.devices import World, pick_device
 from support.heads import heads_table, write_heads
@@ -149,18 +149,12 @@ def distill(
     return found
 
 
-def require_softmax(teacher: GPT) -> None:
-    if teacher.config.attention != "softmax":
-        raise ValueError(f"the teacher must have softmax attention, not {teacher.config.attention}")
-
-
 def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
     """A GPT with the weights of a softmax GPT and linear attention whose maps are as they begin.
 
     changes: other fields of GPTConfig, such as tie and options. Raises ValueError if the teacher is not
     softmax.
     """
-    require_softmax(teacher)
     pupil = GPT(GPTConfig(**{**asdict(teacher.config), "attention": feature_map, **changes}))
     pupil.load_state_dict(teacher.state_dict(), strict=False)  # all but the maps
     return pupil.to(next(teacher.parameters()).device)
@@ -205,11 +199,13 @@ def load_teacher(path: str) -> tuple[GPT, dict]:
     """(the softmax GPT in a checkpoint of this repository, the checkpoint's meta)."""
     if path == DistillConfig.checkpoint and not Path(path).exists():
         raise UserError(f"there is no teacher in {path}: python train.py --attention softmax trains one")
-    tensors, saved = load_checkpoint(path)
+    tensors, saved = load_checkpoint(path, LANGUAGE_MODEL)
     with as_user_error():
-        teacher = GPT(GPTConfig.of(saved.get("config", {})))
-        require_softmax(teacher)
+        teacher = GPT(GPTConfig.of(saved["config"]))
+    if teacher.config.attention != "softmax":
+        raise UserError(f"the teacher must have softmax attention, not {teacher.config.attention} as {path}")
     restore(tensors, teacher, path=path)
+    data.check_tokenizer(teacher, data.get_tokenizer(saved["tokenizer"]))
     return teacher.eval(), saved
 
 

@@ -21,7 +21,7 @@ import data
 import fused
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
-from support.checkpoints import load_checkpoint, restore
+from support.checkpoints import LANGUAGE_MODEL, load_checkpoint, restore
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
 
@@ -86,14 +86,15 @@ def main() -> None:
     config, _ = parse(SampleConfig(), sys.argv[1:], __doc__, "checkpoint")
     config.check()
     device, path = pick_device(config.device), config.checkpoint or newest_run()
-    tensors, meta = load_checkpoint(path)
+    tensors, meta = load_checkpoint(path, LANGUAGE_MODEL)
     with as_user_error():
         fused.use(config.kernel, device)
-        model = GPT(GPTConfig.of(meta.get("config", {})))
+        model = GPT(GPTConfig.of(meta["config"]))
     restore(tensors, model, path=path)
     model.to(device).eval()
 
-    tokenizer, prompt = data.get_tokenizer(meta.get("tokenizer", "")), read_prompt(config)
+    tokenizer, prompt = data.get_tokenizer(meta["tokenizer"]), read_prompt(config)
+    data.check_tokenizer(model, tokenizer)
     if not prompt:
         raise UserError("the prompt is empty: give at least one character")
     ids = torch.from_numpy(np.asarray(tokenizer.encode_many([prompt])[0], np.int64))[None]  # (1, T)

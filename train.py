@@ -151,6 +151,7 @@ def build_model(config: TrainConfig, given: set[str], tokens: data.Tokens) -> GP
     with as_user_error():
         model = GPT(GPTConfig.of(asdict(config)))
     restore(tensors, model, path=config.init_from)
+    data.check_tokenizer(model, tokens.tokenizer)
     return model
 
 

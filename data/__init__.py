@@ -30,7 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.reading import hub, read_text, split_files  # noqa: F401  a part of this package's interface
-from data.tokenizer import TOKENIZERS, ByteTokenizer, GPT2Tokenizer, files_of_tokenizer, get_tokenizer  # noqa: F401
+from data.tokenizer import (  # noqa: F401
+    TOKENIZERS,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    check_tokenizer,
+    files_of_tokenizer,
+    get_tokenizer,
+)
 from support.cli import UserError, parse, run
 from support.devices import step_seed
 

@@ -3,8 +3,9 @@
 if __name__ == "__main__":
     import not_a_command  # noqa: F401
 
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from support.cli import UserError
@@ -39,6 +40,22 @@ def check_unicode(where: str, *texts: str) -> None:
     except UnicodeEncodeError as e:
         half = e.object[e.start]
         raise UserError(f"{where} has broken Unicode ({half!r}): repair it, or leave it out") from None
+
+
+def files_below(top: Path, left_out: Callable[[str], bool]) -> list[Path]:
+    """All files of a folder, without files and folders whose names are left out. Raises UserError for a folder in it
+    that cannot be read: its text would be missing without a word."""
+
+    def refuse(e: OSError) -> None:
+        raise UserError(
+            f"cannot read the folder {e.filename} ({e.strerror}): make it readable, or move it away"
+        )
+
+    found = []
+    for folder, folders, names in os.walk(top, onerror=refuse):
+        folders[:] = [name for name in folders if not left_out(name)]
+        found += [Path(folder) / name for name in names if not left_out(name)]
+    return sorted(path for path in found if path.is_file())
 
 
 def split_file(text: str) -> dict[str, list[str]]:

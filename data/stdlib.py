@@ -17,10 +17,9 @@ def root(data_dir: str) -> Path:
 
 
 def files(data_dir: str) -> list[Path]:
-    top = root(data_dir)
-    return sorted(
-        p for p in top.rglob("*.py") if p.is_file() and LEFT_OUT.isdisjoint(p.relative_to(top).parts)
-    )
+    from data.reading import files_below
+
+    return [p for p in files_below(root(data_dir), LEFT_OUT.__contains__) if p.suffix == ".py"]
 
 
 def splits(data_dir: str) -> dict:

@@ -9,13 +9,13 @@ TOKENIZER = "bytes"
 
 
 def files(data_dir: str) -> list[Path]:
+    from data.reading import files_below
     from support.cli import UserError
 
     if not data_dir:
         raise UserError("--dataset text needs --data_dir FILE_OR_FOLDER with UTF-8 text")
     top = Path(data_dir)
-    found = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(top).parts)]
+    found = [top] if top.is_file() else files_below(top, lambda name: name.startswith("."))
     if not found:
         raise UserError(f"no files in {data_dir}: put UTF-8 text there")
     return found

@@ -87,6 +87,16 @@ def get_tokenizer(name: str):
     return TOKENIZERS[kind](source) if colon else TOKENIZERS[kind]()
 
 
+def check_tokenizer(model, tokenizer) -> None:
+    """Raise UserError unless the model has a token for every id of the tokenizer, and no other."""
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the vocabulary of the model has {model.config.vocab_size} tokens, that of the tokenizer "
+            f"{tokenizer.vocab_size}: use the tokenizer of the model (GPT-2's has 50257; a vocabulary that was "
+            "padded to 50304 must be cut first: its padding must never be sampled)"
+        )
+
+
 def files_of_tokenizer(name: str) -> list[Path]:
     """The local files of an "hf:" tokenizer: text is encoded again when they change."""
     if not name.startswith("hf:"):

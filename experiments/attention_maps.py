@@ -33,6 +33,7 @@ from experiments.runs import check_names
 from experiments.tables import markdown
 from feature_maps import FEATURE_MAPS, make_feature_map, unknown
 from model import GPT, GPTConfig
+from support import header
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
@@ -77,13 +78,13 @@ def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
         torch.manual_seed(config.seed)
         small = GPTConfig(block_size=256, vocab_size=256, n_layer=2, n_head=2, n_embd=128, qk_gain=6.0)
         return GPT(small).to(device).eval(), "bytes"
-    tensors, meta = load_checkpoint(path)
+    tensors, meta = load_checkpoint(path, header.GPT)
     with as_user_error():
-        model = GPT(GPTConfig.of(meta.get("config", {})))
+        model = GPT(GPTConfig.of(meta["config"]))
     restore(tensors, model, path=path)
     if "distilled" in meta:  # its maps were trained with the teacher's softmax around them
         set_mode(model, "softmax")
-    return model.to(device).eval(), meta.get("tokenizer", "")
+    return model.to(device).eval(), meta["tokenizer"]
 
 
 def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> Tensor:
@@ -91,7 +92,9 @@ def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> T
     most = model.config.block_size
     if tokenizer == "recall":
         return recall.sequences(np.random.default_rng(config.seed), 1, most, recall.N_KEYS)[0]
-    ids = data.get_tokenizer(tokenizer).encode_many([text])[0][: min(config.tokens, most)]
+    words = data.get_tokenizer(tokenizer)
+    data.check_tokenizer(model, words)
+    ids = words.encode_many([text])[0][: min(config.tokens, most)]
     return torch.from_numpy(np.asarray(ids, np.int64))[None]
 
 

@@ -25,7 +25,7 @@ import data
 from attention import attentions, learns_map
 from config import TrainConfig
 from experiments import figures
-from experiments.runs import check_names, conclude, sweep_and_seeds, train_one
+from experiments.runs import check_machine, check_names, conclude, sweep_and_seeds, train_one
 from experiments.tables import Groups, finals, grouped, markdown, mean_sd
 from model import GPT
 from perplexity import perplexity
@@ -90,6 +90,7 @@ def configured(default: ScratchConfig, description: str) -> ScratchConfig:
     with as_user_error():
         config, given = parse(default, sys.argv[1:], description)
         config.check()
+    check_machine(config)
     for name, value in SETTINGS[config.setting].items():
         if name not in given and hasattr(config, name):
             setattr(config, name, value)

@@ -30,7 +30,7 @@ from torch import Tensor
 from config import FitConfig
 from experiments import figures
 from experiments.metrics import rank_correlation, spikiness_and_monotonicity
-from experiments.runs import check_names, conclude, sweep_and_seeds, train_one
+from experiments.runs import check_machine, check_names, conclude, sweep_and_seeds, train_one
 from experiments.tables import finals, grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
@@ -175,6 +175,7 @@ def main() -> None:
     with as_user_error():
         config, given = parse(RecallConfig(), sys.argv[1:], __doc__)
         config.check()
+    check_machine(config)
     if config.all and "attentions" not in given:
         config.attentions = ["softmax", *FEATURE_MAPS]
     if config.all and not config.lrs and "lr" not in given:

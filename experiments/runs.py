@@ -27,7 +27,7 @@ import fused
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
-from support.devices import World, pick_device
+from support.devices import World, pick_device, pick_dtype
 from support.earlier import changes, renewed
 from support.log import Log, provenance
 from train import fit
@@ -51,19 +51,19 @@ def train_one(
     groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
     how = dict(batch=batch, loss=lambda model, x, y: model(x, y)[1], evaluate=evaluate, config=config)
     fit(model, groups, **how, world=world, meta={**about, "tokenizer": tokenizer})
-    restore(load_checkpoint(out / "best.safetensors")[0], model, path=out)
+    tensors, saved = load_checkpoint(out / "best.safetensors")
+    restore(tensors, model, path=out)
     log = Log(out / "log.jsonl")
     entries = log.read()
-    points = [e for e in entries if "val_loss" in e]
     result = {
         **about,
         **provenance(),
         "parameters": model.num_params(),
-        "steps": points[-1]["step"],
-        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in entries if "tokens_per_s" in e),
-        "dev_loss": min(e["val_loss"] for e in points),
+        "steps": load_checkpoint(out / "last.safetensors")[1]["step"],
+        "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e] or [0]),
+        "dev_loss": saved["best"],
         "final": final(model.eval()),
-        "curve": [(e["step"], round(e[f"val_{curve}"], 4)) for e in points],
+        "curve": [(e["step"], round(e[f"val_{curve}"], 4)) for e in entries if f"val_{curve}" in e],
         "minutes": round(log.minutes(began), 2),
     }
     write_json(out / "result.json", result)
@@ -149,6 +149,14 @@ def one(work: Callable, config, threads: int) -> dict:
             result = {**identity(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
             return result
+
+
+def check_machine(config) -> None:
+    """Raise UserError for a device, a number format or a kernel that is not there, before processes start."""
+    with as_user_error():
+        device = pick_device(config.device)
+        pick_dtype(config.dtype, device)
+        fused.use(config.kernel, device)
 
 
 def end_with_parent() -> None:

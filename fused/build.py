@@ -2,6 +2,7 @@
 Triton."""
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -49,7 +50,7 @@ def load_cpp(source: Path) -> SimpleNamespace:
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as e:
         lines = str(e).splitlines() or [type(e).__name__]
         why = [line for line in lines if "error" in line] or lines[:1]
-        raise Unavailable(f"chunked.cpp was not built ({why[-1].strip()})") from e
+        raise Unavailable(f"chunked.cpp was not built ({why[-1].strip()[:160]})") from e
     ops = torch.ops.hedgehog
     return SimpleNamespace(
         forward=ops.forward.default,
@@ -80,7 +81,9 @@ def build(source: Path, flags: list[str], compiler: str, library: Path) -> None:
         raise Unavailable(f"CXX is {compiler!r}, and PyTorch's builder takes one program without arguments")
     if not shutil.which(compiler):
         raise Unavailable(f"there is no C++ compiler ({compiler or 'CXX is empty'}): install one, or set CXX")
-    path = os.environ.get("PATH", "")
+    path, logger = os.environ.get("PATH", ""), logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a page of warning about a compiler that it does not know: see `verified`
     os.environ["PATH"] = (
         f"{Path(sys.executable).parent}{os.pathsep}{path}"  # finds a ninja that pip installed
     )
@@ -102,3 +105,4 @@ def build(source: Path, flags: list[str], compiler: str, library: Path) -> None:
             os.replace(Path(folder) / f"{name}.so", library)
     finally:
         os.environ["PATH"] = path
+        logger.setLevel(level)

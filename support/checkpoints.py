@@ -2,6 +2,7 @@
 tensors."""
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.cli import RunError, UserError
+from support.header import ANY, LANGUAGE_MODEL, Kind, command, read_header  # noqa: F401  for who loads one
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -88,7 +90,7 @@ def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **meta
 ) -> None:
     """One safetensors file: weights under "model.", optimiser state under "optimizer.<parameter>.", and
-    `meta` (configuration, step, seed ...: anything JSON) in its header with a checksum."""
+    `meta` (configuration, step, seed ...: anything JSON) in its header, with the command and a checksum."""
     tensors = {f"model.{n}": t for n, t in unique_tensors(model).items()}
     if optimizer is not None:
         names = {id(p): plain(n) for n, p in unwrapped(model).named_parameters()}
@@ -100,15 +102,23 @@ def save_checkpoint(
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     """The file that load_checkpoint reads."""
     tensors = {n: on_host(t) for n, t in tensors.items()}
-    text = json.dumps(meta)
+    text = json.dumps({**meta, "command": command()})
+    read_header(path, text, 0)  # what could not be read is not written
     write_tensors(path, tensors, {"format": "hedgehog-1", "meta": text, "crc32": checksum(tensors, text)})
 
 
-def read_tensors(path: Path, what: str = "a safetensors file") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header). Never unpickles. Raises UserError for a file that is missing or damaged."""
+def read_tensors(
+    path: Path, what: str = "a safetensors file", check: Callable[[dict, int], Any] = lambda header, n: None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header). Never unpickles. Raises UserError for a file that is missing or damaged.
+    check(header, number of weights) is called before anything is allocated."""
     try:
         with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            header = f.metadata() or {}
+            check(
+                header, sum(math.prod(f.get_slice(n).get_shape()) for n in f.keys() if n.startswith("model."))
+            )
+            return {name: f.get_tensor(name) for name in f.keys()}, header
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} is not {what}, or is damaged ({e}): use another") from e
 
@@ -125,20 +135,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     write_atomically(path, write)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def load_checkpoint(path: str | Path, kind: Kind = ANY) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of a file from save_checkpoint, or of the best one in a run's folder.
-    Raises UserError for a missing, damaged or foreign file."""
-    path = Path(path)
+    Raises UserError for a file that is missing, damaged, foreign, or not of this kind."""
+    path, meta = Path(path), {}
     if path.is_dir():
         path = path / ("best.safetensors" if (path / "best.safetensors").exists() else "last.safetensors")
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a .safetensors file of a run, or the run's out_dir")
-    tensors, header = read_tensors(path, "a checkpoint of this program")
-    if header.get("format") != "hedgehog-1" or "meta" not in header:
-        raise UserError(f"{path} is a safetensors file, but not a checkpoint of this program")
+
+    def check(header: dict[str, str], n_weights: int) -> None:
+        if header.get("format") != "hedgehog-1" or "meta" not in header:
+            raise UserError(f"{path} is a safetensors file, but not a checkpoint of this program")
+        meta.update(read_header(path, header["meta"], n_weights, kind))
+
+    tensors, header = read_tensors(path, "a checkpoint of this program", check)
     if checksum(tensors, header["meta"]) != header.get("crc32"):
         raise UserError(f"{path} is damaged (its checksum is wrong): use another checkpoint, or train again")
-    return tensors, json.loads(header["meta"])
+    return tensors, meta
 
 
 def restore(
@@ -147,33 +161,51 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     path: Any = "it",
 ) -> None:
-    """Copy a checkpoint's tensors into the model, and into the optimiser if one is given."""
-    have = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    want = unique_tensors(model)
-    wrong = [f"{n} is missing" for n in want if n not in have] + [
-        f"{n} is unknown" for n in have if n not in want
-    ]
-    wrong += [
-        f"{n} has shape {tuple(have[n].shape)}, not {tuple(t.shape)}"
-        for n, t in want.items() if n in have and have[n].shape != t.shape
-    ]  # fmt: skip
-    if wrong:
+    """Copy a checkpoint's tensors into the model, and into AdamW's state if an optimiser is given.
+    Raises UserError before anything is copied if they do not fit."""
+    want = {f"model.{n}": t for n, t in unique_tensors(model).items()}
+    own = {id(p): plain(n) for n, p in unwrapped(model).named_parameters()}
+    have = {n: t for n, t in tensors.items() if optimizer is not None or not n.startswith("optimizer.")}
+    groups = optimizer.param_groups if optimizer is not None else []
+    if groups and not any(n.startswith("optimizer.") for n in tensors):
+        raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
+    states = {}
+    for p in (p for group in groups for p in group["params"]):
+        state = {f"optimizer.{own[id(p)]}.{key}": p.detach() for key in ("exp_avg", "exp_avg_sq")}
+        state[f"optimizer.{own[id(p)]}.step"] = torch.zeros(())
+        if state.keys() & have.keys():  # else it never had a gradient
+            states[p] = state
+            want |= state
+    if wrong := misfits(have, want):
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}{more}")
     with torch.no_grad():
-        for name, tensor in want.items():
-            tensor.copy_(have[name])
-    if optimizer is None:
-        return
-    if not any(n.startswith("optimizer.") for n in tensors):
-        raise UserError(f"{path} holds no optimiser state: resume from last.safetensors")
-    names = {id(p): f"optimizer.{plain(n)}." for n, p in unwrapped(model).named_parameters()}
-    for group in optimizer.param_groups:
-        for p, prefix in ((p, names[id(p)]) for p in group["params"]):
-            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for name, tensor in unique_tensors(model).items():
+            tensor.copy_(have[f"model.{name}"])
+    for group in groups:
+        for p in (p for p in group["params"] if p in states):
+            state = {n.rpartition(".")[2]: have[n] for n in states[p]}
             moved = {k: t.to(p.device) for k, t in state.items() if k != "step" or group.get("fused")}
-            if state:  # else it never had a gradient
-                optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
+            optimizer.state[p] = state | moved  # torch keeps an unfused optimiser's step on the host
+
+
+def misfits(have: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors of a checkpoint, in words. Weights may be of another floating dtype."""
+    wrong = [f"{n} is missing" for n in want if n not in have] + [
+        f"{n} is unknown" for n in have if n not in want
+    ]
+    for n, t in ((n, t) for n, t in have.items() if n in want):
+        if t.shape != want[n].shape:
+            wrong.append(f"{n} has shape {tuple(t.shape)}, not {tuple(want[n].shape)}")
+        elif t.dtype != want[n].dtype and (
+            n.startswith("optimizer.") or t.is_floating_point() != want[n].is_floating_point()
+        ):
+            wrong.append(f"{n} has dtype {t.dtype}, not {want[n].dtype}")
+        elif not t.to(want[n].dtype).isfinite().all():
+            wrong.append(f"{n} is not finite")
+        elif n.endswith((".exp_avg_sq", ".step")) and (t < 0).any():
+            wrong.append(f"{n} is negative")
+    return [text.removeprefix("model.") for text in wrong]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -77,8 +77,19 @@ class World(NamedTuple):
 
 
 def join_world(device: str) -> World:
-    """The place of this process, from the environment variables of torchrun; alone without them."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    """The place of this process, from the environment variables of torchrun; alone without them. Raises
+    UserError for a place that no process can have."""
+    advice = "start with torchrun, which sets it, or unset it"
+    place = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
+    needed = "RANK MASTER_ADDR MASTER_PORT".split() + ["LOCAL_RANK"] * torch.cuda.is_available()
+    if place["WORLD_SIZE"] != "1" and (lacking := [name for name in needed if name not in os.environ]):
+        raise UserError(f"WORLD_SIZE is {place['WORLD_SIZE']!r}, without {', '.join(lacking)}: {advice}")
+    for name, text in place.items():
+        if not re.fullmatch("[0-9]{1,9}", text) or (name == "WORLD_SIZE" and not int(text)):
+            raise UserError(f"{name} is {text!r}, and not a number of processes: {advice}")
+    size, rank = int(place["WORLD_SIZE"]), int(place["RANK"])
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, and there are {size} processes (WORLD_SIZE): {advice}")
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     world = World(rank, size, pick_device(device))
@@ -87,7 +98,12 @@ def join_world(device: str) -> World:
             torch.cuda.set_device(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         # a long timeout: the others wait while the main process evaluates
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        except (ValueError, RuntimeError) as e:
+            raise UserError(
+                f"cannot meet the other processes ({str(e).splitlines()[0]}): start with torchrun"
+            ) from e
     return world
 
 

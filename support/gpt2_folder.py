@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from support.checkpoints import read_tensors
 from support.cli import UserError
@@ -55,16 +55,6 @@ def download(name: str) -> Path:
             f"{name} is no folder here, and does not come from the Hugging Face hub ({reason}): check the name, "
             "or give a local folder with config.json and model.safetensors"
         ) from e
-
-
-def check_tokenizer(model: nn.Module, tokenizer) -> None:
-    """Raise UserError unless the model has a token for every id of the tokenizer, and no other."""
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"the vocabulary of the model has {model.config.vocab_size} tokens, that of the tokenizer "
-            f"{tokenizer.vocab_size}: use the tokenizer of the model (GPT-2's has 50257; a vocabulary that was "
-            "padded to 50304 must be cut first: its padding must never be sampled)"
-        )
 
 
 def read_json(path: Path) -> dict:

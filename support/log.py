@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,7 @@ from tqdm import tqdm
 from support import plots
 from support.checkpoints import load_checkpoint, restore, write_atomically, write_json
 from support.devices import World, machine, peak_gib
-
-
-def command() -> str:
-    """The command that runs, as a person types it. With -m, sys.argv has the path of the file instead."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec and sys.argv[0].endswith(".py") else ["python", sys.argv[0]]
-    return " ".join([*program, *sys.argv[1:]])
+from support.header import command
 
 
 def provenance() -> dict[str, Any]:
@@ -48,33 +43,58 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def is_entry(e: Any) -> bool:
+    """Whether a line is one that a run has written: a header, or numbers of a step."""
+    if not isinstance(e, dict) or type(e.get("step")) is not int or e["step"] < 0:
+        return False
+    if "config" in e:
+        return isinstance(e["config"], dict)
+    return all(type(x) in (int, float, list) for x in e.values())
+
+
 class Log:
     """A run as JSON lines. The first has the configuration and provenance, the others a `step`."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.broken = path, False
+
+    def lines(self) -> Iterator[dict | None]:
+        """Each line as an entry; None for one that was edited, or that a kill has cut short."""
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            entry = None
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line.decode())
+            yield entry if is_entry(entry) else None
 
     def read(self) -> list[dict]:
-        entries = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be half
-                entries.append(json.loads(line))
-        return entries
+        return [e for e in self.lines() if e is not None]
 
-    def start(self, header: dict, step: int) -> None:
+    def header(self) -> dict:
+        """What the process that runs has logged first. Empty if the log was deleted since."""
+        return next((e for e in reversed(self.read()) if "config" in e), {})
+
+    def start(self, header: dict, step: int, say: Callable = print) -> None:
         """Begin a log, or (step > 0) go on with one: what was logged after `step` will come again."""
-        kept = [e for e in self.read() if e.get("step", 0) <= step] if step else []
+        lines = list(self.lines()) if step else []
+        if None in lines:
+            say(f"{self.path} has {lines.count(None)} lines that no run has written whole: left out")
+        kept = [e for e in lines if e and e["step"] <= step]
         text = "".join(json.dumps(e) + "\n" for e in [*kept, header])
         write_atomically(self.path, lambda beside: beside.write_text(text))
 
     def minutes(self, began: float) -> float:
         """How long the run took: before this process, and since `began` (time.perf_counter) in it."""
-        header = next(e for e in reversed(self.read()) if "config" in e)
-        return (header["seconds_before"] + time.perf_counter() - began) / 60
+        return (self.header().get("seconds_before", 0.0) + time.perf_counter() - began) / 60
 
     def write(self, **entry) -> None:
-        with open(self.path, "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        """A disk that takes no log does not end a run."""
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            if not self.broken:
+                tqdm.write(f"cannot write {self.path} ({e.strerror}): the run goes on without a log")
+            self.broken = True
 
 
 class Watch:
@@ -120,7 +140,7 @@ def report(
     final, log = evaluate(model), Log(out / "log.jsonl")
     entries, minutes = log.read(), log.minutes(began)
     result = {
-        **[e for e in entries if "config" in e][-1],
+        **(log.header() or {"config": asdict(config), **provenance()}),
         "parameters": model.num_params(),
         "minutes": round(minutes, 2),
         "tokens_per_s": statistics.median([e["tokens_per_s"] for e in entries if "tokens_per_s" in e] or [0]),
@@ -130,7 +150,7 @@ def report(
     }
     write_json(out / "result.json", result)
     if result["curve"]:  # else it was resumed after it had ended, without its log
-        plots.curve(out / "curve.png", result["command"], entries)
+        plots.curve(out / "curve.png", result.get("command", ""), [result, *entries])
     prompt = torch.from_numpy(np.asarray(tokenizer.encode_many([config.prompt])[0], np.int64))[None]
     if (n := int(min(config.sample_tokens, model.config.max_length - prompt.size(1)))) > 0:
         generator = torch.Generator(device).manual_seed(config.seed)

@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; m
 
 import itertools
 import textwrap
+import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -67,22 +68,34 @@ def picture(draw: Callable) -> Callable[..., str]:
                 figure = matplotlib.figure.Figure(layout="constrained")
                 draw(figure, *args, **kwargs)
                 width, height = figure.get_size_inches()
-                lines = textwrap.wrap(command, int(22 * width))
+                lines = textwrap.wrap(command.encode(errors="replace").decode(), int(22 * width))
                 room = (0.08 + 0.12 * len(lines)) / height  # for the command
                 figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
                 figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color="0.3")
-                keep_inside(figure)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=150)
+                for part in (figure, *figure.axes):
+                    for text in (*part.texts, *words(part)):
+                        text.set_parse_math(False)  # a $ is a letter: of a folder, a prompt, a name
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is a box
+                    keep_inside(figure)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    figure.savefig(path, dpi=150)
             return path.name
         except ImportError:
             again = "then repeat the command (train.py and distill.py: with --resume)"
             print(f"no {path.name}: pip install matplotlib, {again}")
         except Exception as e:
-            print(f"no {path.name}: {type(e).__name__}: {e}")
+            print(f"no {path.name}: {type(e).__name__}: {' '.join(str(e).split())}")
         return ""
 
     return write
+
+
+def words(part) -> list:
+    """The title of axes, and what a legend says."""
+    legends = getattr(part, "legends", [part.get_legend()] if hasattr(part, "get_legend") else [])
+    title = [part.title] if hasattr(part, "title") else []
+    return [*title, *(text for legend in legends if legend for text in legend.get_texts())]
 
 
 def keep_inside(figure) -> None:

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint, restore, save_checkpoint
-from support.cli import RunError, UserError, tagged
+from support.cli import RunError, UserError, as_user_error, tagged
 from support.devices import World
 from support.earlier import changes
+from support.header import RUN
 from support.log import Log, provenance
 
 # Seconds in which a signal that comes twice counts once: torchrun kills its processes after as many.
@@ -99,7 +100,7 @@ class StopSignal:
         return self
 
     def ask(self, number, frame) -> None:
-        patient = number == signal.SIGTERM or int(os.environ.get("WORLD_SIZE", 1)) > 1
+        patient = number == signal.SIGTERM or os.environ.get("WORLD_SIZE", "1") != "1"
         if not self.asked:
             self.asked, self.since = signal.Signals(number).name, time.monotonic()
             again = "" if patient else " (again: stop at once)"
@@ -119,21 +120,26 @@ def begin(
     """Go on from the last checkpoint in `out` if config.resume is set and there is one, else begin at step 0."""
     say = tqdm.write if world.is_main else lambda _: None
     log, last, progress = Log(out / "log.jsonl"), out / "last.safetensors", Progress()
+    resumes = config.resume and last.exists()
     if world.is_main:
         make_writable(out)
-    if config.resume and last.exists():
-        tensors, saved = load_checkpoint(last)
-        check_same_run(saved, changes(saved.get("config", {}), meta["config"]), config, say)
+    if resumes:
+        tensors, saved = load_checkpoint(last, RUN)
+        with as_user_error():
+            changed = changes(saved["config"], meta["config"])
+        check_same_run(saved, changed, config, say)
         restore(tensors, model, optimizer, last)
         progress = Progress.of(saved)
+        if not (out / "best.safetensors").exists():  # deleted: the next validation makes one
+            progress.best = math.inf
         say(f"resuming {out} at step {progress.step}")
     elif config.resume:
         say(f"nothing to resume in {out}: starting at step 0")
     if world.is_main:
-        if not progress.step:
+        if not resumes:
             set_aside(out, say)
         header = {"step": progress.step, "seconds_before": progress.seconds, **meta, **provenance()}
-        log.start(header, progress.step)
+        log.start(header, progress.step, say)
     return progress, log
 
 
@@ -145,9 +151,11 @@ def check_same_run(saved: dict, changed: dict[str, tuple], config: Any, say: Cal
     if saved["step"] > config.max_steps:
         wrong.append(f"{saved['step']} steps, and not {config.max_steps}")
     if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        made = f" by {saved['command']!r:.200}" if "command" in saved else ""
         raise UserError(
-            f"{config.out_dir} was trained with other settings ({', '.join(wrong)}): resume with the same flags, or "
-            "start a new run from its weights with --init_from and another --out_dir"
+            f"{config.out_dir}{made} was trained with other settings ({', '.join(wrong[:8])}{more}): resume with the "
+            "same flags, or start a new run from its weights with --init_from and another --out_dir"
         )
     if "max_steps" in said:
         say(f"changed: {said['max_steps']} (the schedule of the learning rate moves with it)")

@@ -14,7 +14,7 @@ from support import checkpoints
 from support.checkpoints import load_checkpoint, restore, save_checkpoint, unique_tensors
 from support.cli import RunError, UserError
 from support.devices import pick_device, pick_dtype, step_seed
-from support.log import Log
+from support.log import Log, Watch
 
 
 def small(seed=0, **kwargs):
@@ -57,6 +57,34 @@ def test_a_compiled_model_has_the_same_names():
     names = set(unique_tensors(model))
     model.compile()
     assert set(unique_tensors(model)) == names
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda m: torch.compile(torch.nn.DataParallel(m))]
+)
+def test_a_wrapped_model_is_saved_and_restored_as_the_model_itself(tmp_path, wrap):
+    """torch.compile and DataParallel (as DDP) put _orig_mod. and module. before every name: nanoGPT's old trouble."""
+    model, optimizer = trained()
+    save_checkpoint(tmp_path / "plain.safetensors", model, optimizer, step=1)
+    save_checkpoint(tmp_path / "wrapped.safetensors", wrap(model), optimizer, step=1)
+    plain, wrapped = (load_checkpoint(tmp_path / f"{name}.safetensors")[0] for name in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys() and all(torch.equal(plain[n], wrapped[n]) for n in plain)
+    other = small(1)
+    other_optimizer = torch.optim.AdamW(other.param_groups(1e-2, 0.1, 10.0))
+    restore(wrapped, wrap(other), other_optimizer)
+    for (n, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(p, q), n
+        assert torch.equal(optimizer.state[p]["exp_avg"], other_optimizer.state[q]["exp_avg"]), n
+
+
+def test_what_cannot_be_read_back_does_not_replace_what_can(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, small(0), step=1)
+    before = path.read_bytes()
+    monkeypatch.setattr(checkpoints, "save_file", lambda tensors, path, header: save_file({}, path, header))
+    with pytest.raises(RunError, match="cannot be read back.*intact"):
+        save_checkpoint(path, small(1), step=2)
+    assert path.read_bytes() == before
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
@@ -162,6 +190,55 @@ def test_a_log_goes_on_after_the_step_that_was_saved_and_skips_half_a_line(tmp_p
         (3, 2.0),
     ]
     assert all(json.loads(line) for line in log.path.read_text().splitlines())
+
+
+EDITED = [
+    b"3\n", b"[1]\n", b"null\n", b'"x"\n', b"\xff\xfe bad UTF-8\n", b"{\n", b"[" * 10_000 + b"\n", b'{"loss": 1.0}\n',
+    b'{"step": "1", "loss": 1.0}\n', b'{"step": 1, "loss": "low"}\n', b'{"step": 1, "config": 5}\n',
+    b'{"step": 1, "val_loss": null}\n', b"9" * 5000 + b"\n", b'{"step": 6, "lo',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["elu", "softmax"])
+def test_a_run_goes_on_whatever_was_done_to_its_log(train, tmp_path, attention):
+    """A log is only a log: what is readable is kept, what is not is said, and the run ends as it would have."""
+    flags = ["--out_dir", tmp_path, "--attention", attention, "--resume", "--max_steps"]
+    log = tmp_path / "log.jsonl"
+    assert train(*flags, 6)[0] == 0
+    lines = log.read_bytes().splitlines(keepends=True)
+    changed = [b"".join([lines[0], *EDITED[:-1], *lines[1:], EDITED[-1]]), b"".join(lines[1:]), b"", None]
+    for steps, content in enumerate(changed, 7):
+        log.unlink() if content is None else log.write_bytes(content)
+        code, stdout, stderr = train(*flags, steps)
+        assert code == 0 and f"resuming {tmp_path} at step {steps - 1}" in stdout, stderr
+        assert (f"has {len(EDITED)} lines that no run has written whole: left out" in stdout) == (steps == 7)
+        entries = Log(log).read()
+        assert [e for e in entries if "config" in e][-1]["step"] == steps - 1 and entries[-1]["step"] == steps
+        assert ({1, 2, 3, 4, 5, 6} <= {e["step"] for e in entries}) == (
+            steps < 9
+        )  # what was readable is there
+        assert len(log.read_bytes().splitlines()) == len(entries)
+        assert json.loads((tmp_path / "result.json").read_text())["config"]["attention"] == attention
+
+
+def test_a_log_that_is_deleted_or_refused_does_not_end_a_run(train, tmp_path, monkeypatch, capsys):
+    """In mid-run: the numbers, the picture and the last line are there all the same."""
+    original = Watch.step
+
+    def step(watch, done, *args):
+        if done == 4:
+            watch.log.path.unlink()
+            watch.log.path.mkdir()
+        if done == 6:
+            watch.log.path.rmdir()
+        original(watch, done, *args)
+
+    monkeypatch.setattr(Watch, "step", step)
+    code, stdout, stderr = train("--out_dir", tmp_path, "--save_interval", 1)
+    assert code == 0 and "bits per byte" in stdout.splitlines()[-1], stderr
+    assert stdout.count("the run goes on without a log") == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["config"]["attention"] == "hedgehog" and result["final"]["tokens"] == 192
 
 
 def test_dtype_auto_is_never_float16_and_follows_the_hardware():

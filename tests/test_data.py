@@ -1,7 +1,10 @@
 """Data sets: deterministic, split without overlap, the same tokens however the text is cut."""
 
 import hashlib
+import importlib
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,3 +327,27 @@ def test_prepared_tokens_are_identical_in_every_run(text):
         tokens.split("test", 8)
     with pytest.raises(UserError, match="too few for --block_size"):
         tokens.split("validation", 10**6)
+
+
+@pytest.mark.parametrize("name", ["text", "stdlib"])
+def test_a_folder_that_cannot_be_read_is_said_and_not_left_out(tmp_path, monkeypatch, name):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.py").write_text(f"text of {folder}")
+    hidden = tmp_path / {"text": ".git", "stdlib": "site-packages"}[name]
+    hidden.mkdir()
+    (hidden / "x.py").touch()
+    module = importlib.import_module(f"data.{name}")
+    assert module.files(str(tmp_path)) == [tmp_path / "a" / "x.py", tmp_path / "b" / "x.py"]
+    scandir, refused = os.scandir, []
+
+    def denied(path):
+        if Path(path).name == hidden.name or (Path(path).name == "b" and refused):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert len(module.files(str(tmp_path))) == 2  # what is left out need not be readable
+    refused.append("b")
+    with pytest.raises(UserError, match="cannot read the folder .*b .Permission denied.: make it readable"):
+        module.files(str(tmp_path))

@@ -253,6 +253,28 @@ def test_the_curve_of_a_run(drawn, tmp_path):
     assert "2.500 after 2 steps" in drawn[0].axes[0].get_title().replace("\n", " ")
 
 
+@pytest.mark.parametrize("said", ["a$b$c", "$\\frac$", "讲一个故事。", "\ud83d", "two\nlines $", "{}^$^$_"])
+def test_any_letter_may_stand_in_a_caption_a_title_and_a_legend(said, drawn, tmp_path, recwarn):
+    """A folder with two $, a prompt in Chinese, half of a surrogate pair: the picture is there, without a word."""
+
+    @plots.picture
+    def draw(figure) -> None:
+        axes = figure.subplots()
+        axes.plot([1, 2], [1, 1000], label=said)
+        axes.set(title=said, yscale="log")
+        axes.legend()
+        axes.text(1, 1, said)
+        figure.legend()
+        figure.suptitle(said)
+
+    said = said.encode(errors="replace").decode()  # the caption is a command; other words are UTF-8
+    assert draw(tmp_path / "x.png", f"python train.py --prompt {said}\ud83d") == "x.png"
+    assert not recwarn.list and said.split()[0] in drawn[0].texts[-1].get_text()
+    config = {"attention": said, "dataset": said}
+    log = [{"config": config}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": 2.5}]
+    assert plots.curve(tmp_path / "curve.png", said, log) == "curve.png" and not recwarn.list
+
+
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.picture(lambda figure: None)(tmp_path / "x.png", "") == ""

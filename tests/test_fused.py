@@ -586,10 +586,11 @@ def test_without_a_compiler_pytorch_runs_and_says_so(tmp_path):
     )
 
 
-@pytest.mark.parametrize("compiler", ["", "false", "env g++", "ccache g++ -O1"])
+@pytest.mark.parametrize("compiler", ["", "  ", "false", "true", "cat", "env g++", "ccache g++ -O1", '"'])
 def test_whatever_cxx_says_is_one_line_and_pytorch_runs(tmp_path, compiler):
     run = loader_in_a_new_process(tmp_path, CXX=compiler)
-    assert run.stdout.startswith("kernel torch (") and run.stdout.count("\n") == 1
+    assert run.stdout.startswith("kernel torch (") and run.stdout.count("\n") == 1 and len(run.stdout) < 250
+    assert all(line.startswith("building chunked.cpp") for line in run.stderr.splitlines())
 
 
 def test_a_library_call_says_it_too_and_once(tmp_path):

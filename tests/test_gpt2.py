@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_gpt2
 import support.checkpoints
-from data import ByteTokenizer, GPT2Tokenizer, get_tokenizer
+from data import ByteTokenizer, GPT2Tokenizer, check_tokenizer, get_tokenizer
 from hf.gpt2 import to_hf
 from model import GPT, GPTConfig
 from support import gpt2_folder
@@ -146,7 +146,7 @@ def test_the_same_text_comes_out_with_gpt2s_vocabulary(tmp_path):
     theirs = hugging_face(**{**TINY, "vocab_size": 50257})
     theirs.save_pretrained(tmp_path)
     ours = convert_gpt2.from_pretrained(tmp_path).eval()
-    gpt2_folder.check_tokenizer(ours, tokenizer)
+    check_tokenizer(ours, tokenizer)
     prompt = torch.tensor(tokenizer.encode_many(["The hedgehog sleeps in winter."]))
     mask = torch.ones_like(prompt)
     want = theirs.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
@@ -616,9 +616,9 @@ def test_a_folder_is_new_or_empty_and_is_there_whole_or_not_at_all(tmp_path, mon
 
 
 def test_the_tokenizer_must_have_the_models_ids_and_no_others():
-    gpt2_folder.check_tokenizer(ours(vocab_size=256), ByteTokenizer())
+    check_tokenizer(ours(vocab_size=256), ByteTokenizer())
     for size, tokenizer in ((50304, GPT2Tokenizer), (256, GPT2Tokenizer), (97, ByteTokenizer)):
         with pytest.raises(UserError) as e:
-            gpt2_folder.check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
+            check_tokenizer(ours(vocab_size=size, n_embd=4), tokenizer)
         for number in (size, tokenizer.vocab_size, 50257, 50304):
             assert str(number) in str(e.value)

@@ -239,6 +239,25 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
     assert load_checkpoint(log.parent / "last.safetensors")[1]["step"] >= 2
 
 
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--device foo", "device 'foo' is not available"), ("--device cpu --dtype float16", "dtype must be auto"),
+        ("--device cpu --kernel foo", "unknown kernel 'foo'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("script", ["recall", "from_scratch", "ablations"])
+def test_a_machine_that_is_not_there_is_one_line_before_processes_start(
+    command, monkeypatch, tmp_path, script, flags, line
+):
+    monkeypatch.setattr(
+        "experiments.runs.ProcessPoolExecutor", lambda *_: pytest.fail("a process was started")
+    )
+    monkeypatch.setattr("data.prepare", lambda *_: pytest.fail("data were prepared"))
+    code, _, stderr = command(f"experiments.{script}", *flags.split(), "--out_dir", tmp_path)
+    assert (code, stderr.count("\n")) == (2, 1) and line in stderr, stderr
+
+
 def test_a_table_has_its_head_its_rule_and_a_row_each():
     assert markdown(["a", "b"], [[1, "x"], ["", 2.5]]) == ("| a | b |\n|---|---|\n| 1 | x |\n|  | 2.5 |")
 

@@ -311,6 +311,7 @@ def test_ctrl_c_saves_and_leaves_with_one_line(text, tmp_path):
         ("INT INT", 1, True),
         ("INT INT", 2, False),
         ("INT TERM", 2, False),
+        ("INT", "abc", False),
     ],
 )
 def test_a_signal_that_a_scheduler_sends_twice_counts_once_and_a_person_can_insist(signals, world, ends):
@@ -567,6 +568,27 @@ def test_bad_flags_are_one_line_and_exit_code_2(train, tmp_path, text, capsys, f
     code, stdout, stderr = train("--out_dir", tmp_path / "run", *flags.split())
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert stderr.startswith("error: ") and line in stderr
+
+
+@pytest.mark.parametrize(
+    "place, line",
+    [
+        ("WORLD_SIZE=abc", "WORLD_SIZE is 'abc', without"), ("WORLD_SIZE=", "WORLD_SIZE is ''"),
+        ("RANK=x", "RANK is 'x'"),
+        ("WORLD_SIZE=2", "without RANK, MASTER_ADDR, MASTER_PORT"), ("RANK=1", "there are 1 processes"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_PORT=1", "without MASTER_ADDR"),
+        ("WORLD_SIZE=-3 RANK=0 MASTER_ADDR=localhost MASTER_PORT=1", "WORLD_SIZE is '-3'"),
+        ("WORLD_SIZE=0 RANK=0 MASTER_ADDR=localhost MASTER_PORT=1", "WORLD_SIZE is '0'"),
+        ("WORLD_SIZE=2 RANK=5 MASTER_ADDR=localhost MASTER_PORT=1", "RANK is 5, and there are 2"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "cannot meet the other processes"),
+    ],
+)  # fmt: skip
+def test_a_place_that_no_process_can_have_is_one_line(train, tmp_path, monkeypatch, place, line):
+    for word in f"LOCAL_RANK=0 {place}".split():
+        monkeypatch.setenv(*word.split("="))
+    code, _, stderr = train("--out_dir", tmp_path / "run")
+    assert (code, stderr.count("\n")) == (2, 1) and line in stderr, stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_recipe_lists_the_known_ones(command):
