@@ -155,6 +155,8 @@ def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
     changes: other fields of GPTConfig, such as tie and options. Raises ValueError if the teacher is not
     softmax.
     """
+    if teacher.config.attention != "softmax":
+        raise ValueError(f"the teacher must have softmax attention, not {teacher.config.attention}")
     pupil = GPT(GPTConfig(**{**asdict(teacher.config), "attention": feature_map, **changes}))
     pupil.load_state_dict(teacher.state_dict(), strict=False)  # all but the maps
     return pupil.to(next(teacher.parameters()).device)
