@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from feature_maps import ELU, Hedgehog, Taylor, at_least_float32, without_autocast
 from fused import build
@@ -160,9 +161,8 @@ def is_known(phi: Hedgehog | Taylor) -> bool:
     plain = tuple(phi._parameters) == of_class and not phi._buffers and not phi._modules
     if not plain or "forward" in own or "features" in own or "linear" in own:
         return False
-    if phi._forward_hooks or phi._forward_pre_hooks or phi._backward_hooks or phi._backward_pre_hooks:
-        return False
-    return as_known(type(phi))
+    hooks = phi._forward_hooks, phi._forward_pre_hooks, phi._backward_hooks, phi._backward_pre_hooks
+    return not any(hooks) and not _has_any_global_hook() and as_known(type(phi))
 
 
 @torch.compiler.assume_constant_result
