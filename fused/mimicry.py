@@ -2,6 +2,8 @@
 lines."""
 
 import math
+import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -86,3 +88,23 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss, _):
         d_phi_q, d_phi_k = (d * d_loss[None, :, None, None] for d in ctx.saved_tensors)
         return None, None, d_phi_q, d_phi_k, None, None, None
+
+
+class PerThread:
+    """An attribute that each thread has for itself: two threads may share a module."""
+
+    def __init__(self):
+        self.local = threading.local()
+
+    def __set_name__(self, owner, name: str):
+        self.name = name
+
+    def __set__(self, of, value):
+        if not hasattr(self.local, "values"):
+            self.local.values = weakref.WeakKeyDictionary()
+        self.local.values[of] = value
+
+    def __get__(self, of, owner=None):
+        if of not in getattr(self.local, "values", ()):
+            raise AttributeError(f"there is no {self.name} before a forward pass in this thread")
+        return self.local.values[of]
