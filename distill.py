@@ -70,13 +70,13 @@ class MimicAttention(LinearAttention):
     loss, entropy = PerThread(), PerThread()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        phi = self.phi
-        phi_q = getattr(phi, "query", phi)(q.detach())  # the gradient ends at the map
-        phi_k = getattr(phi, "key", phi)(k.detach())
-        self.loss, self.entropy = fast.attention_cross_entropy(
-            q, k, phi_q, phi_k, causal=self.causal, key_mask=key_mask
-        )
-        return softmax_attention(q, k, v, causal=self.causal, key_mask=key_mask)
+        phi, options = self.phi, dict(causal=self.causal, key_mask=key_mask)
+        learns = self.training or torch.is_grad_enabled()  # a reentrant checkpoint turns gradients off
+        with torch.set_grad_enabled(learns):
+            phi_q = getattr(phi, "query", phi)(q.detach())  # the gradient ends at the map
+            phi_k = getattr(phi, "key", phi)(k.detach())
+            self.loss, self.entropy = fast.attention_cross_entropy(q, k, phi_q, phi_k, **options)
+        return softmax_attention(q, k, v, **options)
 
     extend = SoftmaxTeacher.extend  # with a cache too the model computes with softmax
 

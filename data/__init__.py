@@ -15,9 +15,9 @@ if __name__ == "__main__":
 
 import hashlib
 import importlib
-import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +44,7 @@ from support.devices import step_seed
 DATASETS = ("stdlib", "shakespeare", "wikitext2", "wikitext103", "text")
 PREPARED = Path(os.environ.get("HEDGEHOG_DATA", Path(__file__).parent / "prepared"))
 BLOCK = 1 << 20  # characters that are encoded at a time
+END_OF_WORD = re.compile(r"(?<=\S)\s")
 
 
 # ---------------------------------------------------------------- prepared data
@@ -152,28 +153,29 @@ def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str,
 
 
 def batched(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Regroup pieces of text into lists of blocks of about `size` characters.
+    """Regroup pieces of text into lists of blocks of `size` characters, or as many more as reach the end of a
+    word. Every character is read once and copied a few times, however long pieces and words are.
 
     A block ends only before white space that follows other text. GPT-2's pattern ends a word there, so the
     tokens of the blocks are those of the text.
     """
-
-    def ends_a_word(text: str, i: int) -> bool:
-        return text[i].isspace() and not text[i - 1].isspace()
-
-    blocks, rest = [], ""
+    blocks, parts, n, last = (
+        [],
+        [],
+        0,
+        "",
+    )  # of the next block: parts with n characters, and one character more
     for piece in pieces:
-        rest += piece
-        while len(rest) > size:
-            places = itertools.chain(range(size, 0, -1), range(size + 1, len(rest)))  # back, then ahead
-            cut = next((i for i in places if ends_a_word(rest, i)), 0)
-            if not cut:
-                break
-            blocks.append(rest[:cut])
-            rest = rest[cut:]
+        piece, start = last + piece, 0
+        while end := END_OF_WORD.search(piece, start + max(size - n, 1)):
+            blocks.append("".join([*parts, piece[start : end.start()]]))
+            parts, n, start = [], 0, end.start()
             if len(blocks) == 16:
                 yield blocks
                 blocks = []
+        parts.append(piece[start:-1])
+        n, last = n + len(parts[-1]), piece[-1:]
+    rest = "".join([*parts, last])
     yield [*blocks, rest] if rest else blocks
 
 

@@ -384,7 +384,7 @@ void between_segments(const Sizes& s, Tensor& first, bool from_end, std::initial
 
 // ---------------------------------------------------------------- forward
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // y (B, H, T, D), d (B, H, T), the new state S (B, H, F, D) and z (B, H, F), and states for backward.
 // `keep`: make states; `carry`: make the new state (without it S and z are of no use).
@@ -448,7 +448,7 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
       if (segment == s.segments - 1) State::store(state, S, z, head, s);
     }
   });
-  return {y, d, S, z, keep ? std::vector<Tensor>{states} : std::vector<Tensor>{}};
+  return {y, d, S, z, states};
 }
 
 // ---------------------------------------------------------------- backward
@@ -496,9 +496,12 @@ class MapGradients {
     }
   }
 
-  // (H, D, D) and (H, 1, D); zeros without a map
-  Tensor weight() const { return dWT_.sum(0).narrow(2, 0, side_.width()).transpose(1, 2); }
-  Tensor bias() const { return db_.sum(0); }
+  // (H, D, D) and (H, 1, D); without a map no elements
+  Tensor weight() const {
+    if (!side_.mapped()) return at::empty({0}, at::kFloat);
+    return dWT_.sum(0).narrow(2, 0, side_.width()).transpose(1, 2).contiguous();
+  }
+  Tensor bias() const { return side_.mapped() ? db_.sum(0) : at::empty({0}, at::kFloat); }
 
  private:
   const Side& side_;
@@ -511,8 +514,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 // Gradients of q, k, v, Wq, bq, Wk, bk (without maps of no meaning), S0, z0
 Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, const Tensor& q, const Tensor& k,
                   const Tensor& v, const Optional& Wq, const Optional& bq, const Optional& Wk, const Optional& bk,
-                  const Optional& mask, const Tensor& y, const Tensor& d, const std::vector<Tensor>& kept) {
-  const Tensor& states = kept.at(0);
+                  const Optional& mask, const Tensor& y, const Tensor& d, const Tensor& states) {
   check(q, k, v, Wq, bq, Wk, bk, dS, dz, mask);
   TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0),
               "hedgehog: dy must be like v");
@@ -681,13 +683,15 @@ Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
 
 }  // namespace
 
+// fused/compiled.py has what a compiler of PyTorch needs to know of these: shapes, and the gradient of forward
 TORCH_LIBRARY(hedgehog, m) {
-  m.def("multiply(Tensor A, Tensor B, int times) -> Tensor", multiply);
+  auto cpu = [](auto f) { return torch::dispatch(c10::DispatchKey::CPU, f); };
+  m.def("multiply(Tensor A, Tensor B, int times) -> Tensor", cpu(multiply));
   m.def("forward(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor? S, Tensor? z, "
-        "Tensor? mask, bool keep, bool carry) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])", forward);
+        "Tensor? mask, bool keep, bool carry) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(forward));
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
-        "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor[] states) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", backward);
+        "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor states) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(backward));
   m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor S, "
-        "Tensor z) -> (Tensor, Tensor, Tensor)", decode);
+        "Tensor z) -> (Tensor, Tensor, Tensor)", cpu(decode));
 }

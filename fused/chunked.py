@@ -74,6 +74,26 @@ def chunked(
     return y.to(v.dtype), R[..., :-1], R[..., -1]
 
 
+def chunks_at_once(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, state, key_mask: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunks of all T tokens in one go, without a loop: (y, S, z), for compilers and tracers, which would write
+    down a loop over one length. The states before all chunks are in memory, F / chunk_size times the values."""
+    if key_mask is not None:
+        phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
+    U, T = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0), v.size(2)  # [V 1], as in Chunked
+    missing = -T % chunk_size + chunk_size * torch.compiler.is_exporting()  # for export never a single chunk
+    chunks = (T + missing) // chunk_size, chunk_size
+    Q, K, U = (F.pad(x, (0, 0, 0, missing)).unflatten(2, chunks) for x in (phi_q, phi_k, U))
+    R = K.new_zeros(*K.shape[:2], K.size(-1), U.size(-1))  # [S z]: (B, H, F, D + 1)
+    if state is not None:
+        R = torch.cat([state[0], state[1][..., None]], -1).to(R.dtype)
+    Rs = torch.cat([R[:, :, None], K.mT @ U], 2).cumsum(2)  # before each chunk, and after the last
+    N = (Q @ Rs[:, :, :-1] + (Q @ K.mT).tril() @ U).flatten(2, 3)[:, :, :T]
+    R = Rs[:, :, -1]
+    return normalise(N[..., :-1], N[..., -1:]).to(v.dtype), R[..., :-1], R[..., -1]
+
+
 class Role(nn.Module):
     """A map's method `query` or `key` as a module: functional_call takes nothing else."""
 

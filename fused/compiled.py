@@ -1,38 +1,133 @@
-"""The compiled kernels (chunked.cpp, chunked_triton.py) as functions with a gradient.
+"""The compiled kernels (chunked.cpp, chunked_triton.py) as operators of PyTorch. This is the one place that says
+of each operator which shapes it gives, for compilers and tracers, and which gradient it has.
 
 A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
-computes Hedgehog's features itself. For every other feature map it is given the features.
+computes Hedgehog's features itself. For every other feature map it is given the features. All results are
+float32.
 """
 
+import functools
+from types import SimpleNamespace
+
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, library
 
 
-class Compiled(torch.autograd.Function):
-    """chunked.chunked by a kernel. Wq is None: q and k are features. carry: the new state is wanted too."""
+def results(n: int) -> str:
+    return f"({', '.join(['Tensor'] * n)})"
 
-    @staticmethod
-    def forward(ctx, kernel, carry, key_mask, q, k, v, Wq, bq, Wk, bk, S, z):
-        keep = any(ctx.needs_input_grad)
-        y, d, S, z, states = kernel.forward(q, k, v, Wq, bq, Wk, bk, S, z, key_mask, keep, carry)
-        ctx.kernel, ctx.shapes = kernel, (S.shape, z.shape)
-        ctx.save_for_backward(q, k, v, Wq, bq, Wk, bk, key_mask, y, d, *states)
+
+GROUP = 4  # chunks: chunked.cpp keeps a state before each group
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk"
+SCHEMAS = {  # of Triton's; chunked.cpp has its own, with one tensor of states
+    "forward": f"({INPUTS}, Tensor? S, Tensor? z, Tensor? mask, bool keep, bool carry) -> " + results(6),
+    "backward": f"(Tensor dy, Tensor? dS, Tensor? dz, {INPUTS}, Tensor? mask, Tensor y, Tensor d, Tensor S_c, "
+    f"Tensor z_c) -> {results(9)}",
+    "decode": f"({INPUTS}, Tensor S, Tensor z) -> {results(3)}",
+}
+
+
+def operators(name: str, kernel) -> SimpleNamespace:
+    """The operators of a kernel, with shapes and gradients: torch.ops.hedgehog, which chunked.cpp defines, or
+    torch.ops.hedgehog_triton, of the module chunked_triton."""
+    space = {"cpp": "hedgehog", "triton": "hedgehog_triton"}[name]
+    register(space, None if name == "cpp" else kernel)
+    ops = getattr(torch.ops, space)
+    return SimpleNamespace(**{**vars(kernel), **{part: getattr(ops, part).default for part in SCHEMAS}})
+
+
+@functools.cache
+def register(space: str, triton) -> None:
+    """Register shapes and gradients of the operators in a namespace; those of Triton are defined here, too."""
+    ops, lanes = getattr(torch.ops, space), None if triton else floats_in_a_vector()
+
+    def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry):
+        """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward."""
+        (B, H, T, E), F = v.shape, n_features(q, Wq)
+        sizes = [(B, H, T, E), (B, H, T), (B, H, F, E), (B, H, F)]
+        if triton and keep:
+            states = [(B, H, up(T, triton.CHUNK), *size) for size in ((F, E), (F,))]
+        elif triton:
+            states = [(0,), (0,)]
+        else:
+            groups = up(up(T, max(64, 16 * up(E, 16))), GROUP)
+            states = [(B * H * keep, groups, F * (lanes * up(E, lanes) + 1))]
+        return tuple(empty(q, s) for s in (*sizes, *states))
+
+    def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, *states):
+        """The gradients of q, k, v, Wq, bq, Wk, bk (without a map of no elements), S, z."""
+        S = *q.shape[:2], n_features(q, Wq), v.size(3)
+        of_maps = ((0,) if x is None else x.shape for x in (Wq, bq, Wk, bk))
+        return tuple(empty(q, s) for s in (q.shape, k.shape, v.shape, *of_maps, S, S[:3]))
+
+    def decode(q, k, v, Wq, bq, Wk, bk, S, z):
+        """y (B, H, 1, E), S and z after one more token. It has no gradient."""
+        return tuple(empty(q, s) for s in (v.shape, S.shape, z.shape))
+
+    def multiply(A, B, times):
+        return empty(A, (A.size(0), B.size(1)))
+
+    def keep_for_backward(ctx, inputs, output):
+        y, d, S, z, *states = output
+        ctx.save_for_backward(*inputs[:7], inputs[9], y, d, *states)
+        ctx.shapes = S.shape, z.shape
         ctx.set_materialize_grads(False)
-        return y, S, z
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dS, dz):
+    def gradient(ctx, dy, dd, dS, dz, *_):
         saved = ctx.saved_tensors  # read once: gradient checkpointing unpacks a tensor once only
         inputs, (y, d, *states) = saved[:8], saved[8:]
         dy = torch.zeros_like(y) if dy is None else innermost_dense(dy)
         if dS is not None or dz is not None:
             dS, dz = (y.new_zeros(s) if x is None else x.contiguous() for x, s in zip((dS, dz), ctx.shapes))
-        grads = ctx.kernel.backward(dy, dS, dz, *inputs, y, d, states)
-        needed = ctx.needs_input_grad[3:]
-        grads = [g.to(x.dtype) if need else None for g, need, x in zip(grads, needed, [*inputs[:7], y, y])]
-        return None, None, None, *grads
+        grads = ops.backward.default(dy, dS, dz, *inputs, y, d, *states)
+        needed = zip(grads, ctx.needs_input_grad, [*inputs[:7], y, y])
+        return *(g.to(x.dtype) if need else None for g, need, x in needed), None, None, None
+
+    def once(ctx, *_):
+        raise RuntimeError("linear attention by a compiled kernel is differentiable once: use kernel torch")
+
+    for of in (forward, backward, decode) if triton else (forward, backward, decode, multiply):
+        name = f"{space}::{of.__name__}"
+        if triton:
+            library.define(name, SCHEMAS[of.__name__])
+            library.impl(name, "default", as_operator(getattr(triton, of.__name__)))
+        library.register_fake(name, of)
+    library.register_autograd(f"{space}::forward", gradient, setup_context=keep_for_backward)
+    library.register_autograd(f"{space}::backward", once)
+
+
+def as_operator(function):
+    """A function of chunked_triton as an operator: its states are results of their own, and what it does not
+    compute are tensors without elements."""
+
+    def run(*args):
+        *found, last = function(*(args[:-2] + (args[-2:],) if function.__name__ == "backward" else args))
+        if function.__name__ == "forward":
+            found += last or (None, None)
+        else:
+            found.append(last)
+        return tuple(args[0].new_empty(0) if x is None else x for x in found)
+
+    return run
+
+
+def n_features(q: Tensor, W: Tensor | None) -> int:
+    return q.size(3) * (1 if W is None else 2)
+
+
+def empty(like: Tensor, shape) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def up(n: int, m: int) -> int:
+    """n / m, rounded up."""
+    return (n + m - 1) // m
+
+
+def floats_in_a_vector() -> int:
+    """Of this processor: chunked.cpp fills up the rows of its states to whole vectors."""
+    one = torch.ones(1, 1, 1, 1)
+    return torch.ops.hedgehog.forward(one, one, one, *[None] * 7, True, False)[-1].size(-1) - 1
 
 
 def causal(
@@ -54,7 +149,9 @@ def causal(
     S, z = (None if x is None else x.float().contiguous() for x in (S, z))
     key_mask = None if key_mask is None else key_mask.bool().expand(q.size(0), -1).contiguous()
     q, k, v = (innermost_dense(x) for x in (q, k, v))
-    y, S, z = Compiled.apply(kernel, carry, key_mask, q, k, v, *dense(maps), S, z)
+    inputs = q, k, v, *dense(maps), S, z
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry)
     return y.to(v.dtype), S, z
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils.import_utils import is_tracing
 
 import distill  # noqa: F401  adds mode "mimic" to those of set_mode
 from attention import LinearAttention, softmax_attention
@@ -231,7 +232,7 @@ def attention(
     mask = None
     if attention_mask is not None:
         mask = attention_mask[:, -key.size(2) :]  # the state holds the tokens before these keys
-        mask = None if bool(mask.all()) else mask
+        mask = None if is_full(mask) else mask
 
     socket = getattr(module, NAME, None)
     if socket is None:  # a layer that keeps softmax
@@ -245,16 +246,40 @@ def attention(
     return y.transpose(1, 2), None
 
 
-def padding_mask(mask_function=None, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+def is_full(mask: Tensor) -> bool:
+    """Whether a mask hides nothing. A tracer or compiler must not ask: the answer would be its for ever."""
+    return not is_tracing(mask) and bool(mask.all())
+
+
+def padding_mask(
+    batch_size: int = 0,
+    q_length: int = 0,
+    mask_function=None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device=None,
+    **kwargs,
+) -> Tensor | None:
     """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
 
     Raises ValueError for other masks.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
-        raise ValueError(
+        message = (
             "linear attention is causal or bidirectional: packed sequences and other masks cannot be kept"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+        if use_vmap or not is_tracing(attention_mask):
+            raise ValueError(message)
+        if torch.jit.is_tracing():
+            what = "so that no sequences are packed"
+            raise ValueError(
+                f"torch.jit.trace needs an attention_mask, of ones where nothing is padded, {what}"
+            )
+        # compiled or exported, without a mask: transformers cannot know yet, so the program checks when it runs
+        rows = torch.arange(batch_size, device=device)
+        last, first = torch.full_like(rows, q_length - 1), torch.zeros_like(rows)
+        torch._assert_async(mask_function(rows, first, last, first).all(), message)  # the last sees the first
+    if attention_mask is None or is_full(attention_mask):
         return None
     return attention_mask.bool()
 

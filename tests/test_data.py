@@ -13,7 +13,7 @@ from conftest import start as start_process
 
 import data
 from data import batch_of, batched, prepare, read_text, split_files
-from perplexity import windows_of
+from perplexity import scored_text, windows_of
 from support.cli import UserError
 
 FILES = list((ROOT / "data").glob("*.py"))
@@ -206,6 +206,48 @@ def test_blocks_of_text_have_the_tokens_of_the_whole_text(monkeypatch):
         assert [t for g in batched([text], size) for b in g for t in regex.findall(pattern, b)] == whole
 
 
+class Counted(str):
+    """Text that counts the characters that are copied and looked at, one by one or by a pattern."""
+
+    work = 0
+
+    def copied(self, text: str) -> "Counted":
+        Counted.work += len(text)
+        return Counted(text)
+
+    def __getitem__(self, where):
+        return self.copied(super().__getitem__(where))
+
+    def __add__(self, other):
+        return self.copied(super().__add__(other))
+
+    def __radd__(self, other):
+        return self.copied(other + str(self))
+
+
+class CountedPattern:
+    def __init__(self, pattern):
+        self.pattern = pattern
+
+    def search(self, text, start):
+        found = self.pattern.search(text, start)
+        Counted.work += (found.end() if found else len(text)) - min(start, len(text))
+        return found
+
+
+@pytest.mark.parametrize("kind", ["one piece of words", "one piece", "many pieces", "many pieces of words"])
+def test_cutting_text_is_linear_in_its_length(kind, monkeypatch):
+    """Issue 17, C9: twice the text, with words or without white space, in one piece or in many, is twice the work."""
+    monkeypatch.setattr(data, "END_OF_WORD", CountedPattern(data.END_OF_WORD))
+    unit, works = "ab cd " if "words" in kind else "abcdef", []
+    for n in (2_000, 4_000, 8_000):
+        pieces = [Counted(unit * n)] if "one" in kind else [Counted(unit) for _ in range(n)]
+        Counted.work = 0
+        assert "".join(b for blocks in batched(iter(pieces), 50) for b in blocks) == unit * n
+        works.append(Counted.work)
+    assert works[2] < 2.2 * works[1] < 4.9 * works[0] and works[2] < 6 * 6 * 8_000
+
+
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
     assert read_text(tmp_path / "bom.txt") == "abc"
@@ -315,6 +357,46 @@ def test_a_limited_evaluation_takes_evenly_spaced_windows_always_the_same():
     assert len(some) == 50 and some == windows_of(np.arange(10_001), 10, 10, max_tokens=500)
     starts = [s for s, _, _ in some]
     assert starts == sorted(starts) and starts[0] == 0 and starts[-1] > 9_500
+
+
+def like_llama_2(folder):
+    """A tokenizer as Llama 2's: characters, a sign for a space, one before each text, and bytes for all others."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = [
+        "<unk>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz0123456789",
+    ]
+    of = models.BPE(
+        vocab={c: i for i, c in enumerate(known)}, merges=[], unk_token="<unk>", byte_fallback=True
+    )
+    bpe = Tokenizer(of)
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = (
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    )
+    bpe.decoder = decoders.Sequence(list(parts))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>").save_pretrained(folder)
+    return data.get_tokenizer(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16, 64])
+def test_words_and_bytes_are_counted_on_the_text_whatever_the_stride(stride, tmp_path):
+    """Issue 17, B8: with a tokenizer that drops the space before a text and splits emoji."""
+    tokenizer = like_llama_2(tmp_path)
+    text = " ".join(f"word{i}" if i % 9 else "\U0001f994" for i in range(200))
+    ids = np.array(tokenizer.encode_many([text])[0])
+    assert scored_text(ids, tokenizer, windows_of(ids, 64, stride)).decode() == text
+    ids = np.array(tokenizer.encode_many([text.replace("\U0001f994", "x")])[0])  # a character is a token
+    some = windows_of(ids, 64, stride, 300)
+    assert len(scored_text(ids, tokenizer, some)) == sum(end - first for _, end, first in some)
 
 
 def test_prepared_tokens_are_identical_in_every_run(text):

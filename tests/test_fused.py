@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import attention
 import fused
@@ -427,13 +428,11 @@ def test_peak_memory_of_training_is_linear_and_about_that_of_softmax(kernel):
 def test_taylor_needs_no_features_up_to_half_as_many_tokens_as_features(T, causal, monkeypatch):
     """D = 8, F = 45: 22 tokens."""
     attn, (q, k, v, _) = LinearAttention(make_feature_map("taylor", 3, 8), causal), sequence(2, 3, T, 8)
+    features, calls = type(attn.phi).features, []
+    monkeypatch.setattr(type(attn.phi), "features", lambda *args: calls.append(1) or features(*args))
     attn(q, k, v)  # the code of the map is checked here
-    monkeypatch.setattr(attn.phi, "features", None)
-    if T <= 22:
-        assert attn(q, k, v).isfinite().all()
-    else:
-        with pytest.raises(TypeError):
-            attn(q, k, v)
+    calls.clear()
+    assert attn(q, k, v).isfinite().all() and bool(calls) == (T > 22)
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
@@ -507,18 +506,138 @@ def test_what_a_reader_edits_takes_effect(name, edit, kernel, monkeypatch, capsy
     assert capsys.readouterr().err.count("was changed") <= 1
 
 
-@pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint"])
+@pytest.mark.parametrize("name", ["hedgehog", "taylor"])
+@pytest.mark.parametrize("how", ["features", "forward", "hook", "global hook", "gradient hook"])
+def test_what_is_put_into_a_module_takes_effect(name, how):
+    """Not its class is changed but the map itself, or what watches it: at every length, and in decoding."""
+    attn, (q, k, v, _) = LinearAttention(make_feature_map(name, 2, 8)), sequence(1, 2, 40, 8)
+    before, seen = attn(q, k, v), []
+    phi, features, handle = attn.phi, attn.phi.features, None
+    if how == "features":
+        phi.features = lambda x, offset: seen.append(1) or features(0.5 * x, offset)
+    elif how == "forward":
+        phi.forward = lambda x, offset=0: seen.append(1) or features(0.5 * x, offset)
+    elif how == "hook":
+        phi.register_forward_hook(lambda *args: seen.append(1))
+    elif how == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *args: seen.append(1) if module is phi else None
+        )
+    else:
+        phi.register_full_backward_hook(lambda *args: seen.append(1))
+    for T in (5, 40):
+        seen.clear()
+        leaves = [x[:, :, :T].detach().clone().requires_grad_() for x in (q, k, v)]
+        y = attn(*leaves)
+        y.sum().backward()
+        assert seen and torch.allclose(y, attn.weights(*leaves[:2]) @ leaves[2], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        attn.extend(q, k, v, cache := {})
+        seen.clear()
+        attn.extend(*(x[:, :, :1] for x in (q, k, v)), cache)
+        assert seen or how == "gradient hook"
+    if handle:
+        handle.remove()
+    assert ("hook" in how) == torch.allclose(y, before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["normalise", "linear_attention_chunked", "linear_attention_bidirectional"])
+def test_what_a_reader_edits_in_attention_takes_effect(name, monkeypatch, capsys):
+    """attention.py itself is changed: at every length, in gradients and decoding, and one line says so."""
+    plain = getattr(attention, name)
+
+    def edited(*args, **options):
+        args = (args[0], args[1] + 0.5) if name == "normalise" else (args[0], 2 + args[1], *args[2:])
+        return plain(*args, **options)
+
+    causal = name != "linear_attention_bidirectional"
+    attn, results = LinearAttention(make_feature_map("hedgehog", 2, 8), causal), []
+    monkeypatch.setattr(attention, name, edited)
+    for T in (10, 40):
+        results = []
+        for attend in (lambda *x: attn(*x), lambda *x: attention.attend(attn.phi, *x, causal=causal)[0]):
+            q, k, v = (x.requires_grad_() for x in sequence(1, 2, T, 8)[:3])
+            y = attend(q, k, v)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [q, k, v])])
+        for got, want in zip(*results):
+            assert torch.equal(got, want)
+    if causal:
+        with torch.no_grad():
+            cache: dict = {}
+            ys = [attn.extend(*token, cache) for token in zip(*(x.split(1, 2) for x in (q, k, v)))]
+        assert relative_error(torch.cat(ys, 2), results[1][0]) < 1e-5
+    assert capsys.readouterr().err.count("attention.py was changed") == 1
+
+
+EDITS = {  # file, what is replaced there, by what, and the attentions whose training it changes
+    "features": (
+        "feature_maps.py",
+        "(x: Tensor, offset: int.*:\n)",
+        r"\1        x = 0.5 * x\n",
+        FEATURE_MAPS,
+    ),
+    "normalise": (
+        "attention.py",
+        "return numerator / .*",
+        "return numerator / (denominator + 1)",
+        ["elu", "t2r"],
+    ),
+    "rope": ("model.py", r"return x \* cos \+ ", "return x * cos - ", ["hedgehog", "softmax"]),
+}
+TRAIN = """
+import sys, train
+folder, flags, *names = sys.argv[1:]
+for name in names:
+    for kernel in ("auto", "torch"):
+        words = f"--dataset text --attention {name} --kernel {kernel} --out_dir out/{name}-{kernel} {flags}"
+        sys.argv = ["train.py", "--data_dir", folder, *words.split()]
+        train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", EDITS)
+def test_training_follows_a_reader_who_edits_the_source(edit, tmp_path, text):
+    """Every map, and what is around it: another loss after some steps, the same by every kernel."""
+    (file, old, new, names), losses = EDITS[edit], {}
+    for version in ("as it is", "edited"):
+        path, flags = tmp_path / version, " ".join([*TINY, *"--lr 0.03 --qk_gain 30 --max_steps 12".split()])
+        for source in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("fused/*.cpp")]:
+            (path / source.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, path / source.relative_to(ROOT))
+        if version == "edited":
+            changed = re.sub(old, new, (path / file).read_text())
+            assert changed != (path / file).read_text()
+            (path / file).write_text(changed)
+        argv = [sys.executable, "-c", TRAIN, str(text), flags, *names]
+        subprocess.run(argv, cwd=path, check=True, capture_output=True)
+        for run in (path / "out").iterdir():
+            lines = (run / "log.jsonl").read_text().splitlines()
+            losses[version, run.name] = [json.loads(x)["val_loss"] for x in lines if "val_loss" in x][-1]
+    for name in names:
+        auto, torch_ = (losses["edited", f"{name}-{kernel}"] for kernel in ("auto", "torch"))
+        assert abs(auto - torch_) < 1e-4 < abs(auto - losses["as it is", f"{name}-auto"])
+
+
+@pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint", "compile", "trace", "fake"])
 def test_the_first_check_of_a_map_does_not_depend_on_where_it_happens(where, monkeypatch):
     monkeypatch.setattr(fused, "KNOWN", {})
     attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 40, 8)
+    fused.load_once.cache_clear()
     fused.use("cpp")
-    if where == "checkpoint":
+    if where == "compile":
+        torch.compile(attn, backend="eager", fullgraph=True)(q, k, v)
+    elif where == "trace":
+        torch.jit.trace(attn, (q, k, v), check_trace=False)
+    elif where == "fake":
+        torch.export.export(attn, (q, k, v))
+    elif where == "checkpoint":
         y = torch.utils.checkpoint.checkpoint(attn, q.requires_grad_(), k, v, use_reentrant=False)
         y.sum().backward()
     else:
         with torch.autocast("cpu", torch.bfloat16) if where == "autocast" else torch.inference_mode():
             attn(q, k, v)
-    assert list(fused.KNOWN.values()) == [True]
+    assert set(fused.KNOWN.values()) == {True} and any(code[0] is type(attn.phi) for code in fused.KNOWN)
 
 
 # ---------------------------------------------------------------- the loader
@@ -547,16 +666,21 @@ def test_other_dtypes_run_in_pytorch_and_not_at_all_if_the_kernel_was_asked_for(
         attn(q, k, v)
 
 
-@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+@pytest.mark.parametrize("fault", ["wrong", "wrong gradient", "nan", "raises", "wrong next token"])
 def test_a_kernel_that_computes_something_else_is_not_used(fault):
-    def backward(*args):
+    def forward(*args):
         if fault == "raises":
             raise RuntimeError("no such device")
-        dq, *rest = CPP.backward(*args)
-        return dq * (1.01 if fault == "wrong" else float("nan")), *rest
+        y, *rest = CPP.forward(*args)
+        off = y - y.detach() if fault == "wrong gradient" else y
+        return y + off * {"nan": float("nan"), "wrong next token": 0.0}.get(fault, 0.01), *rest
+
+    def decode(*args):
+        y, *rest = CPP.decode(*args)
+        return y * (1.01 if fault == "wrong next token" else 1.0), *rest
 
     before = torch.get_rng_state()
-    broken = types.SimpleNamespace(**{**vars(CPP), "backward": backward})
+    broken = types.SimpleNamespace(**{**vars(CPP), "forward": forward, "decode": decode})
     with pytest.raises(fused.Unavailable, match="small example"):
         fused.verified(broken, "cpu")
     with torch.inference_mode():
