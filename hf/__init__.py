@@ -12,17 +12,14 @@ The files of this folder:
     gpt2.py      our GPT-2 as a folder for transformers; works without transformers
 """
 
+import contextlib
 import importlib
 
 from swap import set_mode  # noqa: F401  a part of this package's interface
 
 HOME = dict.fromkeys(("from_pretrained", "save_linearized", "load_linearized"), "hf.saving")
 HOME["linearize"] = "hf.convert"
-try:
-    import transformers  # noqa: F401
-except ImportError:
-    pass  # hf/gpt2.py does not need it
-else:
+with contextlib.suppress(ImportError):  # hf/gpt2.py does not need transformers
     importlib.import_module("hf.convert")  # tells transformers of linear attention
 
 

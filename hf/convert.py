@@ -141,12 +141,12 @@ def name_after(model: nn.Module, base: str) -> None:
         adapter.base_model_name_or_path = name
 
 
-made_by_transformers = PreTrainedModel.post_init
+their_post_init = PreTrainedModel.post_init
 
 
 def post_init(model: PreTrainedModel) -> None:
     """The end of each constructor of transformers. Adds the maps that the config asks for."""
-    made_by_transformers(model)
+    their_post_init(model)
     how = getattr(model.config, NAME, None)
     if how is None or sockets(model):  # the maps of a model's inner model are its own
         return

@@ -66,7 +66,7 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
         raise ValueError("there is nothing to save: linearize(model) first")
     about = {
         "class": type(model).__name__.removeprefix("FSDP"),
-        "base": getattr(model, "source", model.config.name_or_path),
+        "base": str(getattr(model, "source", model.config.name_or_path)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model.config.to_diff_dict(),
     }
@@ -94,16 +94,16 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
 # ---------------------------------------------------------------- load
 
 
-def from_pretrained(source: str, **options) -> nn.Module:
+def from_pretrained(source: str | Path, **options) -> nn.Module:
     """A linearized model from the folder, or the name on the hub, that save_pretrained has written.
 
     options: those of transformers' from_pretrained. Raises UserError for a model that is not linearized.
     """
-    config = read_config(source)
+    config = read_config(str(source))
     if not hasattr(config, NAME):
         raise UserError(f"{source} is not linearized: load it with transformers, then linearize it")
     kind = model_class((config.architectures or [""])[0])
-    return load(source, kind, **{"dtype": "auto", **options})
+    return load(str(source), kind, **{"dtype": "auto", **options})
 
 
 def load_linearized(path: str | Path, model: nn.Module | str | Path | None = None) -> nn.Module:
@@ -114,7 +114,7 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     Raises UserError for a file of another kind, and for a base with other weights.
     """
     if (Path(path) / "config.json").exists():
-        return from_pretrained(str(path))
+        return from_pretrained(path)
     tensors, meta = load_checkpoint(path)
     about = meta.get("linearized")
     if not isinstance(about, dict):

@@ -80,7 +80,7 @@ def test_a_folder_of_save_pretrained_gives_the_linear_model_to_whoever_loads_it(
     plain.save_pretrained(tmp_path / "b")  # a second time
     auto = transformers.AutoModelForCausalLM if name in DECODERS else transformers.AutoModel
     models = [plain, auto.from_pretrained(tmp_path / "a", attn_implementation="sdpa")]
-    models += [from_pretrained(str(tmp_path / "b")), load_linearized(tmp_path / "b")]
+    models += [from_pretrained(tmp_path / "b"), load_linearized(tmp_path / "b")]
     assert all(torch.equal(logits(m, inputs), wanted) and not m.training for m in models)
 
 
@@ -119,9 +119,9 @@ def test_a_process_without_hf_refuses_a_linear_model(linear, tmp_path):
 
 def test_a_folder_that_is_not_linearized_is_one_line(base, tmp_path):
     with pytest.raises(UserError, match="is not linearized"):
-        from_pretrained(str(base))
+        from_pretrained(base)
     with pytest.raises(UserError, match="cannot load"):
-        from_pretrained(str(tmp_path / "nothing"))
+        from_pretrained(tmp_path / "nothing")
 
 
 def test_checkpoints_of_a_trainer_are_linear(base, tmp_path):
