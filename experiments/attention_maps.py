@@ -132,6 +132,8 @@ def hugging_face(name: str, text: str, n_tokens: int) -> tuple[nn.Module, Tensor
             model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
         with as_user_error():
             set_mode(linearize(model), "softmax")
+    if broken := [n for n, p in model.named_parameters() if not p.isfinite().all()]:
+        raise UserError(f"the weights of {name} are not finite ({broken[0]}): use another model")
     model.config.use_cache = False  # with a cache, linear layers extend a state and are not called
     n_tokens = min(n_tokens, getattr(model.config, "max_position_embeddings", n_tokens))
     if any(getattr(attend, "causal", True) for attend in attends_in(model)):

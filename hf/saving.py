@@ -142,7 +142,7 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     }
     if crc_of(kept) != about.get("base_crc"):
         raise UserError(
-            f"{path} belongs on top of {about['base']} ({about['class']}, {about['dtype']}), with "
+            f"{path} belongs on top of {source or 'another base'} ({about['class']}, {about['dtype']}), with "
             "other weights than those given: load that one, in that dtype"
         )
     for name, place in places(model).items():
@@ -152,7 +152,8 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
 
 
 def check_fit(tensors: dict[str, Tensor], model: nn.Module, path: str | Path) -> None:
-    if wrong := misfits(tensors, model):
+    broken = [f"{name} is not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    if wrong := misfits(tensors, model) + broken:
         raise UserError(f"the weights in {path} do not fit the model: {', '.join(wrong[:3])}")
 
 

@@ -465,6 +465,20 @@ def test_a_header_without_its_fields_is_one_line(tmp_path, value):
     assert "\n" not in str(e.value)
 
 
+def test_a_file_without_its_base_or_with_weights_that_are_not_finite_is_one_line(base, linear, tmp_path):
+    save_linearized(linear, tmp_path / "f")
+    tensors, meta = load_checkpoint(tmp_path / "f")
+    broken = {name: t * float("nan") for name, t in tensors.items()}
+    write_checkpoint(tmp_path / "f", broken, {"linearized": meta["linearized"]})
+    with pytest.raises(UserError, match="is not finite"):
+        load_linearized(tmp_path / "f")
+    without = {name: value for name, value in meta["linearized"].items() if name != "base"}
+    write_checkpoint(tmp_path / "f", tensors, {"linearized": without})
+    with pytest.raises(UserError) as e:
+        load_linearized(tmp_path / "f")
+    assert "\n" not in str(e.value)
+
+
 # ---------------------------------------------------------------- where weights are not at hand
 
 

@@ -115,3 +115,13 @@ def test_a_converted_models_own_maps_are_measured(folder, command, tmp_path):
     facts = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert facts["attention"] == "hedgehog" and facts["causal"] == (name != "bert")
     assert "Hedgehog, this model's" in stdout
+
+
+def test_weights_that_are_not_finite_are_one_line(folder, command, tmp_path):
+    _, path = folder
+    model = transformers.AutoModel.from_pretrained(path)
+    next(model.parameters()).data.view(-1)[0] = float("inf")
+    model.save_pretrained(path)
+    code, _, stderr = command("experiments.attention_maps", path, "--out_dir", tmp_path / "a")
+    assert code == 2 and "are not finite" in stderr.strip().splitlines()[-1], stderr
+    assert not (tmp_path / "a").exists()
