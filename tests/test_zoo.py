@@ -275,7 +275,7 @@ def test_options_are_checked(name):
     ("sparse", {"stride": 0}, "sparse: stride must be at least 1, not 0"),
     ("bigbird", {"n_random": -1}, "bigbird: n_random must be at least 0, not -1"),
     ("sinkhorn", {"temperature": 0}, "sinkhorn: temperature must be positive, not 0"),
-    ("reformer", {"n_buckets": 3}, "reformer: n_buckets must be even, not 3"),
+    ("reformer", {"n_buckets": 3}, "reformer: n_buckets must be even and at least 2, not 3"),
     ("linformer", {"share": "some"}, "unknown share 'some' of linformer"),
     ("nystromformer", {"n_taps": 4}, "nystromformer: n_taps must be odd, or 0 for none, not 4"),
     ("synthesizer", {"kind": "sparse"}, "unknown kind 'sparse' of synthesizer"),
@@ -291,9 +291,12 @@ def test_the_nearest_name_is_suggested():
         make_attention("nystroemformer", 2, 8)
 
 
-def test_sparse_needs_a_length_or_a_stride():
-    with pytest.raises(ValueError, match="sparse needs max_len"):
-        make_attention("sparse", 2, 8)
+@pytest.mark.parametrize("name, other, follows", [("sparse", "stride", 32), ("reformer", "n_buckets", 16)])
+def test_a_length_or_the_size_that_follows_from_it_is_needed(name, other, follows):
+    with pytest.raises(ValueError, match=f"{name} needs max_len, .* or .*{other}"):
+        make_attention(name, 2, 8)
+    assert getattr(make_attention(name, 2, 8, max_len=1024), other) == follows
+    assert getattr(make_attention(name, 2, 8, **{other: 6}), other) == 6
 
 
 @pytest.mark.parametrize("name", ["bigbird", "aft"])

@@ -166,8 +166,8 @@ class H3(System):
     A is diagonal and complex. So o is the convolution of u with h_t = Re(sum_n C_n B_n A_n^t) + D [t = 0].
     As in S4D (Gu et al., 2022), A = exp(dt lambda) and B = (A - 1) / lambda, with lambda_n = -1/2 + i pi n
     at the start. dt, lambda, C and D are learned.
-    Complexity: O(T log(T)^2) time and O(T n_state) memory, for any length. Causal only. As a recurrence it
-    would need a state of n_state / 2 complex numbers a channel; `extend` does not use it.
+    Complexity: O(T (log(T)^2 + n_state)) time and O(T) memory, for any length. Causal only. As a recurrence
+    it would need n_state / 2 complex numbers a channel; `extend` does not use that.
     Differences: the paper's heads of d_h channels keep all d_h^2 products k v^T; here d_h = 1, as in the
     formula. The shift has no D, which a_0 already is. Public code takes one FFT over 2 T tokens, whose
     rounding lets later tokens touch earlier outputs (see long_convolution).
@@ -191,7 +191,7 @@ class H3(System):
         self.D = nn.Parameter(torch.ones(n_head, head_dim))
 
     def system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """log A (H, D, n), and C B (H, D, n): 2, for the conjugates, times C (A - 1) / lambda."""
+        """log A and 2 C B, (H, D, n) each: 2 for the conjugate numbers."""
         dt, decay, frequency, C = (
             x.to(dtype) for x in (self.log_dt.exp(), self.log_decay.exp(), self.frequency, self.C)
         )
@@ -201,8 +201,11 @@ class H3(System):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
         log_A, CB = self.system(q.dtype)
-        time = torch.arange(q.size(2), device=q.device, dtype=q.dtype)
-        h = (CB[..., None, :] @ (log_A[..., None] * time).exp()).real.squeeze(-2)  # (H, D, T)
+        T, early = q.size(2), torch.arange(DIRECT, device=q.device, dtype=q.dtype)
+        late = DIRECT * torch.arange(-(-T // DIRECT), device=q.device, dtype=q.dtype)[:, None]
+        powers = (log_A[..., None] * early).exp()  # A^(late + early) = A^late A^early: (H, D, n, DIRECT)
+        h = (CB[..., None, :] * (log_A[..., None, :] * late).exp()) @ powers
+        h = h.real.flatten(2)[..., :T]  # (H, D, T)
         u = short_convolution(k, self.taps) * v
         return q * (long_convolution(u, h) + self.D[:, None].to(q.dtype) * u)
 

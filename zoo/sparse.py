@@ -9,7 +9,9 @@ of its own (system.py). No key counts twice. A window or a block as long as the 
 of each system but Reformer, whose keys are its queries.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -311,8 +313,8 @@ class Reformer(System):
     token sees itself only if it sees no other. As in the paper a key is the normalised query: the given k
     is not used.
     One hash gives the last `window` tokens of the bucket, bidirectional also the next ones. With window >= T
-    this is P_i in full.
-    Complexity: O(T window n_hashes) time and memory, and sorting, for any length.
+    this is P_i in full. n_buckets is about sqrt(max_len) / 2 unless given; one of the two must be given.
+    Complexity: O(T (window + n_buckets) n_hashes) time and memory, and sorting, for any length.
     The paper cuts the sorted sequence into chunks, across buckets. Later tokens of other buckets then move
     the borders, so they change what an earlier token sees: a leak. Here every bucket begins at a block of
     its own, and y_i depends on tokens up to i only, in every bit. Reversible layers are left out.
@@ -320,22 +322,24 @@ class Reformer(System):
 
     def __init__(
         self, n_head: int, head_dim: int, causal: bool = True, max_len: int | None = None,
-        window: int = 32, n_buckets: int = 16, n_hashes: int = 2,
+        window: int = 32, n_buckets: int | None = None, n_hashes: int = 2,
     ):  # fmt: skip
-        super().__init__(
-            n_head, head_dim, causal, max_len, window=window, n_hashes=n_hashes, n_buckets=n_buckets
-        )
-        if n_buckets % 2:
-            raise ValueError(f"reformer: n_buckets must be even, not {n_buckets}")
+        super().__init__(n_head, head_dim, causal, max_len, window=window, n_hashes=n_hashes)
+        if n_buckets is None and max_len is None:
+            raise ValueError("reformer needs max_len, the length of the longest sequence, or n_buckets")
+        n_buckets = 2 * math.ceil(math.sqrt(max_len) / 4) if n_buckets is None else n_buckets
+        if n_buckets < 2 or n_buckets % 2:
+            raise ValueError(f"reformer: n_buckets must be even and at least 2, not {n_buckets}")
         self.window, self.n_buckets = window, n_buckets
         self.register_buffer("R", torch.randn(n_hashes, n_head, head_dim, n_buckets // 2))
 
     @torch.no_grad()
     def buckets(self, q: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """The bucket of every token, n_buckets for padding, and its place there: (n_hashes, B, H, T)
-        twice."""
+        """The bucket of each token, n_buckets for padding, and its place there: (n_hashes, B, H, T) each."""
         turned = q @ self.R.to(q.dtype)[:, None]
-        bucket = torch.cat([turned, -turned], -1).argmax(-1).masked_fill(~real[:, None], self.n_buckets)
+        largest = turned.abs().argmax(-1, keepdim=True)  # of [x R; -x R]
+        bucket = (largest + self.n_buckets // 2 * (turned.gather(-1, largest) < 0)).squeeze(-1)
+        bucket = bucket.masked_fill(~real[:, None], self.n_buckets)
         order = bucket.argsort(dim=-1, stable=True)
         in_order = bucket.gather(-1, order)
         first = torch.searchsorted(in_order, in_order)  # of each token's bucket
@@ -345,11 +349,8 @@ class Reformer(System):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
         k = F.normalize(q, dim=-1) * math.sqrt(q.size(-1))  # the paper has no 1 / sqrt(D)
         bucket, place = self.buckets(q, real)
-        part = None
-        for h in range(len(bucket)):
-            one = self.one_hash(q, k, v, bucket, place, h)
-            part = one if part is None else part | one
-        return part.y
+        parts = [self.one_hash(q, k, v, bucket, place, h) for h in range(len(bucket))]
+        return functools.reduce(operator.or_, parts).y
 
     def one_hash(self, q, k, v, bucket: Tensor, place: Tensor, h: int) -> Part:
         """The part of hash h. A slot is a place in the layout by buckets; a block belongs to one bucket."""
@@ -362,25 +363,21 @@ class Reformer(System):
         n = -(-T // b) + self.n_buckets + 1  # blocks for any counts
         token = slot.new_full((*slot.shape[:2], n * b), T)  # what is in each slot: T for nothing
         token.scatter_(-1, slot, torch.arange(T, device=q.device).expand_as(slot))
-        taken = token < T
         at = token.clamp(max=T - 1)
         Q, K, V = (x.gather(2, at[..., None].expand(-1, -1, -1, x.size(-1))) for x in (q, k, v))
-        of = torch.stack([bucket, place], 1).gather(-1, at[None, None].expand(len(bucket), 2, -1, -1, -1))
-        of = of[..., None]  # buckets and places of all hashes, slot by slot: (n_hashes, 2, B, H, slots, 1)
+        # One number for bucket and place: two tokens are near each other in it if they are so in one bucket
+        code = (bucket * (T + self.window) + place).gather(-1, at.expand(len(bucket), *at.shape))
+        taken = (token < T) & (bucket[h].gather(-1, at) < self.n_buckets)
 
-        def shared(i: Tensor, j: Tensor, hashes: slice) -> Tensor:
-            """Of some hashes, how many show key j to query i: in one bucket, and near there."""
-            (bucket_i, place_i), (bucket_j, place_j) = (of[hashes, :, :, :, x, 0].unbind(1) for x in (i, j))
-            return ((bucket_i == bucket_j) & near(place_i, place_j, self.window, self.causal)).sum(0)
-
-        def see(i: Tensor, j: Tensor) -> Tensor:
-            return shared(i, j, slice(h, h + 1)) > 0
+        def see(i: Tensor, j: Tensor, hash: int = h) -> Tensor:
+            """Whether a hash shows key j to query i: (B, H, n, b, keys)."""
+            return near(code[hash][..., i], code[hash][..., j], self.window, self.causal)
 
         def adjust(i: Tensor, j: Tensor) -> Tensor:
-            times = shared(i, j, slice(None)).clamp(min=1).to(q.dtype)
-            return -times.log() - 1e5 * (i == j).to(q.dtype)
+            """-log N, N the number of hashes that show key j, and hardly any weight for the query itself."""
+            others = [see(i, j, hash) for hash in range(len(code)) if hash != h]
+            times = 1 + sum(x.to(q.dtype) for x in others)
+            return -1e5 * (i == j).to(q.dtype) - (times.log() if others else 0.0)
 
-        index = neighbours(n, self.causal, q.device)
-        taken = taken & (of[h, 0, ..., 0] < self.n_buckets)
-        part = attend_blocks(Q, K, V, taken, index, b, see, adjust)
+        part = attend_blocks(Q, K, V, taken, neighbours(n, self.causal, q.device), b, see, adjust)
         return part.map(lambda x: x.gather(2, slot[..., None].expand(-1, -1, -1, x.size(-1))))
