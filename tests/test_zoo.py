@@ -280,6 +280,8 @@ def test_options_are_checked(name):
     ("nystromformer", {"n_taps": 4}, "nystromformer: n_taps must be odd, or 0 for none, not 4"),
     ("synthesizer", {"kind": "sparse"}, "unknown kind 'sparse' of synthesizer"),
     ("aft", {"kind": "conv"}, "unknown kind 'conv' of aft"),
+    ("skyformer", {"n_landmarks": 1}, "skyformer: n_landmarks must be even and at least 2, not 1"),
+    ("h3", {"n_state": 5}, "h3: n_state must be even and at least 2, not 5"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,8 @@
 """Systems without attention weights: sums over time, each channel by itself, times a gate made of q.
 
 AFT weighs values by exp(k). H3 and Hyena are long convolutions, and share one function for them. No score
-compares a query with a key, so content alone cannot select one token among many.
+compares a query with a key, so content alone cannot select one token among many. In a GPT with rope, q and k
+arrive rotated by position, as for every attention; position="learned" leaves them as they are.
 """
 
 import math
@@ -180,7 +181,9 @@ class H3(System):
         self, n_head: int, head_dim: int, causal: bool = True, max_len: int | None = None,
         n_shift: int = 4, n_state: int = 64,
     ):  # fmt: skip
-        super().__init__(n_head, head_dim, causal, max_len, n_shift=n_shift, n_state=n_state // 2)
+        super().__init__(n_head, head_dim, causal, max_len, n_shift=n_shift)
+        if n_state < 2 or n_state % 2:
+            raise ValueError(f"h3: n_state must be even and at least 2, not {n_state}")
         n = n_state // 2  # the other half are the conjugates
         self.taps = uniform(n_head, n_shift, head_dim, fan_in=n_shift)  # a
         low, high = math.log(1e-3), math.log(1e-1)

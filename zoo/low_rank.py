@@ -28,12 +28,6 @@ def pseudo_inverse(A: Tensor, n_iter: int) -> Tensor:
     return Z
 
 
-def ranks(real: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of each real token its place among real tokens, (B, T), and how many landmarks there are, (B, 1): n, or
-    one for each real token if they are fewer. So landmarks do not change with padding."""
-    return real.cumsum(1) - 1, real.sum(1, keepdim=True).clamp(max=n)
-
-
 class Linformer(System):
     """Linformer (Wang et al., 2020), Eq. 7:
 
@@ -98,8 +92,8 @@ class Nystromformer(System):
         self.taps = uniform(n_head, 1, n_taps, 1, fan_in=n_taps) if n_taps else None
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        rank, n = ranks(real, self.n_landmarks)
-        segment = rank * n // real.sum(1, keepdim=True).clamp(min=1)  # (B, T): of n segments
+        rank, count = real.cumsum(1) - 1, real.sum(1, keepdim=True)  # among real tokens; how many they are
+        segment = rank * self.n_landmarks // count.clamp(min=1)  # (B, T). Fewer tokens: some stay empty
         of = (segment[:, None] == torch.arange(self.n_landmarks, device=q.device)[:, None]) & real[:, None]
         of, there = of.to(q.dtype)[:, None], of.any(-1)[:, None, None]  # (B, 1, m, T); (B, 1, 1, m)
         size = of.sum(-1, keepdim=True).clamp(min=1.0)
@@ -141,13 +135,16 @@ class Skyformer(System):
         self, n_head: int, head_dim: int, causal: bool = False, max_len: int | None = None,
         n_landmarks: int = 64, n_iter: int = 6, gamma: float = 1e-3,
     ):  # fmt: skip
-        super().__init__(n_head, head_dim, causal, max_len, n_landmarks=n_landmarks // 2, n_iter=n_iter)
+        super().__init__(n_head, head_dim, causal, max_len, n_iter=n_iter)
+        if n_landmarks < 2 or n_landmarks % 2:
+            raise ValueError(f"skyformer: n_landmarks must be even and at least 2, not {n_landmarks}")
         self.n_landmarks, self.n_iter, self.gamma = n_landmarks // 2, n_iter, gamma
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        rank, n = ranks(real, self.n_landmarks)  # of queries, and as many of keys
+        rank, count = real.cumsum(1) - 1, real.sum(1, keepdim=True)  # among real tokens; how many they are
+        n = count.clamp(max=self.n_landmarks)  # landmarks among queries, and as many among keys
         slot = torch.arange(self.n_landmarks, device=q.device).expand(len(q), -1)  # (B, m)
-        wanted = slot * real.sum(1, keepdim=True) // n.clamp(min=1)  # the rank of each landmark
+        wanted = slot * count // n.clamp(min=1)  # the rank of each landmark
         at = torch.searchsorted(rank, wanted).clamp(max=q.size(2) - 1)  # the first token with that rank
         there = (slot < n).repeat(1, 2)[:, None, None]  # (B, 1, 1, 2 m)
         at = at[:, None, :, None].expand(-1, q.size(1), -1, q.size(3))

@@ -63,8 +63,7 @@ class System(nn.Module):
         with without_autocast(v):
             padding = ~real[:, None, :, None]
             y = self.mix(*(at_least_float32(x).masked_fill(padding, 0.0) for x in (q, k, v)), real)
-            some = (real.cumsum(1) > 0) if self.causal else real.any(1, keepdim=True)
-            return y.masked_fill(~some[:, None, :, None], 0.0).to(v.dtype)
+            return y.to(v.dtype)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
         raise NotImplementedError
