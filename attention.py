@@ -303,7 +303,12 @@ def attentions() -> list[str]:
 
 def learns_map(name: str) -> bool:
     """Whether the attention called `name` has a feature map with parameters."""
-    return name in SYSTEMS or is_learned(name)
+    return name.endswith("_window") or is_learned(name)
+
+
+def has_fixed_length(name: str, options: dict) -> bool:
+    """Whether the attention called `name`, with these options, sees at most max_len tokens."""
+    return name == "cosformer" or getattr(SYSTEMS.get(name), "fixed_length", lambda **_: False)(**options)
 
 
 def make_attention(
@@ -312,15 +317,16 @@ def make_attention(
     """The attention called `name`: "softmax"; linear attention with the feature map of that name; or a system
     of zoo/, such as "hedgehog_window".
 
-    max_len: the most positions that cosformer can tell apart. Other options go to make_feature_map, or to the
-    system. Raises ValueError for an unknown name or option, and for a system that is not causal or only causal.
+    max_len: the most positions that cosformer can tell apart, and the longest sequence of systems of fixed
+    length. Other options go to make_feature_map, or to the system. Raises ValueError for an unknown name or
+    option, and for a direction that the system does not have.
     """
     if name == "softmax":
         if unexpected := set(options) - {"tie"}:  # it has no map that could be tied
             raise ValueError(f"softmax takes no option {', '.join(sorted(unexpected))}")
         return SoftmaxAttention(causal)
     if name in SYSTEMS:
-        return SYSTEMS[name](n_head, head_dim, causal, **options)
+        return SYSTEMS[name](n_head, head_dim, causal, max_len, **options)
     if name not in FEATURE_MAPS:
         raise ValueError(unknown("attention", name, attentions()))
     if name == "cosformer" and max_len is not None:

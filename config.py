@@ -56,7 +56,7 @@ class TrainConfig(GPTConfig, FitConfig):
     """What `python train.py` takes: the model, how to train it, and the data."""
 
     # -- model
-    attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
+    attention: str = "hedgehog"  # softmax, a feature map, or a system of zoo/
     n_layer: int = 2  # number of blocks (layers)
     n_head: int = 2  # heads of each attention
     n_embd: int = 128  # width of the model: C = H D

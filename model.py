@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attentions, make_attention
+from attention import attentions, has_fixed_length, make_attention
 from feature_maps import FeatureMap, unknown
 from support.cli import setting
 from support.earlier import renewed
@@ -29,7 +29,7 @@ class GPTConfig:
     n_embd: int = 768  # width of the model: C = H D
     dropout: float = setting(0.0, below=1)  # dropout of embeddings and of the outputs of attention and MLP
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
-    attention: str = "hedgehog"  # softmax, a feature map, hedgehog_window or softmax_window
+    attention: str = "hedgehog"  # softmax, a feature map, or a system of zoo/
     tie: bool = True  # one feature map for queries and keys; false: one map for each
     options: dict = field(default_factory=dict)  # of the attention: n_features=128 init=random window=16
     position: str = "rope"  # how the model knows positions: rope or learned
@@ -61,8 +61,8 @@ class GPTConfig:
 
     @property
     def max_length(self) -> float:
-        """The most tokens that the model can see. With learned positions or cosFormer it is block_size."""
-        bounded = self.position == "learned" or self.attention == "cosformer"
+        """The most tokens that the model can see: block_size, where positions or the attention have a limit."""
+        bounded = self.position == "learned" or has_fixed_length(self.attention, self.options)
         return self.block_size if bounded else math.inf
 
     @classmethod

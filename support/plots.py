@@ -25,6 +25,19 @@ STYLE = {  # colour, marker and label of softmax, of every feature map, and of t
     "exp_t2": ("#555555", "P", "exp(2x)"),
     "taylor": ("#cc79a7", "v", "Taylor"),
     "t2r": ("#009e73", "X", "T2R"),
+    "local": ("#4b0082", "o", "Local"),  # purple: sparse
+    "sparse": ("#6a3dad", "s", "Sparse"),
+    "longformer": ("#8a63c8", "^", "Longformer"),
+    "bigbird": ("#a98adb", "v", "BigBird"),
+    "sinkhorn": ("#c4b0ea", "D", "Sinkhorn"),
+    "reformer": ("#5e3370", "X", "Reformer"),
+    "linformer": ("#7f0000", "o", "Linformer"),  # red: low rank
+    "nystromformer": ("#b30000", "s", "Nyströmformer"),
+    "skyformer": ("#e34a33", "^", "Skyformer"),
+    "synthesizer": ("#fc8d59", "v", "Synthesizer"),
+    "aft": ("#00441b", "P", "AFT"),  # green: no weights
+    "h3": ("#238b45", "p", "H3"),
+    "hyena": ("#66c2a4", "h", "Hyena"),
     "cpp": ("#0072b2", "s", "Hedgehog, C++"),
     "triton": ("#0072b2", "D", "Hedgehog, Triton"),
     "torch": ("#56b4e9", "P", "Hedgehog, PyTorch"),

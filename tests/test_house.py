@@ -52,7 +52,9 @@ def test_one_place_for_each_idea():
     assert users_of(r"save_file\(|safe_open\(|torch\.(load|save)\(") == {"support/checkpoints.py"}
     assert users_of(r"^class \w+\((FeatureMap|Learned)\)") == {"feature_maps.py"}
     assert users_of(r"^def normalise\(") == {"attention.py", "fused/chunked.py"}  # held equal by tests
-    assert users_of(r"\bnormalise\(") == {"attention.py", "fused/chunked.py", "zoo/window.py"}
+    assert users_of(r"\bnormalise\(") == {
+        "attention.py", "fused/chunked.py", "zoo/system.py", "zoo/window.py"
+    }  # fmt: skip
     assert users_of(r"scaled_dot_product_attention\(") == {"attention.py"}
     assert users_of(r"^class .*\(torch\.autograd\.Function\)") == {
         "fused/chunked.py", "fused/mimicry.py"

@@ -103,9 +103,9 @@ class WindowAttention(nn.Module):
 
 
 def make_window(
-    linear: bool, n_head: int, head_dim: int, causal: bool, window: int = 32, **options
+    linear: bool, n_head: int, head_dim: int, causal: bool, max_len: int | None, window: int = 32, **options
 ) -> WindowAttention:
-    """WindowAttention with Hedgehog's map; options go to the map."""
+    """WindowAttention with Hedgehog's map, for any length; options go to the map."""
     if not causal:
         raise ValueError("attention with a window is causal: it has no bidirectional form")
     phi = make_feature_map("hedgehog", n_head, head_dim, **options)
