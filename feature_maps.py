@@ -68,13 +68,7 @@ class FeatureMap(nn.Module):
             x = F.hardtanh(at_least_float32(x), -CEIL, CEIL)  # clamp, with a cheaper backward pass
             return self.features(x, offset)
 
-    @property
-    def query(self) -> nn.Module:
-        return self
-
-    @property
-    def key(self) -> nn.Module:
-        return self
+    query = key = property(lambda self: self)  # one map for both; Untied has one for each
 
 
 class Untied(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from attention import linear_weights, softmax_weights
 from feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
 from model import GPT, GPTConfig, apply_rope, map_parameters, renewed, rope_table, sample_token
+from perplexity import windows_of
 
 ATTENTIONS = ["softmax", *FEATURE_MAPS]
 
@@ -354,3 +356,9 @@ def test_a_map_inside_a_map_trains_once():
 
     outer = Outer()
     assert list(map(id, map_parameters(outer))) == list(map(id, outer.inner.parameters()))
+
+
+@pytest.mark.parametrize("stride, max_tokens", [(4, 40), (4, 44), (2, 47), (8, 1), (8, 100)])
+def test_no_window_of_an_evaluation_counts_twice(stride, max_tokens):
+    windows = windows_of(np.arange(50), 32 if stride < 8 else 8, stride, max_tokens)
+    assert len(set(windows)) == len(windows) and all(first < end for _, end, first in windows)
