@@ -25,7 +25,7 @@ def windows_of(ids: np.ndarray, block_size: int, stride: int, max_tokens: int = 
         first, scored = scored, min(scored + (stride if windows else block_size), len(ids) - 1)
         windows.append((max(0, scored - block_size), scored, first))
     if max_tokens and max_tokens < len(ids) - 1:
-        n = min(max(1, max_tokens // stride), len(windows))
+        n = max(1, min(max_tokens // stride, len(windows) - 1))
         windows = [windows[i * (len(windows) - 1) // n] for i in range(n)]
     return windows
 
