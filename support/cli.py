@@ -91,7 +91,7 @@ def setting(default: Any, *, shapes: tuple[str, ...] = (), **facts: Any) -> Any:
     shapes: what must be made again when it changes: "maps" (distilled feature maps), "teacher".
     choices: the words that it takes.
     least, below: the range of a number. Without them it is positive, or at least the default
-        (also of a base class) if that is zero or less; and below 2^31 or 1e30.
+        (also of a base class) if that is zero or less; and below 2^31 or 3e38, where float32 ends.
     """
     assert not isinstance(shapes, str), "shapes is a tuple of words"
     assert facts.keys() <= {"may_change", "hidden", "choices", "least", "below"}, facts
@@ -121,7 +121,7 @@ def require_in_range(config: Any, name: str, number: float) -> None:
     """Raise UserError for a number that the field does not take: see `setting`."""
     lows = said(config, name, "default") + said(config, name, "least")
     least = min((low for low in lows if isinstance(low, (int, float))), default=1)
-    below = min(said(config, name, "below"), default=2**31 if isinstance(number, int) else 1e30)
+    below = min(said(config, name, "below"), default=2**31 if isinstance(number, int) else 3e38)
     if not (number > 0 or number >= least):  # so is nan
         wanted = "positive" if least > 0 else f"at least {least}" if least else "zero or more"
     elif number >= below:

@@ -16,7 +16,7 @@ def whole(least: int, below: int = 2**31) -> Callable[[Any], bool]:
 
 
 def number(x: Any) -> bool:
-    return type(x) in (int, float) and -1e30 < x < 1e30  # no NaN, and no integer beyond float
+    return type(x) in (int, float) and -3e38 < x < 3e38  # no NaN, and no integer beyond float
 
 
 def options(x: Any) -> bool:

@@ -148,7 +148,7 @@ class Patient(Ranges):
         (f"--seed {2**63}", f"--seed must be at most {2**63 - 1}, not {2**63}"),
         ("--lr 0", "--lr must be positive, not 0.0"),
         ("--lr nan", "--lr must be positive, not nan"),
-        ("--lr inf", "--lr must be below 1e+30, not inf"),
+        ("--lr inf", "--lr must be below 3e+38, not inf"),
         ("--lr 1e-46", "--lr must be 1e-30 or more, not 1e-46"),
         ("--decay -0.1", "--decay must be zero or more, not -0.1"),
         ("--beta 1", "--beta must be below 1, not 1.0"),
