@@ -217,6 +217,22 @@ def test_a_gpt_generates_what_its_full_forward_pass_says(name, causal, options):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@every_causal
+def test_training_steps_lower_the_loss(name, causal, options):
+    torch.manual_seed(0)
+    sizes = dict(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(**sizes, attention=name, options=options))
+    optimizer = torch.optim.AdamW(model.param_groups(1e-2, 0.0, 1.0))
+    idx, losses = torch.arange(33).remainder(7).repeat(4, 1), []
+    for _ in range(30):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
 @every
 def test_a_saved_module_comes_back_with_what_was_drawn(name, causal, options):
     attn, again = (make_attention(name, 2, 8, causal=causal, max_len=140, **options) for _ in range(2))
