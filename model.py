@@ -22,7 +22,7 @@ from support.sampling import sample_token
 @dataclass
 class GPTConfig:
     # -- model
-    block_size: int = 1024  # tokens of context in training and evaluation
+    block_size: int = setting(1024, below=2**22 + 1)  # tokens of context in training and evaluation
     vocab_size: int = 50257  # tokens in the vocabulary; GPT-2 has 50257
     n_layer: int = 12  # number of blocks (layers)
     n_head: int = 12  # heads of each attention

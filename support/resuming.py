@@ -2,6 +2,7 @@
 mixed."""
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from support.checkpoints import load_checkpoint, restore, save_checkpoint
 from support.cli import RunError, UserError, as_user_error, tagged
 from support.devices import World
 from support.earlier import changes
-from support.header import RUN
+from support.header import RUN, read_header
 from support.log import Log, provenance
 
 # Seconds in which a signal that comes twice counts once: torchrun kills its processes after as many.
@@ -121,6 +122,7 @@ def begin(
     say = tqdm.write if world.is_main else lambda _: None
     log, last, progress = Log(out / "log.jsonl"), out / "last.safetensors", Progress()
     resumes = config.resume and last.exists()
+    read_header(last, json.dumps(meta), 0)  # what could not be read back is refused now, not when it is saved
     if world.is_main:
         make_writable(out)
     if resumes:

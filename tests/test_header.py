@@ -10,13 +10,16 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 import data
+from config import FitConfig
 from data import ByteTokenizer
 from model import GPT, GPTConfig
 from support import log
 from support.checkpoints import checksum, load_checkpoint, save_checkpoint
 from support.cli import UserError
+from support.devices import World
 from support.header import GPT as A_GPT
 from support.header import LANGUAGE_MODEL, RUN
+from support.resuming import begin
 
 SMALL = dict(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16, attention="softmax")
 GOOD = {
@@ -101,6 +104,17 @@ def test_a_checkpoint_says_which_command_made_it(tmp_path, monkeypatch):
 def test_a_header_that_could_not_be_read_is_not_written(tmp_path):
     with pytest.raises(UserError, match="step is nan"):
         save_checkpoint(tmp_path / "c.safetensors", GPT(GPTConfig(**SMALL)), step=math.nan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_header_takes_is_refused_before_training(train, tmp_path):
+    code, _, stderr = train("--out_dir", tmp_path, "--block_size", 2**22 + 1)
+    assert (code, stderr.count("\n")) == (2, 1) and "at most 4194304" in stderr
+    config, world = FitConfig(out_dir=str(tmp_path)), World(0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="dropout is nan"):
+        begin(
+            tmp_path / "run", GPT(GPTConfig(**SMALL)), None, config, world, {"config": {"dropout": math.nan}}
+        )
     assert not list(tmp_path.iterdir())
 
 
