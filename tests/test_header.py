@@ -10,6 +10,7 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 import data
+from attention import attentions
 from config import FitConfig
 from data import ByteTokenizer
 from model import GPT, GPTConfig
@@ -92,6 +93,19 @@ def test_what_a_command_needs_must_be_there_and_the_command_that_made_the_file_i
         with pytest.raises(UserError, match="'python bench.py' made it"):
             load_checkpoint(forged({**header, "command": "python bench.py"}), kind)
         assert load_checkpoint(forged(header))[1] == header  # who needs nothing is content
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie": False}, {"options": {"n_features": 32, "init": "random"}}])
+@pytest.mark.parametrize("name", attentions())
+def test_a_header_claims_no_more_weights_than_an_honest_model_has(tmp_path, name, changes):
+    for position in ("learned", "rope"):
+        try:
+            model = GPT(GPTConfig(**{**SMALL, "attention": name, "position": position, **changes}))
+        except ValueError:  # this attention takes no such option
+            continue
+        config = {**asdict(model.config), "dataset": "text", "data_dir": ""}
+        save_checkpoint(tmp_path / "c.safetensors", model, config=config, tokenizer="bytes")
+        assert load_checkpoint(tmp_path / "c.safetensors", LANGUAGE_MODEL)[1]["config"] == config
 
 
 def test_a_checkpoint_says_which_command_made_it(tmp_path, monkeypatch):
