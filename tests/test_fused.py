@@ -616,7 +616,8 @@ def test_training_follows_a_reader_who_edits_the_source(edit, tmp_path, text):
             losses[version, run.name] = [json.loads(x)["val_loss"] for x in lines if "val_loss" in x][-1]
     for name in names:
         auto, torch_ = (losses["edited", f"{name}-{kernel}"] for kernel in ("auto", "torch"))
-        assert abs(auto - torch_) < 1e-4 < abs(auto - losses["as it is", f"{name}-auto"])
+        effect = abs(auto - losses["as it is", f"{name}-auto"])
+        assert effect > max(4 * abs(auto - torch_), 1e-6), name
 
 
 @pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint", "compile", "trace", "fake"])
