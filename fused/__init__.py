@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from feature_maps import ELU, Hedgehog, Taylor, at_least_float32, without_autocast
@@ -91,8 +92,9 @@ def attend(
 
 
 def is_recorded() -> bool:
-    """Whether what runs now is recorded for later, for other lengths and perhaps other machines."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether what runs now is recorded for later, for other lengths and perhaps other machines; or derived in
+    forward mode. For both, operators of PyTorch run, and no branch depends on a length."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def both_features(phi: nn.Module, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
