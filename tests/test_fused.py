@@ -570,10 +570,11 @@ def test_what_a_reader_edits_in_attention_takes_effect(name, monkeypatch, capsys
 
 
 EDITS = {  # file, what is replaced there, by what, and the attentions whose training it changes
+    # (some maps do not see a factor, others not a shift)
     "features": (
         "feature_maps.py",
         "(x: Tensor, offset: int.*:\n)",
-        r"\1        x = 0.5 * x\n",
+        r"\1        x = 0.5 * x - 0.3\n",
         FEATURE_MAPS,
     ),
     "normalise": (
