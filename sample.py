@@ -57,14 +57,12 @@ def newest_run() -> Path:
 def read_prompt(config: SampleConfig) -> str:
     if config.prompt_file:
         return data.read_text(Path(config.prompt_file))
-    if config.prompt != "-":
-        return config.prompt.encode(errors="ignore").decode()
-    if sys.stdin is None:
+    if (piped := config.prompt == "-") and sys.stdin is None:
         raise UserError("there is no standard input to read the prompt from: use --prompt or --prompt_file")
     try:  # bytes that are not UTF-8 may have been read as surrogates, which cannot be encoded
-        return sys.stdin.read().encode().decode()
+        return (sys.stdin.read() if piped else config.prompt).encode().decode()
     except UnicodeError as e:
-        raise UserError("standard input is not UTF-8 text: convert it first") from e
+        raise UserError(f"{'standard input' if piped else '--prompt'} is not UTF-8 text: convert it") from e
 
 
 def length_of(config: SampleConfig, n_prompt: int, of_model: GPTConfig) -> int:

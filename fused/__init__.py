@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from feature_maps import ELU, Hedgehog, Taylor, at_least_float32, without_autocast
@@ -91,8 +92,9 @@ def attend(
 
 
 def is_recorded() -> bool:
-    """Whether what runs now is recorded for later, for other lengths and perhaps other machines."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether what runs now is recorded for later, for other lengths and other machines, or is derived in
+    forward mode. For both, operators of PyTorch run, and no branch depends on a length."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def both_features(phi: nn.Module, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -255,8 +257,8 @@ def plain_deviations(plain: Callable) -> list[float]:
 
 
 def undisturbed(function: Callable, *args):
-    """function(*args) in a thread of its own: nothing that surrounds the first call of a check reaches it, be it
-    autocast, inference mode, gradient checkpointing (it replaces saved tensors), a compiler or a tracer."""
+    """function(*args) in a thread of its own: nothing around the first call of a check reaches it, neither
+    autocast, inference mode, gradient checkpointing (it replaces saved tensors) nor a compiler or a tracer."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *args).result()
 
@@ -347,7 +349,7 @@ def load_once(name: str, device: str):
 
 
 def verified(kernel, device: str):
-    """The kernel, if it gives Eq. 2's numbers and gradients here: compilers and cards are not taken on trust."""
+    """The kernel, if its numbers and gradients here are Eq. 2's: compilers and cards are not taken on trust."""
     try:
         errors = undisturbed(kernel_deviations, kernel, device)
     except Exception as e:  # whatever a driver may raise

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
 
 def results(n: int) -> str:
@@ -169,4 +170,6 @@ def dense(maps: list[Tensor] | None) -> list[Tensor | None]:
 
 
 def innermost_dense(x: Tensor) -> Tensor:
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("a compiled kernel has no derivative in forward mode: use kernel auto or torch")
     return x if x.stride(-1) == 1 else x.contiguous()

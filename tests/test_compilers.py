@@ -89,6 +89,30 @@ def test_a_second_derivative_is_an_error_and_not_zero(kernel):
         dq.square().sum().backward()
 
 
+@pytest.mark.parametrize("kernel_name", ["auto", "torch", "cpp"])
+@pytest.mark.parametrize("T", [10, 40])
+def test_a_derivative_in_forward_mode_is_right_or_an_error(kernel_name, T):
+    """Never zero: the operators know the other mode alone."""
+    try:
+        fused.use(kernel_name)
+    except fused.Unavailable as e:
+        pytest.skip(str(e))
+    attn, (q, k, v), along = (
+        LinearAttention(make_feature_map("hedgehog", 2, 8)),
+        inputs(T=T),
+        inputs(T=T + 1)[0],
+    )
+    along = along[:, :, :T]
+    leaf = q.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(attn(leaf, k, v).square().sum(), leaf)
+    if kernel_name == "cpp":
+        with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+            torch.func.jvp(lambda q: attn(q, k, v).square().sum(), (q,), (along,))
+    else:
+        _, found = torch.func.jvp(lambda q: attn(q, k, v).square().sum(), (q,), (along,))
+        torch.testing.assert_close(found, (gradient * along).sum(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("T", [0, 1, 7, 64, 65, 200])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_all_chunks_at_once_are_the_chunks_in_order(T, with_state):

@@ -570,10 +570,11 @@ def test_what_a_reader_edits_in_attention_takes_effect(name, monkeypatch, capsys
 
 
 EDITS = {  # file, what is replaced there, by what, and the attentions whose training it changes
+    # (some maps do not see a factor, others not a shift)
     "features": (
         "feature_maps.py",
         "(x: Tensor, offset: int.*:\n)",
-        r"\1        x = 0.5 * x\n",
+        r"\1        x = 0.5 * x - 0.3\n",
         FEATURE_MAPS,
     ),
     "normalise": (
@@ -616,7 +617,8 @@ def test_training_follows_a_reader_who_edits_the_source(edit, tmp_path, text):
             losses[version, run.name] = [json.loads(x)["val_loss"] for x in lines if "val_loss" in x][-1]
     for name in names:
         auto, torch_ = (losses["edited", f"{name}-{kernel}"] for kernel in ("auto", "torch"))
-        assert abs(auto - torch_) < 1e-4 < abs(auto - losses["as it is", f"{name}-auto"])
+        effect = abs(auto - losses["as it is", f"{name}-auto"])
+        assert effect > max(4 * abs(auto - torch_), 1e-6), name
 
 
 @pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint", "compile", "trace", "fake"])

@@ -704,3 +704,7 @@ def test_bytes_that_are_not_text_are_one_line(train, command, tmp_path, monkeypa
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
         code, _, stderr = command("sample", tmp_path / "run", "--prompt", "-")
         assert code == 2 and "standard input is not UTF-8 text" in stderr
+    code, _, stderr = command(
+        "sample", tmp_path / "run", "--prompt", "caf\udce9"
+    )  # as Python reads that argument
+    assert code == 2 and "--prompt is not UTF-8 text" in stderr and stderr.count("\n") == 1
