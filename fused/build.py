@@ -34,6 +34,8 @@ def load_cpp(source: Path) -> SimpleNamespace:
         raise Unavailable("chunked.cpp is written for GCC and Clang")
     capability = torch.backends.cpu.get_cpu_capability()
     flags, compiler = flags_for(capability), os.environ.get("CXX", "c++")
+    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        flags.append("-mavx512bf16")
     key = hashlib.sha256(
         source.read_bytes() + f"{torch.__version__} {flags} {compiler}".encode()
     ).hexdigest()[:16]

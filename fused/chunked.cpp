@@ -15,48 +15,75 @@
 //     the three inputs   dQ = dA K + dN S^T + dd z^T,  dK = dA^T Q + V dS^T + 1 dz^T,  dV = A^T dN + K dS
 //     the state before   dS <- dS + Q^T dN,  dz <- dz + Q^T dd
 //
-// Everything is a product of small matrices that stay in the cache, and one routine makes them all: `product`.
-// Its right-hand matrix is read in vectors along its rows, its left-hand one element by element, with any strides.
-// So whatever is a right-hand matrix somewhere is kept that way round: features as Q^T, K^T (F, n): the softmax over
-// features then runs down a column, 16 tokens in a vector, without horizontal sums; scores as A^T (keys, queries).
+// Everything is a product of small matrices that stay in the cache, and `product` makes them all, of one of two types T:
 //
-// Everything is float32; q, k, v and dy may be bfloat16. For backward, forward keeps only (S, z) before every GROUP
-// chunks: F D / (GROUP n) floats a token. With few heads, threads share a sequence: it is cut into segments of whole
-// groups, the sum of K^T V of each segment comes first, then all segments run at once (backward: the sums of Q^T dN).
+//     float       one routine, below: its right-hand matrix is read in vectors along its rows, its left-hand one element
+//                 by element, with any strides
+//     BFloat16    oneDNN's, which PyTorch exports: AMX or AVX512-BF16, with float32 sums. Both matrices are rounded
+//                 copies, in the order that the processor wants (`left`, `right`)
+//
+// Float32 are, in both types, the softmax over features, the denominators, the state and all sums. T is BFloat16 if q, k
+// and v are, and the processor multiplies it. What is a right-hand matrix somewhere is kept that way round: features as
+// Q^T, K^T (F, n): the softmax over features then runs down a column, 16 tokens in a vector, without horizontal sums.
+//
+// For backward, forward keeps only (S, z) before every GROUP chunks: F D / (GROUP n) floats a token. With few heads,
+// threads share a sequence: it is cut into segments of whole groups, the sum of K^T V of each segment comes first, then
+// all segments run at once (backward: the sums of Q^T dN).
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <c10/util/Unroll.h>
 #include <torch/library.h>
+#ifdef __AVX512BF16__  // build.py says so for processors that multiply bfloat16, by AMX or in vectors
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
+using at::BFloat16;
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t W = Vec::size();  // floats in a vector: 16 (AVX512), 8 (AVX2) or 4 (NEON)
-constexpr int64_t BLOCK = 16;       // tokens: scores are skipped above the diagonal in blocks of this size
 constexpr int64_t GROUP = 4;        // chunks: backward is given the state before each group, and makes those between
+template <class T>                  // what is multiplied: float or BFloat16
+constexpr int64_t ALIGN = W * sizeof(float) / sizeof(T);  // numbers in a vector
+template <class T>
+constexpr int64_t BLOCK = sizeof(T) == 2 ? 32 : 16;  // tokens: above the diagonal, blocks of scores are skipped
+template <class T>
+constexpr bool rounds = sizeof(T) == 2;
 constexpr float FLOOR = 1e-15f, CEIL = 1e15f;  // feature_maps.py
 
 int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // ---------------------------------------------------------------- products of small matrices
 
-struct Left {  // the left-hand matrix: element (i, k) is p[i * row + k * col]
-  const float* p;
+template <class T>
+struct Left {  // the left-hand matrix: element (i, k) is p[i * row + k * col]; in bfloat16 col is 1
+  const T* p;
   int64_t row, col;
+  Left at(int64_t i, int64_t k) const { return {p + i * row + k * col, row, col}; }
+};
+
+template <class T>
+struct Right {  // the right-hand matrix: rows of ld numbers; in bfloat16 rows 2 k and 2 k + 1 take turns at each number
+  const T* p;
+  int64_t ld;
+  Right at(int64_t k, int64_t j) const { return {p + k * ld + (sizeof(T) == 2 ? 2 : 1) * j, ld}; }
 };
 
 // C (R rows, N vectors) = A B, or C + A B, in registers
 template <int R, int N>
-void tile(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t depth, bool add) {
+void tile(float* C, int64_t ldc, Left<float> A, const float* B, int64_t ldb, int64_t depth, bool add) {
   Vec c[R * N];
   if (add) c10::ForcedUnroll<R * N>{}([&](auto i) { c[i] = Vec::loadu(C + i / N * ldc + i % N * W); });
   for (int64_t k = 0; k < depth; ++k) {
@@ -72,11 +99,11 @@ void tile(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t de
 
 // N vectors of columns: the rows in equal tiles of at most 6
 template <int N>
-void columns(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t rows, int64_t depth, bool add) {
+void columns(float* C, int64_t ldc, Left<float> A, const float* B, int64_t ldb, int64_t rows, int64_t depth, bool add) {
   const int64_t tiles = (rows + 5) / 6;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i = rows * t / tiles;
-    const Left a{A.p + i * A.row, A.row, A.col};
+    const Left<float> a = A.at(i, 0);
     switch (rows * (t + 1) / tiles - i) {
       case 6: tile<6, N>(C + i * ldc, ldc, a, B, ldb, depth, add); break;
       case 5: tile<5, N>(C + i * ldc, ldc, a, B, ldb, depth, add); break;
@@ -89,24 +116,25 @@ void columns(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t
 }
 
 // C (rows, cols) = A B, or C + A B; A is (rows, depth), B (depth, cols); cols is a multiple of W
-void product(float* C, int64_t ldc, Left A, const float* B, int64_t ldb, int64_t rows, int64_t cols, int64_t depth,
+void product(float* C, int64_t ldc, Left<float> A, Right<float> B, int64_t rows, int64_t cols, int64_t depth,
              bool add) {
   constexpr int N = W == 8 ? 2 : 4;  // 6 N sums, N vectors of B and one of A fit the registers: 16 of AVX2, 32 else
   int64_t j = 0;
-  for (; j + N * W <= cols; j += N * W) columns<N>(C + j, ldc, A, B + j, ldb, rows, depth, add);
+  for (; j + N * W <= cols; j += N * W) columns<N>(C + j, ldc, A, B.p + j, B.ld, rows, depth, add);
   switch ((cols - j) / W) {
-    case 3: columns<3>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
-    case 2: columns<2>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
-    case 1: columns<1>(C + j, ldc, A, B + j, ldb, rows, depth, add); break;
+    case 3: columns<3>(C + j, ldc, A, B.p + j, B.ld, rows, depth, add); break;
+    case 2: columns<2>(C + j, ldc, A, B.p + j, B.ld, rows, depth, add); break;
+    case 1: columns<1>(C + j, ldc, A, B.p + j, B.ld, rows, depth, add); break;
   }
 }
 
-// B (cols, rows) = A^T; rows and cols are multiples of W
-void transpose(const float* A, int64_t lda, float* B, int64_t ldb, int64_t rows, int64_t cols) {
+// A transposed matrix of 32-bit words, B (cols, rows); load(i, j) is the vector at row i, column j
+template <class Load>
+void transpose(const Load& load, float* B, int64_t ldb, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; i += W)
     for (int64_t j = 0; j < cols; j += W) {
       Vec x[W], y[W];
-      for (int r = 0; r < W; ++r) x[r] = Vec::loadu(A + (i + r) * lda + j);
+      for (int r = 0; r < W; ++r) x[r] = load(i + r, j);
 #pragma GCC unroll 4
       for (int step = 1; step < W; step *= 2) {  // a perfect shuffle, log2(W) times
 #pragma GCC unroll 8
@@ -118,6 +146,80 @@ void transpose(const float* A, int64_t lda, float* B, int64_t ldb, int64_t rows,
       for (int r = 0; r < W; ++r) x[r].store(B + (j + r) * ldb + i);
     }
 }
+
+// B (cols, rows) = A^T; rows and cols are multiples of W
+void transpose(const float* A, int64_t lda, float* B, int64_t ldb, int64_t rows, int64_t cols) {
+  transpose([=](int64_t i, int64_t j) { return Vec::loadu(A + i * lda + j); }, B, ldb, rows, cols);
+}
+
+// The float32 matrix A (rows, cols), or A^T, as a product takes it. Numbers of type float stay where they are, unless
+// a right-hand matrix is transposed. BFloat16 is rounded, into `to`. A has room for whole vectors both ways, and zeros
+// there.
+
+Left<float> left(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, ld, 1}; }
+Left<float> left_transposed(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, 1, ld}; }
+Right<float> right(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, ld}; }
+Right<float> right_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, float* to) {
+  transpose(A, ld, to, rows, rows, cols);
+  return {to, rows};
+}
+
+#ifdef __AVX512BF16__
+// 16 pairs of numbers: side by side in a row, or one below the other
+struct InRow {
+  const float* A;
+  int64_t ld;
+  Vec operator()(int64_t i, int64_t j) const {
+    const float* p = A + i * ld + 2 * j;
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + W), _mm512_loadu_ps(p)));
+  }
+};
+struct InColumn {
+  const float* A;
+  int64_t ld;
+  Vec operator()(int64_t i, int64_t j) const {
+    const float* p = A + 2 * i * ld + j;
+    const __m512bh two = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + ld), _mm512_loadu_ps(p));
+    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i turns = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(turns, (__m512i)two));
+  }
+};
+
+template <class Pairs>
+void copy(const Pairs& pairs, BFloat16* to, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; j += W) pairs(i, j).store(to + 2 * (i * cols + j));
+}
+
+Left<BFloat16> left(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  cols = round_up(cols, 2 * W);
+  copy(InRow{A, ld}, to, rows, cols / 2);
+  return {to, cols, 1};
+}
+Left<BFloat16> left_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  rows = round_up(rows, 2 * W);
+  transpose(InColumn{A, ld}, reinterpret_cast<float*>(to), rows / 2, rows / 2, cols);
+  return {to, rows, 1};
+}
+Right<BFloat16> right(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  copy(InColumn{A, ld}, to, (rows + 1) / 2, cols);
+  return {to, cols};
+}
+Right<BFloat16> right_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  cols = round_up(cols, 2 * W);
+  transpose(InRow{A, ld}, reinterpret_cast<float*>(to), rows, rows, cols / 2);
+  return {to, rows};
+}
+
+void product(float* C, int64_t ldc, Left<BFloat16> A, Right<BFloat16> B, int64_t rows, int64_t cols, int64_t depth,
+             bool add) {
+  at::native::cpublas::brgemm(rows, cols, round_up(depth, 2), A.row, B.ld, ldc, add, A.p, B.p, C);
+}
+#endif
+
+template <class T>
+float rounded(float x) { return static_cast<float>(static_cast<T>(x)); }
 
 float dot(const float* a, const float* b, int64_t n) {
   return at::vec::map2_reduce_all<float>(
@@ -133,15 +235,20 @@ float sum(Vec x) {
 struct Sizes {
   int64_t B, H, T, F, D;      // D: of the values
   int64_t n, chunks;          // tokens in a chunk; chunks in the sequence
-  int64_t ldd;                // D rounded up to whole vectors: rows of V, S, y
+  int64_t ldx, ldf, ldd;      // width of q, F and D rounded up to whole vectors
   int64_t segments;           // pieces of a sequence that run at once
 
-  Sizes(const Tensor& q, const Tensor& v, int64_t features)
-      : B(q.size(0)), H(q.size(1)), T(q.size(2)), F(features), D(v.size(3)) {
-    n = std::max<int64_t>(64, round_up(D, BLOCK));
-    chunks = (T + n - 1) / n;
-    ldd = round_up(D, W);
-    segments = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads() / std::max<int64_t>(1, B * H), groups()));
+  template <class Number>
+  static Sizes of(const Tensor& q, const Tensor& v, bool mapped) {
+    Sizes s{q.size(0), q.size(1), q.size(2), q.size(3) * (mapped ? 2 : 1), v.size(3)};
+    s.n = round_up(s.T <= 128 ? std::max<int64_t>(s.T, 1) : std::max<int64_t>(64, s.D), 32);  // whole blocks
+    s.chunks = (s.T + s.n - 1) / s.n;
+    s.ldx = round_up(q.size(3), ALIGN<Number>);
+    s.ldf = round_up(s.F, ALIGN<Number>);
+    s.ldd = round_up(s.D, ALIGN<Number>);
+    s.segments = std::max<int64_t>(
+        1, std::min<int64_t>(at::get_num_threads() / std::max<int64_t>(1, s.B * s.H), s.groups()));
+    return s;
   }
   int64_t groups() const { return (chunks + GROUP - 1) / GROUP; }
   int64_t first_chunk(int64_t segment) const { return std::min(chunks, groups() * segment / segments * GROUP); }
@@ -176,6 +283,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq
   if (mask) is(*mask, {B, q.size(2)}, at::kBool, "key_mask");
 }
 
+template <class Number>
 class Workspace {  // one allocation for all the small matrices of a thread
  public:
   explicit Workspace(std::initializer_list<int64_t> sizes) {
@@ -185,26 +293,51 @@ class Workspace {  // one allocation for all the small matrices of a thread
     float* p = memory_.mutable_data_ptr<float>();
     for (int64_t size : sizes) parts_.push_back(p), p += round_up(size, 16);
   }
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+#ifdef __AVX512BF16__
+    if (sizeof(Number) == 2) at::native::cpublas::brgemm_release();
+#endif
+  }
   float* operator[](int i) const { return parts_[i]; }
+  Number* copy(int i) const { return reinterpret_cast<Number*>(parts_[i]); }
 
  private:
   Tensor memory_;
   std::vector<float*> parts_;
 };
 
-// tokens t .. t + count of one head of x (B, H, T, width), float32 or bfloat16, into rows (n, ld) filled up with zeros
-void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, float* rows, int64_t ld) {
+Vec load_vec(const float* p) { return Vec::loadu(p); }
+Vec load_vec(const BFloat16* p) {
+  Vec x;
+  at::vec::load_to_float(p, x);
+  return x;
+}
+
+void widen(const float* from, float* to, int64_t n) { std::copy_n(from, n, to); }
+void widen(const BFloat16* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (Vec x; i + W <= n; i += W) at::vec::load_to_float(from + i, x), x.store(to + i);
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// tokens t .. t + count of one head of x (B, H, T, width), float32 or bfloat16, into rows (n, ld) filled up with zeros;
+// less the centre
+void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, float* rows, int64_t ld,
+          const float* centre = nullptr) {
   const int64_t H = x.size(1), width = x.size(3), stride = x.stride(2);
   const int64_t start = head / H * x.stride(0) + head % H * x.stride(1) + t * x.stride(2);
   auto copy = [&](auto* p) {
     for (int64_t i = 0; i < count; ++i, p += stride) {
       for (int64_t d = 0; d < width; d += 64 / sizeof(*p)) __builtin_prefetch(p + n * stride + d, 0, 2);
-      std::copy_n(p, width, rows + i * ld);
+      widen(p, rows + i * ld, width);
       std::fill(rows + i * ld + width, rows + (i + 1) * ld, 0.f);
+      for (int64_t d = 0; centre && d < ld; d += W)
+        (Vec::loadu(rows + i * ld + d) - Vec::loadu(centre + d)).store(rows + i * ld + d);
     }
   };
   if (x.scalar_type() == at::kFloat) copy(x.const_data_ptr<float>() + start);
-  else copy(x.const_data_ptr<at::BFloat16>() + start);
+  else copy(x.const_data_ptr<BFloat16>() + start);
   std::fill(rows + count * ld, rows + n * ld, 0.f);
 }
 
@@ -238,6 +371,23 @@ struct State {
     for (int64_t f = 0; f < s.F; ++f) std::copy_n(from + f * s.ldd, s.D, to + f * s.D);
     std::copy_n(from + s.F * s.ldd, s.F, z.mutable_data_ptr<float>() + head * s.F);
   }
+  // c (ldd): the mean of the v in a state, zeros without any
+  static void mean(const float* state, const Sizes& s, float* c) {
+    const float *z = state + s.F * s.ldd, total = std::accumulate(z, z + s.F, 0.f);
+    std::fill_n(c, s.ldd, 0.f);
+    for (int64_t f = 0; f < s.F; ++f)
+      for (int64_t e = 0; e < s.ldd; ++e) c[e] += state[f * s.ldd + e];
+    for (int64_t e = 0; e < s.ldd; ++e) c[e] = total > 0 ? c[e] / total : 0.f;
+  }
+  // to (F, ldd) = S - z c^T
+  static const float* centred(const float* state, const Sizes& s, const float* c, float* to) {
+    for (int64_t f = 0; f < s.F; ++f)
+      for (int64_t e = 0; e < s.ldd; ++e) to[f * s.ldd + e] = state[f * s.ldd + e] - state[s.F * s.ldd + f] * c[e];
+    return to;
+  }
+  static bool any(const float* state, const Sizes& s) {  // whether it is not zero
+    return std::any_of(state, state + size(s), [](float x) { return x != 0; });
+  }
   static void add(float* to, const float* from, const Sizes& s) {
     for (int64_t i = 0; i < size(s); ++i) to[i] += from[i];
   }
@@ -245,35 +395,63 @@ struct State {
 
 // ---------------------------------------------------------------- the queries or the keys, and their features
 
+template <class T>
+struct Map {  // W of one head, ready for products
+  Left<T> W, WT, rest;  // rest: what W^T loses when it is rounded
+  bool rounded = false;  // whether it loses anything
+};
+
 struct Side {
   Tensor x;               // (B, H, T, width): what the map sees; without a map, the features
   Optional weight, bias;  // (H, width, width), (H, 1, width)
   Optional mask;          // (B, T): keys only
 
   int64_t width() const { return x.size(3); }
-  int64_t ld() const { return round_up(width(), W); }
   bool mapped() const { return weight.has_value(); }
-  int64_t n_features() const { return mapped() ? 2 * width() : width(); }
   const float* head_weight(int64_t head) const {
     return weight->const_data_ptr<float>() + head % x.size(1) * width() * width();
   }
 
-  // features PT (F, n) of a chunk; X (n, ld) and XT (ld, n) are left for backward
-  void features(const Sizes& s, int64_t head, int64_t chunk, float* X, float* XT, float* PT) const {
-    const int64_t t = chunk * s.n, count = s.tokens(chunk), D = width(), n = s.n;
-    load(x, head, t, count, n, X, ld());
-    if (mapped()) {
-      for (int64_t i = 0; i < n * ld(); i += W)
-        at::vec::clamp(Vec::loadu(X + i), Vec(-CEIL), Vec(CEIL)).store(X + i);
-      transpose(X, ld(), XT, n, n, ld());
-      const float* b = bias->const_data_ptr<float>() + head % x.size(1) * D;
-      for (int64_t e = 0; e < D; ++e) std::fill_n(PT + e * n, n, b[e]);
-      product(PT, n, {head_weight(head), 1, D}, XT, n, D, n, D, true);  // u^T = W^T x^T + b
-      for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, D, n);
-    } else {
-      transpose(X, ld(), XT, n, n, ld());
-      std::copy_n(XT, D * n, PT);
+  Map<float> map(const Sizes&, int64_t head, float*) const {
+    if (!mapped()) return {};
+    const float* p = head_weight(head);
+    return {{p, width(), 1}, {p, 1, width()}, {}, false};
+  }
+#ifdef __AVX512BF16__
+  Map<BFloat16> map(const Sizes& s, int64_t head, BFloat16* to) const {
+    if (!mapped()) return {};
+    const int64_t D = width(), ld = s.ldx;
+    std::vector<float> weight(ld * ld, 0.f);
+    for (int64_t d = 0; d < D; ++d) std::copy_n(head_weight(head) + d * D, D, weight.data() + d * ld);
+    Map<BFloat16> map{left(weight.data(), ld, ld, ld, to), left_transposed(weight.data(), ld, ld, ld, to + ld * ld)};
+    for (int64_t i = 0; i < ld * ld; i += W) {
+      Vec rounded, exact = Vec::loadu(weight.data() + i);
+      at::vec::load_to_float(to + i, rounded);
+      map.rounded |= (exact != rounded).zero_mask() != (1 << W) - 1;
+      (exact - rounded).store(weight.data() + i);
     }
+    if (map.rounded) map.rest = left_transposed(weight.data(), ld, ld, ld, to + 2 * ld * ld);
+    return map;
+  }
+#endif
+
+  // features PT (F, n) of a chunk; X (n, ldx) is left for backward, XT is scratch
+  template <class T>
+  void features(const Sizes& s, const Map<T>& map, int64_t head, int64_t chunk, float* X, T* XT, float* PT) const {
+    const int64_t t = chunk * s.n, count = s.tokens(chunk), D = width(), n = s.n;
+    load(x, head, t, count, n, X, s.ldx);
+    if (mapped()) {
+      for (int64_t i = 0; i < n * s.ldx; i += W)
+        at::vec::clamp(Vec::loadu(X + i), Vec(-CEIL), Vec(CEIL)).store(X + i);
+      const Right<T> xT = right_transposed(X, s.ldx, n, s.ldx, XT);
+      const float* b = bias->const_data_ptr<float>() + head % x.size(1) * D;
+      product(PT, n, map.WT, xT, D, n, D, false);  // u^T = W^T x^T + b
+      if (map.rounded) product(PT, n, map.rest, xT, D, n, D, true);
+      for (int64_t i = 0; i < n; i += W) hedgehog<T>(PT + i, PT + D * n + i, b, D, n);
+    } else {
+      transpose(X, s.ldx, PT, n, n, s.ldx);
+    }
+    std::fill(PT + s.F * n, PT + s.ldf * n, 0.f);
     hide(s, head, chunk, PT);
   }
 
@@ -286,11 +464,20 @@ struct Side {
         for (int64_t f = 0; f < s.F; ++f) PT[f * s.n + j] = 0.f;
   }
 
-  // W tokens, one in each lane: u (D rows) becomes softmax(u) in p and softmax(-u) in m
-  static void hedgehog(float* p, float* m, int64_t D, int64_t n) {
-    Vec top = Vec::loadu(p), low = top, sum_p(0.f), sum_m(0.f);
+  template <class T>
+  static Vec exp(Vec x) { return x.exp_u20(); }
+  template <class T>
+  static Vec reciprocal(Vec x) { return Vec(1.f) / x; }
+
+  template <class T>
+  static Vec rounded(Vec x) { return x; }
+
+  // W tokens, one in each lane: u - b (D rows) becomes softmax(u) in p and softmax(-u) in m
+  template <class T>
+  static void hedgehog(float* p, float* m, const float* b, int64_t D, int64_t n) {
+    Vec top = Vec::loadu(p) + Vec(b[0]), low = top, sum_p(0.f), sum_m(0.f);
     for (int64_t d = 1; d < D; ++d) {
-      const Vec u = Vec::loadu(p + d * n);
+      const Vec u = Vec::loadu(p + d * n) + Vec(b[d]);
       top = at::vec::maximum(top, u), low = at::vec::minimum(low, u);
     }
     // exp(low - u) = exp(low - top) / exp(u - top), whose constant factor cancels: a division instead of a second
@@ -298,28 +485,28 @@ struct Side {
     const Vec narrow = (top - low) <= Vec(80.f);
     const bool all = narrow.zero_mask() == 0;
     for (int64_t d = 0; d < D; ++d) {
-      const Vec u = Vec::loadu(p + d * n), e = (u - top).exp_u20();
-      Vec f = Vec(1.f) / e;
-      if (!all) f = Vec::blendv((low - u).exp_u20(), f, narrow);
+      const Vec u = Vec::loadu(p + d * n) + Vec(b[d]), e = exp<T>(u - top);
+      Vec f = reciprocal<T>(e);
+      if (!all) f = Vec::blendv(exp<T>(low - u), f, narrow);
       sum_p += e, sum_m += f;
       e.store(p + d * n), f.store(m + d * n);
     }
     sum_p = Vec(1.f) / sum_p, sum_m = Vec(1.f) / sum_m;
     for (int64_t d = 0; d < D; ++d) {
-      at::vec::fmadd(Vec::loadu(p + d * n), sum_p, Vec(FLOOR)).store(p + d * n);
-      at::vec::fmadd(Vec::loadu(m + d * n), sum_m, Vec(FLOOR)).store(m + d * n);
+      rounded<T>(at::vec::fmadd(Vec::loadu(p + d * n), sum_p, Vec(FLOOR))).store(p + d * n);
+      rounded<T>(at::vec::fmadd(Vec::loadu(m + d * n), sum_m, Vec(FLOOR))).store(m + d * n);
     }
   }
 
   // features (F) of the only token of a head; x is scratch
   void token(int64_t head, float* x_, float* phi) const {
     const int64_t D = width();
-    load(x, head, 0, 1, 1, x_, ld());
+    load(x, head, 0, 1, 1, x_, round_up(D, W));
     if (!mapped()) return void(std::copy_n(x_, D, phi));
     const float *weight = head_weight(head), *b = bias->const_data_ptr<float>() + head % x.size(1) * D;
     for (int64_t d = 0; d < D; ++d) x_[d] = x_[d] < -CEIL ? -CEIL : x_[d] > CEIL ? CEIL : x_[d];
     std::copy_n(b, D, phi);
-    product(phi, D, {x_, D, 1}, weight, D, 1, D / W * W, D, true);  // u = x W + b
+    product(phi, D, Left<float>{x_, D, 1}, Right<float>{weight, D}, 1, D / W * W, D, true);  // u = x W + b
     for (int64_t e = D / W * W; e < D; ++e)
       for (int64_t d = 0; d < D; ++d) phi[e] += x_[d] * weight[d * D + e];
     for (int64_t e = 0; e < D; ++e) phi[D + e] = -phi[e];
@@ -334,18 +521,33 @@ struct Side {
   }
 };
 
-// AT (n, n) = K Q^T, one row for each key, zero where the query comes before the key
-void scores(const Sizes& s, const float* KT, const float* QT, float* AT) {
+#ifdef __AVX512BF16__  // to 1e-4, which rounding would lose
+template <>
+Vec Side::exp<BFloat16>(Vec x) { return x.fexp_u20(); }
+template <>
+Vec Side::reciprocal<BFloat16>(Vec x) { return _mm512_rcp14_ps(x); }
+template <>
+Vec Side::rounded<BFloat16>(Vec x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+#endif
+
+// Scores (n, n) = Q K^T, a row for each query, zero where the key comes later; or, upper, K Q^T, a row for each key
+template <class T>
+void scores(const Sizes& s, Left<T> Q, Right<T> KT, bool upper, float* A) {
   const int64_t n = s.n;
-  for (int64_t j = 0; j < n; j += BLOCK) {
-    product(AT + j * n + j, n, {KT + j, 1, n}, QT + j, n, BLOCK, n - j, s.F, false);
-    for (int64_t row = j; row < j + BLOCK; ++row) std::fill(AT + row * n + j, AT + row * n + row, 0.f);
+  for (int64_t i = 0; i < n; i += BLOCK<T>) {
+    const int64_t begin = upper ? i : 0, end = upper ? n : i + BLOCK<T>;
+    product(A + i * n + begin, n, Q.at(i, 0), KT.at(0, begin), BLOCK<T>, end - begin, s.F, false);
+    for (int64_t row = i; row < i + BLOCK<T>; ++row)
+      std::fill(A + row * n + (upper ? begin : row + 1), A + row * n + (upper ? row : end), 0.f);
   }
 }
 
 // S += K^T V, z += K^T c, with c = 1 (nullptr) for keys and values; for queries and (dN, dd) c = dd
-void accumulate(const Sizes& s, const float* KT, const float* V, const float* c, float* state) {
-  product(state, s.ldd, {KT, s.n, 1}, V, s.ldd, s.F, s.ldd, s.n, true);
+template <class T>
+void accumulate(const Sizes& s, const float* KT, Left<T> KT_, Right<T> V, const float* c, float* state) {
+  product(state, s.ldd, KT_, V, s.F, s.ldd, s.n, true);
   for (int64_t f = 0; f < s.F; ++f) {
     Vec total(0.f);
     for (int64_t i = 0; i < s.n; i += W) {
@@ -357,20 +559,19 @@ void accumulate(const Sizes& s, const float* KT, const float* V, const float* c,
 }
 
 // The state before each segment (or, from_end, after it): `first` (B H, State::size), plus the sums over the
-// segments on the way there, which `add_chunk(workspace, head, chunk, state)` makes
-template <class AddChunk>
+// segments on the way there, which `add_chunks(workspace, head, first chunk, last, state)` makes
+template <class T, class AddChunks>
 void between_segments(const Sizes& s, Tensor& first, bool from_end, std::initializer_list<int64_t> sizes,
-                      const AddChunk& add_chunk) {
+                      const AddChunks& add_chunks) {
   if (s.segments == 1) return;
   const int64_t heads = s.B * s.H, size = State::size(s);
   Tensor sums = at::zeros({s.segments, heads, size}, at::kFloat);
   float *sum = sums.mutable_data_ptr<float>(), *to = first.mutable_data_ptr<float>();
   at::parallel_for(0, heads * (s.segments - 1), 1, [&](int64_t begin, int64_t end) {
-    const Workspace w(sizes);
+    const Workspace<T> w(sizes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads + from_end, head = task % heads;
-      for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c)
-        add_chunk(w, head, c, sum + (segment * heads + head) * size);
+      add_chunks(w, head, s.first_chunk(segment), s.first_chunk(segment + 1), sum + (segment * heads + head) * size);
     }
   });
   for (int64_t i = 1; i < s.segments; ++i) {
@@ -388,62 +589,77 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // y (B, H, T, D), d (B, H, T), the new state S (B, H, F, D) and z (B, H, F), and states for backward.
 // `keep`: make states; `carry`: make the new state (without it S and z are of no use).
-Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
-                const Optional& Wk, const Optional& bk, const Optional& S0, const Optional& z0, const Optional& mask,
-                bool keep, bool carry) {
-  check(q, k, v, Wq, bq, Wk, bk, S0, z0, mask);
+template <class T>
+Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
+                   const Optional& Wk, const Optional& bk, const Optional& S0, const Optional& z0,
+                   const Optional& mask, bool keep, bool carry) {
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
-  const Sizes s(q, v, queries.n_features());
+  const Sizes s = Sizes::of<T>(q, v, Wq.has_value());
   const int64_t heads = s.B * s.H, n = s.n, size = State::size(s);
   Tensor y = at::empty({s.B, s.H, s.T, s.D}, at::kFloat), d = at::empty({s.B, s.H, s.T}, at::kFloat);
   Tensor S = at::empty({s.B, s.H, s.F, s.D}, at::kFloat), z = at::empty({s.B, s.H, s.F}, at::kFloat);
   Tensor states = at::empty({keep ? heads : 0, s.groups(), size}, at::kFloat);
   Tensor before = State::at_segment(S0, z0, s, 0);  // the state before each segment, and then within it
 
-  const std::initializer_list<int64_t> sizes{n * keys.ld(), keys.ld() * n, s.F * n, s.F * n, n * n, n * s.ldd,
-                                             n * s.ldd};
-  between_segments(s, before, false, sizes, [&](const Workspace& w, int64_t head, int64_t chunk, float* state) {
-    float *X = w[0], *XT = w[1], *KT = w[2], *V = w[5];
-    keys.features(s, head, chunk, X, XT, KT);
-    load(v, head, chunk * n, s.tokens(chunk), n, V, s.ldd);
-    accumulate(s, KT, V, nullptr, state);
+  const std::initializer_list<int64_t> sizes{
+      n * s.ldx, s.ldx * n, s.ldf * n, s.ldf * n, n * n, n * s.ldd, n * s.ldd, n * s.ldf, s.ldf * n, s.ldf * n, n * n,
+      n * s.ldd, s.ldf * s.ldd, 3 * s.ldx * s.ldx, 3 * s.ldx * s.ldx, n, s.ldf * s.ldd, s.ldd};
+  between_segments<T>(s, before, false, sizes, [&](const Workspace<T>& w, int64_t head, int64_t c, int64_t end,
+                                                   float* state) {
+    float *X = w[0], *KT = w[2], *V = w[5];
+    const Map<T> map = keys.map(s, head, w.copy(13));
+    for (; c < end; ++c) {
+      keys.features(s, map, head, c, X, w.copy(1), KT);
+      load(v, head, c * n, s.tokens(c), n, V, s.ldd);
+      accumulate(s, KT, left(KT, n, s.F, n, w.copy(9)), right(V, s.ldd, n, s.ldd, w.copy(11)), nullptr, state);
+    }
   });
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace w(sizes);
-    float *X = w[0], *XT = w[1], *KT = w[2], *QT = w[3], *AT = w[4], *V = w[5], *N = w[6];
+    const Workspace<T> w(sizes);
+    float *X = w[0], *KT = w[2], *QT = w[3], *A = w[4], *V = w[5], *N = w[6], *Qz = w[15], *centred = w[16],
+          *mean = w[17];
+    T* XT = w.copy(1);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
       float* state = before.mutable_data_ptr<float>() + task * size;
+      const Map<T> map_q = queries.map(s, head, w.copy(13)), map_k = keys.map(s, head, w.copy(14));
       for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
         const int64_t t = c * n, count = s.tokens(c);
         const bool past = c > 0 || S0;
+        std::fill_n(mean, s.ldd, 0.f);
         if (keep && c % GROUP == 0)
           std::copy_n(state, size, states.mutable_data_ptr<float>() + (head * s.groups() + c / GROUP) * size);
-        queries.features(s, head, c, X, XT, QT);
-        keys.features(s, head, c, X, XT, KT);
+        queries.features(s, map_q, head, c, X, XT, QT);
+        keys.features(s, map_k, head, c, X, XT, KT);
         load(v, head, t, count, n, V, s.ldd);
-        scores(s, KT, QT, AT);
+        const Left<T> Q = left_transposed(QT, n, s.F, n, w.copy(7));
+        const Right<T> U = right(V, s.ldd, n, s.ldd, w.copy(11));
 
-        if (past) product(N, s.ldd, {QT, 1, n}, state, s.ldd, n, s.ldd, s.F, false);  // N = Q S
-        for (int64_t i = 0; i < n; i += BLOCK)                                        //   + A V, of keys j < i + BLOCK
-          product(N + i * s.ldd, s.ldd, {AT + i, 1, n}, V, s.ldd, BLOCK, s.ldd, i + BLOCK, past);
+        scores(s, Q, right(KT, n, s.F, n, w.copy(8)), false, A);
+        const Left<T> weights = left(A, n, n, n, w.copy(10));
+        if (past) {  // N = Q S, which in bfloat16 is Q (S - z c^T) + Q z c^T: see backward
+          const float* of = state;
+          if (rounds<T>) State::mean(state, s, mean), of = State::centred(state, s, mean, centred);
+          product(N, s.ldd, Q, right(of, s.ldd, s.F, s.ldd, w.copy(12)), n, s.ldd, s.F, false);
+          product(Qz, n, Left<float>{state + s.F * s.ldd, s.F, 1}, Right<float>{QT, n}, 1, n, s.F, false);
+        }
+        for (int64_t i = 0; i < n; i += BLOCK<T>)  // + A V, of keys j < i + BLOCK
+          product(N + i * s.ldd, s.ldd, weights.at(i, 0), U, BLOCK<T>, s.ldd, i + BLOCK<T>, past);
 
-        const float* zs = state + s.F * s.ldd;
         float* ds = d.mutable_data_ptr<float>() + head * s.T + t;
-        float* ys = y.mutable_data_ptr<float>() + (head * s.T + t) * s.D;
-        for (int64_t i = 0; i < count; i += W) {  // d = Q z + A 1
+        for (int64_t i = 0; i < count; ++i) {  // d = Q z + A 1
           Vec total(0.f);
-          if (past)
-            for (int64_t f = 0; f < s.F; ++f) total = at::vec::fmadd(Vec::loadu(QT + f * n + i), Vec(zs[f]), total);
-          for (int64_t j = 0; j < std::min(n, i + W); ++j) total += Vec::loadu(AT + j * n + i);
-          total.store(ds + i, std::min(W, count - i));
+          for (int64_t j = 0; j <= i; j += W) total += load_vec(weights.at(i, j).p);
+          ds[i] = sum(total) + (past ? Qz[i] : 0);
+          const Vec scale(ds[i] > 0 ? 1 / ds[i] : 1), past_d(past && rounds<T> ? Qz[i] : 0);  // y = N / d
+          for (int64_t e = 0; e < s.ldd; e += W) {
+            const Vec numerator = at::vec::fmadd(past_d, Vec::loadu(mean + e), Vec::loadu(N + i * s.ldd + e));
+            (numerator * scale).store(N + i * s.ldd + e);
+          }
         }
-        for (int64_t i = 0; i < count; ++i) {  // y = N / d
-          const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
-          for (int64_t e = 0; e < s.D; ++e) ys[i * s.D + e] = N[i * s.ldd + e] * scale;
-        }
-        if (carry || c + 1 < s.chunks) accumulate(s, KT, V, nullptr, state);
+        store(N, s.ldd, y, head, t, count);
+        if (carry || c + 1 < s.chunks) accumulate(s, KT, left(KT, n, s.F, n, w.copy(9)), U, nullptr, state);
       }
       if (segment == s.segments - 1) State::store(state, S, z, head, s);
     }
@@ -454,23 +670,26 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
 // ---------------------------------------------------------------- backward
 
 // Through one side's feature map: the gradients of W and b, summed in a place of its own for each task
+template <class T>
 class MapGradients {
  public:
   MapGradients(const Side& side, const Sizes& s) : side_(side), s_(s) {
     const int64_t D = side.width(), tasks = side.mapped() ? s.segments * s.B : 0;
-    dWT_ = at::zeros({tasks, s.H, D, side.ld()}, at::kFloat);
+    dWT_ = at::zeros({tasks, s.H, D, s.ldx}, at::kFloat);
     db_ = at::zeros({tasks, s.H, 1, D}, at::kFloat);
   }
 
-  // from the features PT of a chunk and their gradient dPT (F, n) to dx; XT and rows are scratch
-  void chunk(int64_t task, int64_t chunk, const float* X, float* XT, const float* PT, float* dPT, float* rows,
-             Tensor& dx) {
-    const int64_t head = task % (s_.B * s_.H), n = s_.n, count = s_.tokens(chunk), D = side_.width(), ld = side_.ld();
+  // from the features PT of a chunk and their gradient dPT (F, n) to dx; XT, rows and copies are scratch
+  void chunk(int64_t task, int64_t chunk, const Map<T>& map, const float* X, float* XT, const float* PT, float* dPT,
+             float* rows, T* copy, Tensor& dx) {
+    const int64_t head = task % (s_.B * s_.H), n = s_.n, count = s_.tokens(chunk), D = side_.width(), ld = s_.ldx;
     if (side_.mapped()) {
       float *dWT = dWT_.mutable_data_ptr<float>() + task * D * ld, *db = db_.mutable_data_ptr<float>() + task * D;
       for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, D, n);
-      product(XT, n, {side_.head_weight(head), D, 1}, dPT, n, D, n, D, false);  // dx^T = W du^T
-      product(dWT, ld, {dPT, n, 1}, X, ld, D, ld, count, true);                // dW^T += du^T x
+      std::fill_n(dPT + D * n, n, 0.f);  // for an odd D
+      product(XT, n, map.W, right(dPT, n, D, n, copy), D, n, D, false);  // dx^T = W du^T
+      const Left<T> duT = left(dPT, n, D, n, copy);
+      product(dWT, ld, duT, right(X, ld, n, ld, copy + n * ld), D, ld, n, true);  // dW^T += du^T x
       for (int64_t e = 0; e < D; ++e)
         for (int64_t i = 0; i < n; i += W) db[e] += sum(Vec::loadu(dPT + e * n + i));
       dPT = XT;
@@ -512,104 +731,194 @@ class MapGradients {
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients of q, k, v, Wq, bq, Wk, bk (without maps of no meaning), S0, z0
+template <class T>
+Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, const Tensor& q, const Tensor& k,
+                     const Tensor& v, const Optional& Wq, const Optional& bq, const Optional& Wk, const Optional& bk,
+                     const Optional& mask, const Tensor& y, const Tensor& d, const Tensor& states) {
+  const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
+  const Sizes s = Sizes::of<T>(q, v, Wq.has_value());
+  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
+  TORCH_CHECK(states.size(0) == heads && states.size(1) == s.groups() && states.size(2) == size,
+              "hedgehog: the states are of another forward pass");
+  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
+  Tensor dv = at::empty(v.sizes(), at::kFloat);
+  MapGradients<T> gradients_q(queries, s), gradients_k(keys, s);
+  Tensor after = State::at_segment(dS, dz, s, s.segments - 1);  // (dS, dz) after each segment, and then within it
+
+  // dS V^T + dz 1^T and S dN^T + z dd^T are small differences of large numbers if the mean of v is not zero: the keys
+  // before all have about the same v, and attention weights sum to 1. So what a factor loses when it is rounded would
+  // count, unless the other factor is small. With any c (ldd), about the mean of v,
+  //     S dN^T + z dd^T = (S - z c^T) dN^T + z (dd + dN c)^T,    and where X is rounded to X',    X V = X' V + (X - X') c
+  std::vector<float> centres(heads * ldd, 0.f);
+  for (int64_t head = 0; rounds<T> && s.T > 0 && head < heads; ++head) {
+    const int64_t rows = std::min(s.T, n);
+    const float* last = y.const_data_ptr<float>() + ((head + 1) * s.T - rows) * s.D;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t e = 0; e < s.D; ++e) centres[head * ldd + e] += last[i * s.D + e] / rows;
+  }
+
+  // dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d, dd_c = dd + dN c; ys is scratch
+  auto through_division = [&](int64_t head, int64_t chunk, float* dN, float* dd, float* dd_c, float* ys) {
+    const int64_t t = chunk * n, count = s.tokens(chunk);
+    const float *ds = d.const_data_ptr<float>() + head * s.T + t, *centre = centres.data() + head * ldd;
+    load(dy, head, t, count, n, dN, ldd);
+    load(y, head, t, count, n, ys, ldd, centre);
+    std::fill_n(dd, n, 0.f), std::fill_n(dd_c, n, 0.f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
+      float* row = dN + i * ldd;
+      if (ds[i] > 0) dd_c[i] = -scale * dot(row, ys + i * ldd, ldd);
+      for (int64_t e = 0; e < s.D; ++e) row[e] = rounded<T>(row[e] * scale);
+      dd[i] = dd_c[i] - dot(row, centre, ldd);
+    }
+  };
+
+  const std::initializer_list<int64_t> sizes{
+      n * ldx, ldx * n, ldf * n, n * n, n * n, n * ldx, n * ldd, n, (ldf + 1) * n, (ldf + 1) * n, n * ldd,
+      GROUP * n * ldx, GROUP * ldf * n, GROUP * n * ldd, GROUP * size, n,
+      // as products take them
+      ldx * n, 3 * ldx * ldx, 3 * ldx * ldx, ldd * n, ldd * n, n * ldd, n * ldd, ldf * n, ldf * n, ldf * n, ldf * n, n * n,
+      n * n, n * n, ldf * ldd, ldf * ldd, ldf * ldd, 2 * ldx * n,
+      ldf * ldd, ldd};
+  between_segments<T>(s, after, true, sizes, [&](const Workspace<T>& w, int64_t head, int64_t c, int64_t end,
+                                                 float* state) {
+    float *X = w[0], *QT = w[2], *dN = w[6], *dd = w[7];
+    const Map<T> map = queries.map(s, head, w.copy(17));
+    for (; c < end; ++c) {
+      queries.features(s, map, head, c, X, w.copy(16), QT);
+      through_division(head, c, dN, dd, w[15], w[10]);
+      accumulate(s, QT, left(QT, n, s.F, n, w.copy(23)), right(dN, ldd, n, ldd, w.copy(22)), dd, state);
+    }
+  });
+
+  at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
+    const Workspace<T> w(sizes);
+    float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *rows = w[5], *dN = w[6], *dd = w[7], *dQT = w[8],
+          *dKT = w[9], *dV = w[10];
+    float *Xs = w[11], *KTs = w[12], *Vs = w[13], *group = w[14], *dd_c = w[15];  // of a group: keys, values, states
+    T *XT_ = w.copy(16), *copy = w.copy(33);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t segment = task / heads, head = task % heads;
+      float *dstate = after.mutable_data_ptr<float>() + task * size, *centred = w[34], *lost = w[35];
+      const float* centre = centres.data() + head * ldd;
+      const Map<T> map_q = queries.map(s, head, w.copy(17)), map_k = keys.map(s, head, w.copy(18));
+      for (int64_t c = s.first_chunk(segment + 1) - 1; c >= s.first_chunk(segment); --c) {
+        const int64_t t = c * n, count = s.tokens(c), first = c / GROUP * GROUP, place = c - first;
+        if (place == GROUP - 1 || c == s.chunks - 1) {  // entering a group: its keys, values and states, in order
+          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, group);
+          for (int64_t i = 0; i <= place; ++i) {
+            float *KT = KTs + i * ldf * n, *V = Vs + i * n * ldd;
+            keys.features(s, map_k, head, first + i, Xs + i * n * ldx, XT_, KT);
+            load(v, head, (first + i) * n, s.tokens(first + i), n, V, ldd);
+            if (i == place) break;
+            std::copy_n(group + i * size, size, group + (i + 1) * size);
+            accumulate(s, KT, left(KT, n, s.F, n, w.copy(23)), right(V, ldd, n, ldd, w.copy(19)), nullptr,
+                       group + (i + 1) * size);
+          }
+        }
+        const float *Xk = Xs + place * n * ldx, *KT = KTs + place * ldf * n, *V = Vs + place * n * ldd;
+        const float* state = group + place * size;
+        queries.features(s, map_q, head, c, Xq, XT_, QT);
+        through_division(head, c, dN, dd, dd_c, dV);
+        const Left<T> K = left_transposed(KT, n, s.F, n, w.copy(23)), K_T = left(KT, n, s.F, n, w.copy(24));
+        const Left<T> Q_T = left(QT, n, s.F, n, w.copy(25)), V_ = left(V, ldd, n, ldd, w.copy(21));
+        const Right<T> VT = right_transposed(V, ldd, n, ldd, w.copy(19));
+        const Right<T> dNT = right_transposed(dN, ldd, n, ldd, w.copy(20)), dN_ = right(dN, ldd, n, ldd, w.copy(22));
+
+        scores(s, K, right(QT, n, s.F, n, w.copy(26)), true, AT);
+        for (int64_t j = 0; j < n; j += BLOCK<T>) {  // dA^T = triu(V dN^T + 1 dd^T)
+          for (int64_t row = j; row < j + BLOCK<T>; ++row) std::copy_n(dd, n, dAT + row * n);
+          product(dAT + j * n + j, n, V_.at(j, 0), dNT.at(0, j), BLOCK<T>, n - j, ldd, true);
+          for (int64_t row = j; row < j + BLOCK<T>; ++row) std::fill_n(dAT + row * n + j, row - j, 0.f);
+        }
+        const Left<T> A_T = left(AT, n, n, n, w.copy(27));
+        const Right<T> dA_T = right(dAT, n, n, n, w.copy(28)), dA = right_transposed(dAT, n, n, n, w.copy(29));
+
+        const bool past = State::any(state, s), future = State::any(dstate, s);
+        const Left<T> dS_ = left(dstate, ldd, s.F, ldd, w.copy(31));
+        for (int64_t f = 0; f < s.F; ++f) {
+          float z = state[s.F * ldd + f], dz = dstate[s.F * ldd + f];
+          if (rounds<T>) {
+            for (int64_t e = 0; e < ldd; ++e) lost[e] = dstate[f * ldd + e] - static_cast<float>(*dS_.at(f, e).p);
+            dz += dot(lost, centre, ldd);
+          }
+          for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = z * dd_c[i], dKT[f * n + i] = dz;
+        }
+        if (past) {  // dQ^T = S dN^T + z dd^T
+          const float* of = rounds<T> ? State::centred(state, s, centre, centred) : state;
+          product(dQT, n, left(of, ldd, s.F, ldd, w.copy(30)), dNT, s.F, n, ldd, true);
+        }
+        if (future) {  // dK^T = dS V^T + dz 1^T, dV = K dS
+          product(dKT, n, dS_, VT, s.F, n, ldd, true);
+          product(dV, ldd, K, right(dstate, ldd, s.F, ldd, w.copy(32)), n, ldd, s.F, false);
+        }
+        for (int64_t b = 0; b < n; b += BLOCK<T>) {  // + K^T dA^T, + Q^T dA, + A^T dN: of pairs j <= i only
+          product(dQT + b, n, K_T.at(0, b), dA_T.at(b, b), s.F, n - b, BLOCK<T>, true);
+          product(dKT, n, Q_T.at(0, b), dA.at(b, 0), s.F, b + BLOCK<T>, BLOCK<T>, true);
+          product(dV + b * ldd, ldd, A_T.at(b, b), dN_.at(b, 0), BLOCK<T>, ldd, n - b, future);
+        }
+        accumulate(s, QT, Q_T, dN_, dd, dstate);
+        keys.hide(s, head, c, dKT);
+        store(dV, ldd, dv, head, t, count);
+        gradients_q.chunk(task, c, map_q, Xq, XT, QT, dQT, rows, copy, dq);
+        gradients_k.chunk(task, c, map_k, Xk, XT, KT, dKT, rows, copy, dk);
+      }
+    }
+  });
+  Tensor dS0 = at::empty({s.B, s.H, s.F, s.D}, at::kFloat), dz0 = at::empty({s.B, s.H, s.F}, at::kFloat);
+  for (int64_t head = 0; head < heads; ++head) {
+    const float* first = after.const_data_ptr<float>() + head * size;
+    State::store(first, dS0, dz0, head, s);
+  }
+  return {dq, dk, dv, gradients_q.weight(), gradients_q.bias(), gradients_k.weight(), gradients_k.bias(), dS0, dz0};
+}
+
+// Whether this call multiplies in bfloat16: if q, k and v are, and processor and library can. The library is oneDNN,
+// which can be turned off, or told to do without new instructions.
+bool in_bfloat16(const Tensor& q, const Tensor& k, const Tensor& v) {
+#ifdef __AVX512BF16__
+  static const auto works = [] {
+    try {
+      const std::vector<BFloat16> ones(2 * W, 1.f);
+      std::vector<float> two(W);
+      product(two.data(), W, Left<BFloat16>{ones.data(), 2, 1}, Right<BFloat16>{ones.data(), W}, 1, W, 2, false);
+      at::native::cpublas::brgemm_release();
+      return two == std::vector<float>(W, 2.f);
+    } catch (const c10::Error&) {
+      return false;
+    }
+  };
+  for (const Tensor& x : {q, k, v})
+    if (x.scalar_type() != at::kBFloat16) return false;
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool known = works();
+  return known;
+#else
+  return false;
+#endif
+}
+
+Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
+                const Optional& Wk, const Optional& bk, const Optional& S0, const Optional& z0, const Optional& mask,
+                bool keep, bool carry) {
+  check(q, k, v, Wq, bq, Wk, bk, S0, z0, mask);
+#ifdef __AVX512BF16__
+  if (in_bfloat16(q, k, v)) return forward_in<BFloat16>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry);
+#endif
+  return forward_in<float>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry);
+}
+
 Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, const Tensor& q, const Tensor& k,
                   const Tensor& v, const Optional& Wq, const Optional& bq, const Optional& Wk, const Optional& bk,
                   const Optional& mask, const Tensor& y, const Tensor& d, const Tensor& states) {
   check(q, k, v, Wq, bq, Wk, bk, dS, dz, mask);
   TORCH_CHECK(dy.sizes() == v.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0),
               "hedgehog: dy must be like v");
-  const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
-  const Sizes s(q, v, queries.n_features());
-  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ld = keys.ld();
-  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
-  Tensor dv = at::empty(v.sizes(), at::kFloat);
-  MapGradients map_q(queries, s), map_k(keys, s);
-  Tensor after = State::at_segment(dS, dz, s, s.segments - 1);  // (dS, dz) after each segment, and then within it
-
-  // dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d
-  auto through_division = [&](int64_t head, int64_t chunk, float* dN, float* dd) {
-    const int64_t t = chunk * n, count = s.tokens(chunk);
-    const float* ds = d.const_data_ptr<float>() + head * s.T + t;
-    const float* ys = y.const_data_ptr<float>() + (head * s.T + t) * s.D;
-    load(dy, head, t, count, n, dN, s.ldd);
-    std::fill_n(dd, n, 0.f);
-    for (int64_t i = 0; i < count; ++i) {
-      const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
-      float* row = dN + i * s.ldd;
-      if (ds[i] > 0) dd[i] = -scale * dot(row, ys + i * s.D, s.D);
-      for (int64_t e = 0; e < s.D; ++e) row[e] *= scale;
-    }
-  };
-
-  const std::initializer_list<int64_t> sizes{
-      n * ld, ld * n, s.F * n, n * n, n * n, n * n, s.ldd * n, n * s.ldd, s.ldd * n, n, round_up(s.F, W) * n,
-      round_up(s.F, W) * n, n * s.ldd, n * ld, GROUP * n * ld, GROUP * s.F * n, GROUP * n * s.ldd, GROUP * size};
-  between_segments(s, after, true, sizes, [&](const Workspace& w, int64_t head, int64_t chunk, float* state) {
-    float *X = w[0], *XT = w[1], *QT = w[2], *dN = w[7], *dd = w[9];
-    queries.features(s, head, chunk, X, XT, QT);
-    through_division(head, chunk, dN, dd);
-    accumulate(s, QT, dN, dd, state);
-  });
-
-  at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace w(sizes);
-    float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *dA = w[5], *VT = w[6], *dN = w[7], *dNT = w[8],
-          *dd = w[9], *dQT = w[10], *dKT = w[11], *dV = w[12], *rows = w[13];
-    float *Xs = w[14], *KTs = w[15], *Vs = w[16], *group = w[17];  // of a group: keys, values, states
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t segment = task / heads, head = task % heads;
-      float* dstate = after.mutable_data_ptr<float>() + task * size;
-      for (int64_t c = s.first_chunk(segment + 1) - 1; c >= s.first_chunk(segment); --c) {
-        const int64_t t = c * n, count = s.tokens(c), first = c / GROUP * GROUP, place = c - first;
-        if (place == GROUP - 1 || c == s.chunks - 1) {  // entering a group: its keys, values and states, in order
-          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, group);
-          for (int64_t i = 0; i <= place; ++i) {
-            keys.features(s, head, first + i, Xs + i * n * ld, XT, KTs + i * s.F * n);
-            load(v, head, (first + i) * n, s.tokens(first + i), n, Vs + i * n * s.ldd, s.ldd);
-            if (i == place) break;
-            std::copy_n(group + i * size, size, group + (i + 1) * size);
-            accumulate(s, KTs + i * s.F * n, Vs + i * n * s.ldd, nullptr, group + (i + 1) * size);
-          }
-        }
-        const float *Xk = Xs + place * n * ld, *KT = KTs + place * s.F * n, *V = Vs + place * n * s.ldd;
-        const float* state = group + place * size;
-        queries.features(s, head, c, Xq, XT, QT);
-        through_division(head, c, dN, dd);
-        transpose(V, s.ldd, VT, n, n, s.ldd);
-        transpose(dN, s.ldd, dNT, n, n, s.ldd);
-
-        scores(s, KT, QT, AT);
-        for (int64_t j = 0; j < n; j += BLOCK) {  // dA^T = triu(V dN^T + 1 dd^T)
-          for (int64_t row = j; row < j + BLOCK; ++row) std::copy_n(dd, n, dAT + row * n);
-          product(dAT + j * n + j, n, {V + j * s.ldd, s.ldd, 1}, dNT + j, n, BLOCK, n - j, s.ldd, true);
-          for (int64_t row = j; row < j + BLOCK; ++row) std::fill_n(dAT + row * n + j, row - j, 0.f);
-        }
-        transpose(dAT, n, dA, n, n, n);
-
-        for (int64_t f = 0; f < s.F; ++f) {
-          const float z = state[s.F * s.ldd + f], dz = dstate[s.F * s.ldd + f];
-          for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = z * dd[i], dKT[f * n + i] = dz;
-        }
-        product(dQT, n, {state, s.ldd, 1}, dNT, n, s.F, n, s.ldd, true);      // dQ^T = S dN^T + z dd^T
-        product(dKT, n, {dstate, s.ldd, 1}, VT, n, s.F, n, s.ldd, true);      // dK^T = dS V^T + dz 1^T
-        product(dV, s.ldd, {KT, 1, n}, dstate, s.ldd, n, s.ldd, s.F, false);  // dV = K dS
-        for (int64_t b = 0; b < n; b += BLOCK) {  // + K^T dA^T, + Q^T dA, + A^T dN: of pairs j <= i only
-          product(dQT + b, n, {KT + b, n, 1}, dAT + b * n + b, n, s.F, n - b, BLOCK, true);
-          product(dKT, n, {QT + b, n, 1}, dA + b * n, n, s.F, b + BLOCK, BLOCK, true);
-          product(dV + b * s.ldd, s.ldd, {AT + b * n + b, n, 1}, dN + b * s.ldd, s.ldd, BLOCK, s.ldd, n - b, true);
-        }
-        accumulate(s, QT, dN, dd, dstate);
-        keys.hide(s, head, c, dKT);
-        store(dV, s.ldd, dv, head, t, count);
-        map_q.chunk(task, c, Xq, XT, QT, dQT, rows, dq);
-        map_k.chunk(task, c, Xk, XT, KT, dKT, rows, dk);
-      }
-    }
-  });
-  Tensor dS0 = at::empty({s.B, s.H, s.F, s.D}, at::kFloat), dz0 = at::empty({s.B, s.H, s.F}, at::kFloat);
-  const float* first = after.const_data_ptr<float>();
-  for (int64_t head = 0; head < heads; ++head) State::store(first + head * size, dS0, dz0, head, s);
-  return {dq, dk, dv, map_q.weight(), map_q.bias(), map_k.weight(), map_k.bias(), dS0, dz0};
+#ifdef __AVX512BF16__
+  if (in_bfloat16(q, k, v))
+    return backward_in<BFloat16>(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states);
+#endif
+  return backward_in<float>(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states);
 }
 
 // ---------------------------------------------------------------- one token
@@ -637,13 +946,13 @@ std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, cons
   check(q, k, v, Wq, bq, Wk, bk, S, z, {});
   TORCH_CHECK(q.size(2) == 1, "hedgehog: decode takes one token, not ", q.size(2));
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, {}};
-  const int64_t heads = S.size(0) * S.size(1), F = S.size(2), D = S.size(3), ld = queries.ld();
+  const int64_t heads = S.size(0) * S.size(1), F = S.size(2), D = S.size(3), ld = round_up(q.size(3), W);
   Tensor y = at::empty(v.sizes(), at::kFloat), next_S = at::empty_like(S), next_z = at::empty_like(z);
   const float *Ss = S.const_data_ptr<float>(), *zs = z.const_data_ptr<float>();
   float *next_Ss = next_S.mutable_data_ptr<float>(), *next_zs = next_z.mutable_data_ptr<float>();
   float* ys = y.mutable_data_ptr<float>();
   at::parallel_for(0, heads, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, F * D)), [&](int64_t begin, int64_t end) {
-    const Workspace w{ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)};
+    const Workspace<float> w{ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)};
     float *x = w[0], *phi_q = w[1], *phi_k = w[2], *value = w[3], *N = w[4];
     for (int64_t head = begin; head < end; ++head) {
       queries.token(head, x, phi_q);
@@ -675,8 +984,8 @@ Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
   at::parallel_for(0, Cs.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
       for (int64_t i = 0; i < times; ++i)
-        product(Cs.mutable_data_ptr<float>() + c * rows * cols, cols, {A.const_data_ptr<float>(), depth, 1},
-                B.const_data_ptr<float>(), cols, rows, cols, depth, false);
+        product(Cs.mutable_data_ptr<float>() + c * rows * cols, cols, Left<float>{A.const_data_ptr<float>(), depth, 1},
+                Right<float>{B.const_data_ptr<float>(), cols}, rows, cols, depth, false);
   });
   return Cs[0];
 }

@@ -40,7 +40,7 @@ def operators(name: str, kernel) -> SimpleNamespace:
 @functools.cache
 def register(space: str, triton) -> None:
     """Register shapes and gradients of the operators in a namespace; those of Triton are defined here, too."""
-    ops, lanes = getattr(torch.ops, space), None if triton else floats_in_a_vector()
+    ops, lanes = getattr(torch.ops, space), None if triton else numbers_in_a_vector()
 
     def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry):
         """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward."""
@@ -51,8 +51,9 @@ def register(space: str, triton) -> None:
         elif triton:
             states = [(0,), (0,)]
         else:
-            groups = up(up(T, max(64, 16 * up(E, 16))), GROUP)
-            states = [(B * H * keep, groups, F * (lanes * up(E, lanes) + 1))]
+            groups = up(up(T, max(64, 32 * up(E, 32))), GROUP)
+            n = lanes[torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32]
+            states = [(B * H * keep, groups, F * (n * up(E, n) + 1))]
         return tuple(empty(q, s) for s in (*sizes, *states))
 
     def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, *states):
@@ -125,10 +126,11 @@ def up(n: int, m: int) -> int:
     return (n + m - 1) // m
 
 
-def floats_in_a_vector() -> int:
-    """Of this processor: chunked.cpp fills up the rows of its states to whole vectors."""
-    one = torch.ones(1, 1, 1, 1)
-    return torch.ops.hedgehog.forward(one, one, one, *[None] * 7, True, False)[-1].size(-1) - 1
+def numbers_in_a_vector() -> dict[torch.dtype, int]:
+    """Of this processor: chunked.cpp fills up the rows of its states to whole vectors of what it multiplies."""
+    ones = [torch.ones(1, 1, 1, 1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    states = (torch.ops.hedgehog.forward(one, one, one, *[None] * 7, True, False)[-1] for one in ones)
+    return {one.dtype: kept.size(-1) - 1 for one, kept in zip(ones, states)}
 
 
 def causal(

@@ -35,9 +35,9 @@ def kernel(request):
         pytest.skip(str(e))
 
 
-def inputs(B=2, H=2, T=20, D=8, E=8):
+def inputs(B=2, H=2, T=20, D=8, E=8, dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(B, T, H, n).transpose(1, 2) for n in (D, D, E)]
+    return [torch.randn(B, T, H, n).transpose(1, 2).to(dtype) for n in (D, D, E)]
 
 
 def compiled(module, **options):
@@ -71,6 +71,23 @@ def test_every_operator_is_what_it_registers(kernel, mapped, full):
         one = [x[:, :, :1].detach() for x in (q, k, v)]
         state = torch.rand(B, 2, 16 if mapped else 8, 5), torch.rand(B, 2, 16 if mapped else 8) + 1
         torch.library.opcheck(kernel.decode, (*one, *plain[3:], *state))
+
+
+@pytest.mark.parametrize("T, E", [(70, 5), (140, 80), (300, 40)])
+def test_shapes_are_registered_for_bfloat16_too(T, E):
+    """Rows of its states may be longer: whole vectors of what is multiplied."""
+    try:
+        kernel = fused.load("cpp", "cpu")
+    except fused.Unavailable as e:
+        pytest.skip(str(e))
+    q, k, v = inputs(T=T, E=E, dtype=torch.bfloat16)
+    arguments = q, k, v, *[torch.randn(2, n, 8) for n in (8, 1)] * 2, None, None, None
+    torch.library.opcheck(kernel.forward, (*arguments, True, False), test_utils="test_faketensor")
+    y, d, _, _, states = kernel.forward(*arguments, True, False)
+    torch.library.opcheck(
+        kernel.backward, (torch.randn_like(y), None, None, *arguments[:7], None, y, d, states),
+        test_utils="test_faketensor",
+    )  # fmt: skip
 
 
 def test_the_product_of_the_benchmark_is_an_operator_too():

@@ -183,12 +183,6 @@ def test_a_later_token_changes_no_bit_before_it():
         assert torch.equal(y2[:, :, :t], y[:, :, :t]) and not torch.equal(y2[:, :, t], y[:, :, t])
 
 
-def test_bfloat16_inputs_are_the_rounded_inputs_computed_in_float32():
-    q, k, v, dy = sequence(1, 2, 300, 64, dtype=torch.bfloat16)
-    check(q, k, v, dy, untied(2, 64), *state(1, 2, 128, 64))
-    check(q.float(), k.float(), v, dy, untied(2, 64), *state(1, 2, 128, 64))  # as under autocast
-
-
 @pytest.mark.parametrize("scale", [30.0, 300.0])
 def test_wide_inputs(scale):
     """Softmax over features with exponents far beyond what exp(-x) = 1 / exp(x) could do."""
@@ -240,6 +234,162 @@ def test_tensors_of_the_wrong_shape_are_refused(wrong):
         q = q.double()
     with pytest.raises(RuntimeError, match="hedgehog: "):
         CPP.forward(q, k, v, *maps, S, z, mask, False, True)
+
+
+# ---------------------------------------------------------------- bfloat16
+
+BF16 = torch.bfloat16
+
+
+def chunked_reference(q, k, v, maps, dy):
+    """y and the gradients of q, k, v and the maps in float64, for sequences that Eq. 6 would take hours for."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v, *maps)]
+    q, k, v, *maps = leaves
+    u = q @ maps[0] + maps[1], k @ maps[2] + maps[3]
+    y, *_ = chunked(None, *(torch.cat([u.softmax(-1), (-u).softmax(-1)], -1) for u in u), v, chunk_size=256)
+    return y, torch.autograd.grad(y, leaves, dy.double())
+
+
+def bfloat16_errors(T, D, mean=0.0, scale=1.0):
+    q, k, v, dy = sequence(1, 1, T, D, dtype=BF16)
+    v, maps = (v + mean).to(BF16), [scale * p for p in untied(1, D)]
+    y, d, *_, states = CPP.forward(q, k, v, *maps, None, None, None, True, False)
+    grads = CPP.backward(dy, None, None, q, k, v, *maps, None, y, d, states)
+    want, want_grads = chunked_reference(q, k, v, maps, dy)
+    return relative_error(y, want), *map(relative_error, grads, want_grads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("T", [1, 2, 31, 33, 64, 65, 127, 129, 330, 700])
+def test_bfloat16_at_any_length_by_any_number_of_threads(T, threads):
+    torch.set_num_threads(threads)
+    check(*sequence(1, 2, T, 16, dtype=BF16), untied(2, 16), *state(1, 2, 32, 16), bounds=(6e-3, 1e-2))
+
+
+@pytest.mark.parametrize("D", [1, 5, 8, 16, 33, 64, 80, 100, 128])
+def test_bfloat16_at_any_head_dim_with_masked_keys(D):
+    mask = torch.rand(2, 70) > 0.3
+    mask[0, :35] = False
+    check(*sequence(2, 2, 70, D, dtype=BF16), untied(2, D), *state(2, 2, 2 * D, D), mask, bounds=(6e-3, 1e-2))
+
+
+@pytest.mark.parametrize("n_features, E", [(3, 5), (7, 64), (130, 20), (64, 1), (16, 100)])
+def test_bfloat16_features_of_any_map(n_features, E):
+    q, k, v, dy = sequence(2, 2, 150, n_features, E, dtype=BF16)
+    check(q.abs() + 0.1, k.abs() + 0.1, v, dy, None, *state(2, 2, n_features, E), bounds=(6e-3, 1e-2))
+
+
+def test_what_bfloat16_gives_is_float32():
+    q, k, v, dy = sequence(1, 2, 70, 16, dtype=BF16)
+    maps = untied(2, 16)
+    y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, None, True, True)
+    grads = CPP.backward(dy, S, z, q, k, v, *maps, None, y, d, states)
+    assert {x.dtype for x in (y, d, S, z, states, *grads)} == {torch.float32}
+
+
+def test_float32_queries_and_keys_of_bfloat16_values_are_multiplied_in_float32():
+    q, k, v, dy = sequence(1, 2, 200, 32, dtype=BF16)
+    q, k, maps = q.float(), k.float(), untied(2, 32)
+    zeros = torch.zeros(1, 2, 64, 32), torch.zeros(1, 2, 64)
+    y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, None, True, True)
+    grads = CPP.backward(dy, *zeros, q, k, v, *maps, None, y, d, states)
+    want, want_grads = reference(q, k, v, maps, *zeros, None, (dy, *zeros))
+    for got, ref in zip((y, S, z, *grads), (*want, *want_grads)):
+        assert relative_error(got, ref) < 1e-5
+
+
+def test_without_onednn_bfloat16_is_multiplied_in_float32():
+    q, k, v, dy = sequence(1, 2, 200, 32, dtype=BF16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        check(q, k, v, dy, untied(2, 32), *state(1, 2, 64, 32))
+
+
+def test_states_of_another_forward_pass_are_refused():
+    """Rows of states are longer where products are in bfloat16: these could be read beyond their end."""
+    q, k, v, dy = sequence(1, 2, 300, 16)
+    maps = untied(2, 16)
+    y, d, *_, states = CPP.forward(q, k, v, *maps, None, None, None, True, False)
+    with pytest.raises(RuntimeError, match="states are of another forward pass"):
+        CPP.backward(dy, None, None, q, k, v, *maps, None, y, d, states[:, :1])
+
+
+def test_weights_of_a_map_lose_nothing_in_bfloat16():
+    """u = x W has exponents of e in it: with weights of 8 bits these errors would be three times as large."""
+    assert max(bfloat16_errors(700, 64, scale=16.0)) < 7e-3
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, -4.0])
+def test_bfloat16_after_8192_tokens(mean):
+    """Also where all values are alike, so that their gradients are small differences of large sums."""
+    assert max(bfloat16_errors(8192, 64, mean)) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_bfloat16_after_102400_tokens(mean):
+    assert max(bfloat16_errors(102400, 64, mean)) < 2e-2
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_state_carried_over_1000_bfloat16_pieces_is_that_of_one_pass(size):
+    q, k, v, dy = sequence(1, 1, 1000 * size, 32, dtype=BF16)
+    v, maps, S, z, ys = (v + 1).to(BF16), untied(1, 32), None, None, []
+    for piece in zip(*(x.split(size, 2) for x in (q, k, v))):
+        y, _, S, z, _ = CPP.forward(*piece, *maps, S, z, None, False, True)
+        ys.append(y)
+    whole, _, one_S, one_z, _ = CPP.forward(q, k, v, *maps, None, None, None, False, True)
+    want, _ = chunked_reference(q, k, v, maps, dy)
+    assert relative_error(torch.cat(ys, 2), want) < 5e-3 and relative_error(torch.cat(ys, 2), whole) < 5e-3
+    assert relative_error(S, one_S) < 1e-5 and relative_error(z, one_z) < 1e-5
+
+
+def test_bfloat16_token_by_token():
+    q, k, v, dy = sequence(2, 2, 100, 64, dtype=BF16)
+    maps, (S, z) = untied(2, 64), state(2, 2, 128, 64)
+    want, _ = reference(q, k, v, maps, S, z, None, (dy, S, z))
+    whole, tokens = CPP.forward(q, k, v, *maps, S, z, None, False, True), []
+    for token in zip(*(x.split(1, 2) for x in (q, k, v))):
+        y, S, z = CPP.decode(*token, *maps, S, z)
+        tokens.append(y)
+    for got, one, ref in zip((torch.cat(tokens, 2), S, z), (whole[0], *whole[2:4]), want):
+        assert relative_error(got, ref) < 1e-2 and relative_error(got, one) < 1e-2
+
+
+def test_a_later_bfloat16_token_changes_no_bit_before_it():
+    q, k, v, _ = sequence(1, 2, 200, 16, dtype=BF16)
+    y = CPP.forward(q, k, v, *untied(2, 16), None, None, None, False, True)[0]
+    for t in (199, 129, 100, 65, 33, 17):
+        q2, k2, v2 = (x.clone() for x in (q, k, v))
+        q2[:, :, t], k2[:, :, t], v2[:, :, t] = 1e4, -1e4, 1e4
+        y2 = CPP.forward(q2, k2, v2, *untied(2, 16), None, None, None, False, True)[0]
+        assert torch.equal(y2[:, :, :t], y[:, :, :t]) and not torch.equal(y2[:, :, t], y[:, :, t])
+
+
+@pytest.mark.parametrize("T", [100, 300])
+def test_masked_bfloat16_keys_count_for_nothing_and_rows_without_a_key_are_zero(T):
+    q, k, v, dy = sequence(2, 1, T, 16, dtype=BF16)
+    mask, maps = torch.rand(2, T) > 0.3, untied(1, 16)
+    mask[0, : T - 30] = False
+    hidden = ~mask[:, None, :, None]
+    y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, mask, True, True)
+    others = k.masked_fill(hidden, 7.0), v.masked_fill(hidden, -9.0)
+    y2, _, S2, z2, _ = CPP.forward(q, *others, *maps, None, None, mask, False, True)
+    assert torch.equal(y, y2) and torch.equal(S, S2) and torch.equal(z, z2)
+    assert not y[0, :, : T - 30].any() and y[0, :, T - 1].any()
+    grads = CPP.backward(dy, S, z, q, k, v, *maps, mask, y, d, states)
+    assert all(g.isfinite().all() for g in grads)
+    for i in (1, 2):  # dk, dv
+        assert not grads[i].transpose(1, 2)[~mask].any()
+
+
+@pytest.mark.parametrize("at", ["q", "k", "v"])
+def test_nan_in_bfloat16_is_never_hidden_nor_passed_to_another_head(at):
+    torch.set_num_threads(1)
+    q, k, v, _ = sequence(1, 2, 200, 16, dtype=BF16)
+    dict(q=q, k=k, v=v)[at][0, 0, 130, 3] = float("nan")
+    y = CPP.forward(q, k, v, *untied(2, 16), None, None, None, False, True)[0]
+    bad = y.isnan().any(-1)[0]
+    assert bad[0, 130] and not bad[0, :128].any() and not bad[1].any() and (at == "q" or bad[0, 131:].all())
 
 
 # ---------------------------------------------------------------- in LinearAttention
