@@ -30,6 +30,7 @@ from feature_maps import ELU, Hedgehog, Taylor, at_least_float32, without_autoca
 from fused import build
 from fused.build import Unavailable
 from fused.chunked import CHUNK, bidirectional, chunked, chunks_at_once, quadratic, role, step
+from fused.compiled import bidirectional as compiled_bidirectional
 from fused.compiled import causal as compiled_causal
 from fused.compiled import decode, operators
 
@@ -71,10 +72,12 @@ def attend(
     T, alone, recorded = q.size(2), state is None and not carry, is_recorded()
     if alone and not recorded and type(phi) is Taylor and T <= phi.feature_dim // 2 and is_known(phi):
         return quadratic_without_features(phi, q, k, v, causal, key_mask), None
+    kernel = kernel_for(q, k, v)
+    if not causal and hasattr(kernel, "bidirectional") and (maps := map_weights(phi, kernel)):
+        return compiled_bidirectional(kernel, q, k, v, maps, key_mask), None
     if not causal:
         with without_autocast(v):
             return bidirectional(*both_features(phi, q, k, offset), v, key_mask), None
-    kernel = kernel_for(q, k, v)
     if alone and not recorded and T <= SHORT:
         with without_autocast(v):
             phi_q, phi_k = both_features(phi, q, k, offset)

@@ -59,6 +59,8 @@ def load_cpp(source: Path) -> SimpleNamespace:
         backward=ops.backward.default,
         decode=ops.decode.default,
         multiply=ops.multiply.default,
+        bidirectional=ops.bidirectional.default,
+        bidirectional_backward=ops.bidirectional_backward.default,
         MAX_DIM=math.inf,
     )
 

@@ -286,7 +286,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq
 template <class Number>
 class Workspace {  // one allocation for all the small matrices of a thread
  public:
-  explicit Workspace(std::initializer_list<int64_t> sizes) {
+  explicit Workspace(const std::vector<int64_t>& sizes) {
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 16);
     memory_ = at::empty({total}, at::kFloat);
@@ -558,27 +558,79 @@ void accumulate(const Sizes& s, const float* KT, Left<T> KT_, Right<T> V, const 
   }
 }
 
-// The state before each segment (or, from_end, after it): `first` (B H, State::size), plus the sums over the
-// segments on the way there, which `add_chunks(workspace, head, first chunk, last, state)` makes
+// What add_chunks(workspace, task, head, first chunk, last, sum) adds for the segments first .. last, and zeros for the
+// others: (segments, B H, State::size)
 template <class T, class AddChunks>
-void between_segments(const Sizes& s, Tensor& first, bool from_end, std::initializer_list<int64_t> sizes,
+Tensor segment_sums(const Sizes& s, int64_t first, int64_t last, const std::vector<int64_t>& sizes,
+                    const AddChunks& add_chunks) {
+  const int64_t heads = s.B * s.H, size = State::size(s);
+  Tensor sums = at::zeros({s.segments, heads, size}, at::kFloat);
+  float* sum = sums.mutable_data_ptr<float>();
+  at::parallel_for(heads * first, heads * last, 1, [&](int64_t begin, int64_t end) {
+    const Workspace<T> w(sizes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t segment = task / heads;
+      add_chunks(w, task, task % heads, s.first_chunk(segment), s.first_chunk(segment + 1), sum + task * size);
+    }
+  });
+  return sums;
+}
+
+// The state before each segment (or, from_end, after it): `first` (B H, State::size), plus the sums over the
+// segments on the way there
+template <class T, class AddChunks>
+void between_segments(const Sizes& s, Tensor& first, bool from_end, const std::vector<int64_t>& sizes,
                       const AddChunks& add_chunks) {
   if (s.segments == 1) return;
   const int64_t heads = s.B * s.H, size = State::size(s);
-  Tensor sums = at::zeros({s.segments, heads, size}, at::kFloat);
-  float *sum = sums.mutable_data_ptr<float>(), *to = first.mutable_data_ptr<float>();
-  at::parallel_for(0, heads * (s.segments - 1), 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w(sizes);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t segment = task / heads + from_end, head = task % heads;
-      add_chunks(w, head, s.first_chunk(segment), s.first_chunk(segment + 1), sum + (segment * heads + head) * size);
-    }
-  });
+  const Tensor sums = segment_sums<T>(s, from_end, s.segments - 1 + from_end, sizes, add_chunks);
+  const float* sum = sums.const_data_ptr<float>();
+  float* to = first.mutable_data_ptr<float>();
   for (int64_t i = 1; i < s.segments; ++i) {
     const int64_t segment = from_end ? s.segments - 1 - i : i, previous = from_end ? segment + 1 : segment - 1;
     for (int64_t head = 0; head < heads; ++head) {
       std::copy_n(to + (previous * heads + head) * size, size, to + (segment * heads + head) * size);
       State::add(to + (segment * heads + head) * size, sum + (previous * heads + head) * size, s);
+    }
+  }
+}
+
+// All segments: (B H, State::size)
+Tensor total(const Tensor& sums) { return sums.size(0) == 1 ? sums[0] : sums.sum(0); }
+
+// The sum of K^T V and K^T 1 over some chunks of a head, in a workspace of these sizes
+std::vector<int64_t> sizes_for_keys(const Sizes& s) {
+  return {s.n * s.ldx, s.ldx * s.n,  s.ldf * s.n, s.n * s.ldd, s.ldf * s.n, s.n * s.ldd, 3 * s.ldx * s.ldx};
+}
+template <class T>
+void add_keys(const Workspace<T>& w, const Sizes& s, const Side& keys, const Tensor& v, int64_t head, int64_t c,
+              int64_t end, float* sum) {
+  const int64_t n = s.n;
+  float *X = w[0], *KT = w[2], *V = w[3];
+  const Map<T> map = keys.map(s, head, w.copy(6));
+  for (; c < end; ++c) {
+    keys.features(s, map, head, c, X, w.copy(1), KT);
+    load(v, head, c * n, s.tokens(c), n, V, s.ldd);
+    accumulate(s, KT, left(KT, n, s.F, n, w.copy(4)), right(V, s.ldd, n, s.ldd, w.copy(5)), nullptr, sum);
+  }
+}
+
+// S as a product takes it; in bfloat16, of which mean is about that of v, S - z mean^T (see backward)
+template <class T>
+const float* for_rounding(const float* state, const Sizes& s, float* mean, float* centred) {
+  std::fill_n(mean, s.ldd, 0.f);
+  if (!rounds<T>) return state;
+  State::mean(state, s, mean);
+  return State::centred(state, s, mean, centred);
+}
+
+// y = (N + Qz mean^T) / d, in the place of N
+void divide(const Sizes& s, int64_t count, const float* d, const float* Qz, const float* mean, float* N) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec scale(d[i] > 0 ? 1 / d[i] : 1), past(Qz[i]);
+    for (int64_t e = 0; e < s.ldd; e += W) {
+      const Vec numerator = at::vec::fmadd(past, Vec::loadu(mean + e), Vec::loadu(N + i * s.ldd + e));
+      (numerator * scale).store(N + i * s.ldd + e);
     }
   }
 }
@@ -601,18 +653,12 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   Tensor states = at::empty({keep ? heads : 0, s.groups(), size}, at::kFloat);
   Tensor before = State::at_segment(S0, z0, s, 0);  // the state before each segment, and then within it
 
-  const std::initializer_list<int64_t> sizes{
+  const std::vector<int64_t> sizes{
       n * s.ldx, s.ldx * n, s.ldf * n, s.ldf * n, n * n, n * s.ldd, n * s.ldd, n * s.ldf, s.ldf * n, s.ldf * n, n * n,
       n * s.ldd, s.ldf * s.ldd, 3 * s.ldx * s.ldx, 3 * s.ldx * s.ldx, n, s.ldf * s.ldd, s.ldd};
-  between_segments<T>(s, before, false, sizes, [&](const Workspace<T>& w, int64_t head, int64_t c, int64_t end,
-                                                   float* state) {
-    float *X = w[0], *KT = w[2], *V = w[5];
-    const Map<T> map = keys.map(s, head, w.copy(13));
-    for (; c < end; ++c) {
-      keys.features(s, map, head, c, X, w.copy(1), KT);
-      load(v, head, c * n, s.tokens(c), n, V, s.ldd);
-      accumulate(s, KT, left(KT, n, s.F, n, w.copy(9)), right(V, s.ldd, n, s.ldd, w.copy(11)), nullptr, state);
-    }
+  between_segments<T>(s, before, false, sizes_for_keys(s), [&](const Workspace<T>& w, int64_t, int64_t head,
+                                                               int64_t c, int64_t end, float* sum) {
+    add_keys(w, s, keys, v, head, c, end, sum);
   });
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
@@ -627,7 +673,7 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
       for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
         const int64_t t = c * n, count = s.tokens(c);
         const bool past = c > 0 || S0;
-        std::fill_n(mean, s.ldd, 0.f);
+        std::fill_n(mean, s.ldd, 0.f), std::fill_n(Qz, n, 0.f);
         if (keep && c % GROUP == 0)
           std::copy_n(state, size, states.mutable_data_ptr<float>() + (head * s.groups() + c / GROUP) * size);
         queries.features(s, map_q, head, c, X, XT, QT);
@@ -638,26 +684,21 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 
         scores(s, Q, right(KT, n, s.F, n, w.copy(8)), false, A);
         const Left<T> weights = left(A, n, n, n, w.copy(10));
-        if (past) {  // N = Q S, which in bfloat16 is Q (S - z c^T) + Q z c^T: see backward
-          const float* of = state;
-          if (rounds<T>) State::mean(state, s, mean), of = State::centred(state, s, mean, centred);
-          product(N, s.ldd, Q, right(of, s.ldd, s.F, s.ldd, w.copy(12)), n, s.ldd, s.F, false);
+        if (past) {  // N = Q S, d = Q z
+          const float* S = for_rounding<T>(state, s, mean, centred);
+          product(N, s.ldd, Q, right(S, s.ldd, s.F, s.ldd, w.copy(12)), n, s.ldd, s.F, false);
           product(Qz, n, Left<float>{state + s.F * s.ldd, s.F, 1}, Right<float>{QT, n}, 1, n, s.F, false);
         }
         for (int64_t i = 0; i < n; i += BLOCK<T>)  // + A V, of keys j < i + BLOCK
           product(N + i * s.ldd, s.ldd, weights.at(i, 0), U, BLOCK<T>, s.ldd, i + BLOCK<T>, past);
 
         float* ds = d.mutable_data_ptr<float>() + head * s.T + t;
-        for (int64_t i = 0; i < count; ++i) {  // d = Q z + A 1
+        for (int64_t i = 0; i < count; ++i) {  // + A 1
           Vec total(0.f);
           for (int64_t j = 0; j <= i; j += W) total += load_vec(weights.at(i, j).p);
-          ds[i] = sum(total) + (past ? Qz[i] : 0);
-          const Vec scale(ds[i] > 0 ? 1 / ds[i] : 1), past_d(past && rounds<T> ? Qz[i] : 0);  // y = N / d
-          for (int64_t e = 0; e < s.ldd; e += W) {
-            const Vec numerator = at::vec::fmadd(past_d, Vec::loadu(mean + e), Vec::loadu(N + i * s.ldd + e));
-            (numerator * scale).store(N + i * s.ldd + e);
-          }
+          ds[i] = sum(total) + Qz[i];
         }
+        divide(s, count, ds, Qz, mean, N);
         store(N, s.ldd, y, head, t, count);
         if (carry || c + 1 < s.chunks) accumulate(s, KT, left(KT, n, s.F, n, w.copy(9)), U, nullptr, state);
       }
@@ -728,6 +769,36 @@ class MapGradients {
   Tensor dWT_, db_;
 };
 
+// dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d, dd_c = dd + dN c; ys is scratch
+template <class T>
+void through_division(const Sizes& s, const Tensor& dy, const Tensor& y, const Tensor& d, int64_t head, int64_t chunk,
+                      const float* c, float* dN, float* dd, float* dd_c, float* ys) {
+  const int64_t n = s.n, t = chunk * n, count = s.tokens(chunk), ldd = s.ldd;
+  const float* ds = d.const_data_ptr<float>() + head * s.T + t;
+  load(dy, head, t, count, n, dN, ldd);
+  load(y, head, t, count, n, ys, ldd, c);
+  std::fill_n(dd, n, 0.f), std::fill_n(dd_c, n, 0.f);
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
+    float* row = dN + i * ldd;
+    if (ds[i] > 0) dd_c[i] = -scale * dot(row, ys + i * ldd, ldd);
+    for (int64_t e = 0; e < s.D; ++e) row[e] = rounded<T>(row[e] * scale);
+    dd[i] = dd_c[i] - dot(row, c, ldd);
+  }
+}
+
+// dz + (dS - dS') c, where dS' is dS as products take it
+template <class T>
+void through_rounding(const Sizes& s, const float* dstate, Left<T> dS, const float* c, float* dz) {
+  std::copy_n(dstate + s.F * s.ldd, s.F, dz);
+  for (int64_t f = 0; rounds<T> && f < s.F; ++f) {
+    Vec total(0.f);
+    for (int64_t e = 0; e < s.ldd; e += W)
+      total = at::vec::fmadd(Vec::loadu(dstate + f * s.ldd + e) - load_vec(dS.at(f, e).p), Vec::loadu(c + e), total);
+    dz[f] += sum(total);
+  }
+}
+
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients of q, k, v, Wq, bq, Wk, bk (without maps of no meaning), S0, z0
@@ -757,37 +828,21 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
       for (int64_t e = 0; e < s.D; ++e) centres[head * ldd + e] += last[i * s.D + e] / rows;
   }
 
-  // dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d, dd_c = dd + dN c; ys is scratch
-  auto through_division = [&](int64_t head, int64_t chunk, float* dN, float* dd, float* dd_c, float* ys) {
-    const int64_t t = chunk * n, count = s.tokens(chunk);
-    const float *ds = d.const_data_ptr<float>() + head * s.T + t, *centre = centres.data() + head * ldd;
-    load(dy, head, t, count, n, dN, ldd);
-    load(y, head, t, count, n, ys, ldd, centre);
-    std::fill_n(dd, n, 0.f), std::fill_n(dd_c, n, 0.f);
-    for (int64_t i = 0; i < count; ++i) {
-      const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
-      float* row = dN + i * ldd;
-      if (ds[i] > 0) dd_c[i] = -scale * dot(row, ys + i * ldd, ldd);
-      for (int64_t e = 0; e < s.D; ++e) row[e] = rounded<T>(row[e] * scale);
-      dd[i] = dd_c[i] - dot(row, centre, ldd);
-    }
-  };
-
-  const std::initializer_list<int64_t> sizes{
+  const std::vector<int64_t> sizes{
       n * ldx, ldx * n, ldf * n, n * n, n * n, n * ldx, n * ldd, n, (ldf + 1) * n, (ldf + 1) * n, n * ldd,
       GROUP * n * ldx, GROUP * ldf * n, GROUP * n * ldd, GROUP * size, n,
       // as products take them
       ldx * n, 3 * ldx * ldx, 3 * ldx * ldx, ldd * n, ldd * n, n * ldd, n * ldd, ldf * n, ldf * n, ldf * n, ldf * n, n * n,
       n * n, n * n, ldf * ldd, ldf * ldd, ldf * ldd, 2 * ldx * n,
-      ldf * ldd, ldd};
-  between_segments<T>(s, after, true, sizes, [&](const Workspace<T>& w, int64_t head, int64_t c, int64_t end,
-                                                 float* state) {
-    float *X = w[0], *QT = w[2], *dN = w[6], *dd = w[7];
+      ldf * ldd, ldf};
+  between_segments<T>(s, after, true, sizes, [&](const Workspace<T>& w, int64_t, int64_t head, int64_t c, int64_t end,
+                                                 float* sum) {
+    float *QT = w[2], *dN = w[6], *dd = w[7];
     const Map<T> map = queries.map(s, head, w.copy(17));
     for (; c < end; ++c) {
-      queries.features(s, map, head, c, X, w.copy(16), QT);
-      through_division(head, c, dN, dd, w[15], w[10]);
-      accumulate(s, QT, left(QT, n, s.F, n, w.copy(23)), right(dN, ldd, n, ldd, w.copy(22)), dd, state);
+      queries.features(s, map, head, c, w[0], w.copy(16), QT);
+      through_division<T>(s, dy, y, d, head, c, centres.data() + head * ldd, dN, dd, w[15], w[10]);
+      accumulate(s, QT, left(QT, n, s.F, n, w.copy(23)), right(dN, ldd, n, ldd, w.copy(22)), dd, sum);
     }
   });
 
@@ -799,7 +854,7 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
     T *XT_ = w.copy(16), *copy = w.copy(33);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
-      float *dstate = after.mutable_data_ptr<float>() + task * size, *centred = w[34], *lost = w[35];
+      float *dstate = after.mutable_data_ptr<float>() + task * size, *centred = w[34], *dzs = w[35];
       const float* centre = centres.data() + head * ldd;
       const Map<T> map_q = queries.map(s, head, w.copy(17)), map_k = keys.map(s, head, w.copy(18));
       for (int64_t c = s.first_chunk(segment + 1) - 1; c >= s.first_chunk(segment); --c) {
@@ -819,7 +874,7 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
         const float *Xk = Xs + place * n * ldx, *KT = KTs + place * ldf * n, *V = Vs + place * n * ldd;
         const float* state = group + place * size;
         queries.features(s, map_q, head, c, Xq, XT_, QT);
-        through_division(head, c, dN, dd, dd_c, dV);
+        through_division<T>(s, dy, y, d, head, c, centre, dN, dd, dd_c, dV);
         const Left<T> K = left_transposed(KT, n, s.F, n, w.copy(23)), K_T = left(KT, n, s.F, n, w.copy(24));
         const Left<T> Q_T = left(QT, n, s.F, n, w.copy(25)), V_ = left(V, ldd, n, ldd, w.copy(21));
         const Right<T> VT = right_transposed(V, ldd, n, ldd, w.copy(19));
@@ -836,14 +891,9 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
 
         const bool past = State::any(state, s), future = State::any(dstate, s);
         const Left<T> dS_ = left(dstate, ldd, s.F, ldd, w.copy(31));
-        for (int64_t f = 0; f < s.F; ++f) {
-          float z = state[s.F * ldd + f], dz = dstate[s.F * ldd + f];
-          if (rounds<T>) {
-            for (int64_t e = 0; e < ldd; ++e) lost[e] = dstate[f * ldd + e] - static_cast<float>(*dS_.at(f, e).p);
-            dz += dot(lost, centre, ldd);
-          }
-          for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = z * dd_c[i], dKT[f * n + i] = dz;
-        }
+        through_rounding(s, dstate, dS_, centre, dzs);
+        for (int64_t f = 0; f < s.F; ++f)
+          for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = state[s.F * ldd + f] * dd_c[i], dKT[f * n + i] = dzs[f];
         if (past) {  // dQ^T = S dN^T + z dd^T
           const float* of = rounds<T> ? State::centred(state, s, centre, centred) : state;
           product(dQT, n, left(of, ldd, s.F, ldd, w.copy(30)), dNT, s.F, n, ldd, true);
@@ -872,6 +922,112 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
   }
   return {dq, dk, dv, gradients_q.weight(), gradients_q.bias(), gradients_k.weight(), gradients_k.bias(), dS0, dz0};
 }
+
+// ---------------------------------------------------------------- bidirectional: every query sees every key
+
+using Bidirectional = std::tuple<Tensor, Tensor, Tensor>;
+
+// y (B, H, T, D), d (B, H, T) and (S, z) of all keys (B H, State::size). There may be more or fewer keys than queries.
+template <class T>
+Bidirectional bidirectional_in(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq,
+                               const Optional& bq, const Optional& Wk, const Optional& bk, const Optional& mask) {
+  const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
+  const Sizes s = Sizes::of<T>(q, v, Wq.has_value()), s_k = Sizes::of<T>(k, v, Wq.has_value());
+  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s);
+  Tensor y = at::empty({s.B, s.H, s.T, s.D}, at::kFloat), d = at::empty({s.B, s.H, s.T}, at::kFloat);
+  auto add = [&](const Workspace<T>& w, int64_t, int64_t head, int64_t c, int64_t end, float* sum) {
+    add_keys(w, s_k, keys, v, head, c, end, sum);
+  };
+  const Tensor states = total(segment_sums<T>(s_k, 0, s_k.segments, sizes_for_keys(s_k), add));
+
+  at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
+    const Workspace<T> w({n * s.ldx, s.ldx * n, s.ldf * n, n * s.ldd, n, s.ldd, s.ldf * s.ldd, n * s.ldf,
+                          s.ldf * s.ldd, 3 * s.ldx * s.ldx});
+    float *X = w[0], *QT = w[2], *N = w[3], *Qz = w[4], *mean = w[5];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t segment = task / heads, head = task % heads;
+      const float *state = states.const_data_ptr<float>() + head * size, *z = state + s.F * s.ldd;
+      const Right<T> S = right(for_rounding<T>(state, s, mean, w[6]), s.ldd, s.F, s.ldd, w.copy(8));
+      const Map<T> map = queries.map(s, head, w.copy(9));
+      for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
+        queries.features(s, map, head, c, X, w.copy(1), QT);
+        product(N, s.ldd, left_transposed(QT, n, s.F, n, w.copy(7)), S, n, s.ldd, s.F, false);  // N = Q S
+        product(Qz, n, Left<float>{z, s.F, 1}, Right<float>{QT, n}, 1, n, s.F, false);          // d = Q z
+        std::copy_n(Qz, s.tokens(c), d.mutable_data_ptr<float>() + head * s.T + c * n);
+        divide(s, s.tokens(c), Qz, Qz, mean, N);
+        store(N, s.ldd, y, head, c * n, s.tokens(c));
+      }
+    }
+  });
+  return {y, d, states};
+}
+
+using BidirectionalBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients of q, k, v, Wq, bq, Wk, bk: those of the queries, with dS = Q^T dN and dz = Q^T dd, then those of the keys
+template <class T>
+BidirectionalBackward bidirectional_backward_in(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Optional& Wq, const Optional& bq, const Optional& Wk,
+                                                const Optional& bk, const Optional& mask, const Tensor& y,
+                                                const Tensor& d, const Tensor& states) {
+  const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
+  const Sizes s = Sizes::of<T>(q, v, Wq.has_value()), s_k = Sizes::of<T>(k, v, Wq.has_value());
+  const int64_t heads = s.B * s.H, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
+  TORCH_CHECK(states.size(0) == heads && states.size(1) == size, "hedgehog: the state is of another forward pass");
+  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
+  Tensor dv = at::empty(v.sizes(), at::kFloat);
+  MapGradients<T> gradients_q(queries, s), gradients_k(keys, s_k);
+
+  const int64_t n = s.n, n_k = s_k.n;
+  const std::vector<int64_t> sizes{n * ldx, ldx * n, ldf * n, n * ldx, n * ldd, n, n, n * ldd, (ldf + 1) * n, ldd,
+                                   ldf * ldd, ldx * n, ldd * n, n * ldd, ldf * n, ldf * ldd, 2 * ldx * n, 3 * ldx * ldx};
+  auto add = [&](const Workspace<T>& w, int64_t task, int64_t head, int64_t c, int64_t end, float* sum) {
+    float *X = w[0], *QT = w[2], *dN = w[4], *dd = w[5], *dd_c = w[6], *dQT = w[8], *mean = w[9];
+    const float *state = states.const_data_ptr<float>() + head * size, *z = state + s.F * ldd;
+    const Left<T> S = left(for_rounding<T>(state, s, mean, w[10]), ldd, s.F, ldd, w.copy(15));
+    const Map<T> map = queries.map(s, head, w.copy(17));
+    for (; c < end; ++c) {
+      queries.features(s, map, head, c, X, w.copy(11), QT);
+      through_division<T>(s, dy, y, d, head, c, mean, dN, dd, dd_c, w[7]);
+      for (int64_t f = 0; f < s.F; ++f)
+        for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = z[f] * dd_c[i];
+      const Right<T> dNT = right_transposed(dN, ldd, n, ldd, w.copy(12));
+      product(dQT, n, S, dNT, s.F, n, ldd, true);  // dQ^T = S dN^T + z dd^T
+      accumulate(s, QT, left(QT, n, s.F, n, w.copy(14)), right(dN, ldd, n, ldd, w.copy(13)), dd, sum);
+      gradients_q.chunk(task, c, map, X, w[1], QT, dQT, w[3], w.copy(16), dq);
+    }
+  };
+  const Tensor dstates = total(segment_sums<T>(s, 0, s.segments, sizes, add));
+
+  at::parallel_for(0, heads * s_k.segments, 1, [&](int64_t begin, int64_t end) {
+    const Workspace<T> w({n_k * ldx, ldx * n_k, ldf * n_k, n_k * ldx, n_k * ldd, n_k * ldd, (ldf + 1) * n_k, ldd,
+                          ldf * ldd, ldf, ldx * n_k, ldd * n_k, n_k * ldf, ldf * ldd, ldf * ldd, 2 * ldx * n_k,
+                          3 * ldx * ldx});
+    float *X = w[0], *KT = w[2], *V = w[4], *dV = w[5], *dKT = w[6], *mean = w[7], *dz = w[9];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t segment = task / heads, head = task % heads;
+      const float* dstate = dstates.const_data_ptr<float>() + head * size;
+      for_rounding<T>(states.const_data_ptr<float>() + head * size, s, mean, w[8]);
+      const Left<T> dS = left(dstate, ldd, s.F, ldd, w.copy(13));
+      const Right<T> dS_ = right(dstate, ldd, s.F, ldd, w.copy(14));
+      through_rounding(s, dstate, dS, mean, dz);
+      const Map<T> map = keys.map(s_k, head, w.copy(16));
+      for (int64_t c = s_k.first_chunk(segment); c < s_k.first_chunk(segment + 1); ++c) {
+        keys.features(s_k, map, head, c, X, w.copy(10), KT);
+        load(v, head, c * n_k, s_k.tokens(c), n_k, V, ldd);
+        for (int64_t f = 0; f < s.F; ++f) std::fill_n(dKT + f * n_k, n_k, dz[f]);
+        product(dKT, n_k, dS, right_transposed(V, ldd, n_k, ldd, w.copy(11)), s.F, n_k, ldd, true);  // dK^T = dS V^T + dz 1^T
+        product(dV, ldd, left_transposed(KT, n_k, s.F, n_k, w.copy(12)), dS_, n_k, ldd, s.F, false);  // dV = K dS
+        keys.hide(s_k, head, c, dKT);
+        store(dV, ldd, dv, head, c * n_k, s_k.tokens(c));
+        gradients_k.chunk(task, c, map, X, w[1], KT, dKT, w[3], w.copy(15), dk);
+      }
+    }
+  });
+  return {dq, dk, dv, gradients_q.weight(), gradients_q.bias(), gradients_k.weight(), gradients_k.bias()};
+}
+
+// ---------------------------------------------------------------- in float32 or in bfloat16
 
 // Whether this call multiplies in bfloat16: if q, k and v are, and processor and library can. The library is oneDNN,
 // which can be turned off, or told to do without new instructions.
@@ -921,6 +1077,37 @@ Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, cons
   return backward_in<float>(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states);
 }
 
+void check_bidirectional(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
+                         const Optional& Wk, const Optional& bk, const Optional& mask) {
+  check(k, k, v, Wq, bq, Wk, bk, {}, {}, mask);
+  check(q, q, q, {}, {}, {}, {}, {}, {}, {});
+  TORCH_CHECK(q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3),
+              "hedgehog: q is ", q.sizes(), " and k ", k.sizes());
+}
+
+Bidirectional bidirectional(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
+                            const Optional& Wk, const Optional& bk, const Optional& mask) {
+  check_bidirectional(q, k, v, Wq, bq, Wk, bk, mask);
+#ifdef __AVX512BF16__
+  if (in_bfloat16(q, k, v)) return bidirectional_in<BFloat16>(q, k, v, Wq, bq, Wk, bk, mask);
+#endif
+  return bidirectional_in<float>(q, k, v, Wq, bq, Wk, bk, mask);
+}
+
+BidirectionalBackward bidirectional_backward(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Optional& Wq, const Optional& bq, const Optional& Wk,
+                                             const Optional& bk, const Optional& mask, const Tensor& y,
+                                             const Tensor& d, const Tensor& states) {
+  check_bidirectional(q, k, v, Wq, bq, Wk, bk, mask);
+  TORCH_CHECK(dy.sizes() == y.sizes() && (dy.stride(3) == 1 || dy.size(3) <= 1 || dy.numel() == 0),
+              "hedgehog: dy must be like y");
+#ifdef __AVX512BF16__
+  if (in_bfloat16(q, k, v))
+    return bidirectional_backward_in<BFloat16>(dy, q, k, v, Wq, bq, Wk, bk, mask, y, d, states);
+#endif
+  return bidirectional_backward_in<float>(dy, q, k, v, Wq, bq, Wk, bk, mask, y, d, states);
+}
+
 // ---------------------------------------------------------------- one token
 
 // N vectors of columns of S + k v^T -> next, and of y = q next
@@ -952,7 +1139,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, cons
   float *next_Ss = next_S.mutable_data_ptr<float>(), *next_zs = next_z.mutable_data_ptr<float>();
   float* ys = y.mutable_data_ptr<float>();
   at::parallel_for(0, heads, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, F * D)), [&](int64_t begin, int64_t end) {
-    const Workspace<float> w{ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)};
+    const Workspace<float> w({ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)});
     float *x = w[0], *phi_q = w[1], *phi_k = w[2], *value = w[3], *N = w[4];
     for (int64_t head = begin; head < end; ++head) {
       queries.token(head, x, phi_q);
@@ -1001,6 +1188,11 @@ TORCH_LIBRARY(hedgehog, m) {
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
         "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor states) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(backward));
+  m.def("bidirectional(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor? mask) -> "
+        "(Tensor, Tensor, Tensor)", cpu(bidirectional));
+  m.def("bidirectional_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
+        "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor states) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(bidirectional_backward));
   m.def("decode(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor S, "
         "Tensor z) -> (Tensor, Tensor, Tensor)", cpu(decode));
 }

@@ -62,6 +62,14 @@ def register(space: str, triton) -> None:
         of_maps = ((0,) if x is None else x.shape for x in (Wq, bq, Wk, bk))
         return tuple(empty(q, s) for s in (q.shape, k.shape, v.shape, *of_maps, S, S[:3]))
 
+    def bidirectional(q, k, v, Wq, bq, Wk, bk, mask):
+        """y (B, H, T, E), d (B, H, T), and the state of all keys for backward."""
+        y, d, _, _, states = forward(q, k, v, Wq, bq, Wk, bk, None, None, mask, True, False)
+        return empty(q, (*q.shape[:3], v.size(3))), d, empty(q, (states.size(0), states.size(2)))
+
+    def bidirectional_backward(dy, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
+        return backward(dy, None, None, q, k, v, Wq, bq, Wk, bk, mask, y, d, states)[:7]
+
     def decode(q, k, v, Wq, bq, Wk, bk, S, z):
         """y (B, H, 1, E), S and z after one more token. It has no gradient."""
         return tuple(empty(q, s) for s in (v.shape, S.shape, z.shape))
@@ -85,10 +93,22 @@ def register(space: str, triton) -> None:
         needed = zip(grads, ctx.needs_input_grad, [*inputs[:7], y, y])
         return *(g.to(x.dtype) if need else None for g, need, x in needed), None, None, None
 
+    def keep_bidirectional(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    def bidirectional_gradient(ctx, dy, *_):
+        *inputs, y, d, states = ctx.saved_tensors
+        dy = torch.zeros_like(y) if dy is None else innermost_dense(dy)
+        grads = ops.bidirectional_backward.default(dy, *inputs, y, d, states)
+        needed = zip(grads, ctx.needs_input_grad, inputs)
+        return *(g.to(x.dtype) if need else None for g, need, x in needed), None
+
     def once(ctx, *_):
         raise RuntimeError("linear attention by a compiled kernel is differentiable once: use kernel torch")
 
-    for of in (forward, backward, decode) if triton else (forward, backward, decode, multiply):
+    of_cpp = multiply, bidirectional, bidirectional_backward
+    for of in (forward, backward, decode, *(() if triton else of_cpp)):
         name = f"{space}::{of.__name__}"
         if triton:
             library.define(name, SCHEMAS[of.__name__])
@@ -96,6 +116,10 @@ def register(space: str, triton) -> None:
         library.register_fake(name, of)
     library.register_autograd(f"{space}::forward", gradient, setup_context=keep_for_backward)
     library.register_autograd(f"{space}::backward", once)
+    if not triton:
+        name = f"{space}::bidirectional"
+        library.register_autograd(name, bidirectional_gradient, setup_context=keep_bidirectional)
+        library.register_autograd(f"{name}_backward", once)
 
 
 def as_operator(function):
@@ -156,6 +180,15 @@ def causal(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry)
     return y.to(v.dtype), S, z
+
+
+def bidirectional(
+    kernel, q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor], key_mask: Tensor | None
+) -> Tensor:
+    """y (B, H, T, D), in v's dtype, of queries that see all keys. maps: as for causal."""
+    key_mask = None if key_mask is None else key_mask.bool().expand(k.size(0), -1).contiguous()
+    y, *_ = kernel.bidirectional(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), key_mask)
+    return y.to(v.dtype)
 
 
 def decode(

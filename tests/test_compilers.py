@@ -63,6 +63,8 @@ def test_every_operator_is_what_it_registers(kernel, mapped, full):
         S = z = None
     arguments = q, k, v, *maps, S, z, mask, full, True
     torch.library.opcheck(kernel.forward, arguments)
+    if hasattr(kernel, "bidirectional"):
+        torch.library.opcheck(kernel.bidirectional, (*arguments[:7], mask))
     with torch.no_grad():
         y, d, _, _, *states = kernel.forward(*arguments[:-2], True, True)
         plain = [x if x is None else x.detach() for x in arguments[:7]]
@@ -84,6 +86,11 @@ def test_shapes_are_registered_for_bfloat16_too(T, E):
     arguments = q, k, v, *[torch.randn(2, n, 8) for n in (8, 1)] * 2, None, None, None
     torch.library.opcheck(kernel.forward, (*arguments, True, False), test_utils="test_faketensor")
     y, d, _, _, states = kernel.forward(*arguments, True, False)
+    for mask in (None, torch.arange(T)[None].expand(2, -1) > 2):
+        plain = *arguments[:7], mask
+        torch.library.opcheck(kernel.bidirectional, plain, test_utils="test_faketensor")
+        both = *plain, *kernel.bidirectional(*plain)
+        torch.library.opcheck(kernel.bidirectional_backward, (v.float(), *both), test_utils="test_faketensor")
     torch.library.opcheck(
         kernel.backward, (torch.randn_like(y), None, None, *arguments[:7], None, y, d, states),
         test_utils="test_faketensor",

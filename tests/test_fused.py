@@ -236,6 +236,93 @@ def test_tensors_of_the_wrong_shape_are_refused(wrong):
         CPP.forward(q, k, v, *maps, S, z, mask, False, True)
 
 
+# ---------------------------------------------------------------- bidirectional
+
+
+def bidirectional_errors(q, k, v, dy, maps, mask=None):
+    """Of y and all gradients, against Eq. 2 in float64."""
+    y, d, states = CPP.bidirectional(q, k, v, *maps, mask)
+    grads = CPP.bidirectional_backward(dy, q, k, v, *maps, mask, y, d, states)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v, *maps) if x is not None]
+    q, k, v, *maps = leaves
+    if maps:
+        u = q @ maps[0] + maps[1], k @ maps[2] + maps[3]
+        q, k = (torch.cat([u.softmax(-1), (-u).softmax(-1)], -1) for u in u)
+    A = q @ k.mT
+    if mask is not None:
+        A = A.masked_fill(~mask[:, None, None, :], 0.0)
+    want = normalise(A, A.sum(-1, keepdim=True)) @ v
+    wanted = torch.autograd.grad(want, leaves, dy.double())
+    return [relative_error(y, want), *(relative_error(g, w) for g, w in zip(grads, wanted))]
+
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("Tq, Tk", [(1, 1), (1, 700), (63, 64), (65, 31), (128, 128), (129, 257), (700, 700)])
+def test_bidirectional_at_any_lengths_by_any_number_of_threads(Tq, Tk, threads, dtype):
+    torch.set_num_threads(threads)
+    q, *_, dy = sequence(1, 2, Tq, 16, dtype=dtype)
+    _, k, v, _ = sequence(1, 2, Tk, 16, dtype=dtype, seed=1)
+    assert max(bidirectional_errors(q, k, v, dy, untied(2, 16))) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("D, E", [(1, 1), (5, 5), (8, 20), (33, 33), (64, 64), (80, 80), (128, 128)])
+def test_bidirectional_at_any_head_dim_with_masked_keys(D, E, dtype):
+    q, k, v, dy = sequence(2, 2, 70, D, E, dtype=dtype)
+    mask = torch.rand(2, 70) > 0.3
+    mask[0, 35:] = False
+    assert max(bidirectional_errors(q, k, v, dy, untied(2, D), mask)) < BOUND[dtype]
+    assert (
+        max(bidirectional_errors(q.abs() + 0.1, k.abs() + 0.1, v, dy, [None] * 4, mask)) < BOUND[dtype]
+        or D == 1
+    )
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_bidirectional_masked_keys_count_for_nothing_and_no_key_gives_zero(dtype):
+    q, k, v, dy = sequence(2, 1, 150, 16, dtype=dtype)
+    mask, maps = torch.rand(2, 150) > 0.3, untied(1, 16)
+    mask[0] = False
+    hidden = ~mask[:, None, :, None]
+    y, d, states = CPP.bidirectional(q, k, v, *maps, mask)
+    others = k.masked_fill(hidden, 7.0), v.masked_fill(hidden, -9.0)
+    assert torch.equal(y, CPP.bidirectional(q, *others, *maps, mask)[0])
+    assert not y[0].any() and y[1].any()
+    grads = CPP.bidirectional_backward(dy, q, k, v, *maps, mask, y, d, states)
+    assert all(g.isfinite().all() for g in grads)
+    assert not any(g.transpose(1, 2)[~mask].any() for g in grads[1:3])
+
+
+@pytest.mark.parametrize("mean", [0.0, -4.0])
+def test_bidirectional_bfloat16_after_2048_tokens(mean):
+    q, k, v, dy = sequence(1, 1, 2048, 16, dtype=torch.bfloat16)
+    assert max(bidirectional_errors(q, k, (v + mean).bfloat16(), dy, untied(1, 16))) < 1e-2
+
+
+@pytest.mark.parametrize("wrong", ["heads", "width", "mask"])
+def test_bidirectional_tensors_of_the_wrong_shape_are_refused(wrong):
+    q, k, v, _ = sequence(1, 2, 10, 16)
+    mask = torch.ones(1, 9 if wrong == "mask" else 10, dtype=torch.bool)
+    q = {"heads": q[:, :1], "width": q[..., :8], "mask": q}[wrong]
+    with pytest.raises(RuntimeError, match="hedgehog: "):
+        CPP.bidirectional(q, k, v, *untied(2, 16), mask)
+
+
+def test_an_encoder_runs_the_kernel(monkeypatch):
+    """Hedgehog's alone: of other maps, PyTorch's form is given the features."""
+    calls, (q, k, v, _) = [], sequence(1, 2, 40, 8)
+    monkeypatch.setattr(fused, "compiled_bidirectional", lambda *args: calls.append(args[0]))
+    for kernel in ("torch", "cpp"):
+        fused.use(kernel)
+        for name in ("hedgehog", "elu"):
+            LinearAttention(make_feature_map(name, 2, 8), causal=False)(q, k, v)
+    assert len(calls) == 1
+
+
 # ---------------------------------------------------------------- bfloat16
 
 BF16 = torch.bfloat16
