@@ -995,27 +995,41 @@ def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", "default", "avx512 without bfloat16", "an old oneDNN"])
 def test_other_processors(tmp_path, capability):
-    """Built for vectors of 8 floats, and for the portable ones: the same numbers."""
+    """Built for vectors of 8 floats, for the portable ones, for AVX512 whose products are float32, and where
+    oneDNN is told to do without AVX512: the same numbers."""
     script = """
 from attention import LinearAttention
 from feature_maps import make_feature_map
 torch.manual_seed(0)
 q, k, v, dy = torch.randn(4, 1, 2, 300, 40)
-attn = LinearAttention(make_feature_map("hedgehog", 2, 40))
-found = []
-for kernel in ("cpp", "torch"):
-    fused.use(kernel)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    y = attn(*leaves)
-    found.append([y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy)])
-for got, want in zip(*found):
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+for causal in (True, False):
+    attn = LinearAttention(make_feature_map("hedgehog", 2, 40), causal)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
+        found = []
+        for kernel in ("cpp", "torch"):
+            fused.use(kernel)
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+            y = attn(*leaves)
+            found.append([y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], dy.to(dtype))])
+        for got, want in zip(*found):
+            assert (got - want).norm() < bound * want.norm(), (causal, dtype, (got - want).norm() / want.norm())
 fused.use("cpp")
+states = fused.load("cpp", "cpu").forward(*torch.ones(3, 1, 1, 1, 1).bfloat16(), *[None] * 7, True, False)[-1]
+assert states.size(-1) == 1 + VECTOR, states.shape
 """
-    run = loader_in_a_new_process(tmp_path, script, ATEN_CPU_CAPABILITY=capability)
-    assert f"kernel cpp ({capability.upper()})" in run.stdout
+    if capability not in ("avx2", "default") and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX512")
+    lanes = {"avx2": 8, "default": None}.get(capability, 16)  # 32 where bfloat16 is multiplied
+    script = script.replace("VECTOR", str(lanes) if lanes else "states.size(-1) - 1")
+    env = {"ATEN_CPU_CAPABILITY": capability} if capability in ("avx2", "default") else {}
+    if capability == "an old oneDNN":
+        env["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    elif not env:
+        script = "torch.cpu.get_capabilities = dict\n" + script
+    run = loader_in_a_new_process(tmp_path, script, **env)
+    assert f"kernel cpp ({env.get('ATEN_CPU_CAPABILITY', 'avx512').upper()})" in run.stdout
 
 
 @pytest.mark.parametrize("wrong", [False, True])
