@@ -97,6 +97,23 @@ def test_shapes_are_registered_for_bfloat16_too(T, E):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_the_bidirectional_operators_are_what_they_register(mapped):
+    try:
+        kernel = fused.load("cpp", "cpu")
+    except fused.Unavailable as e:
+        pytest.skip(str(e))
+    q, k, v = (x.exp().requires_grad_() for x in inputs(T=70))
+    maps = [torch.randn(2, n, 8) for n in (8, 1)] * 2 if mapped else [None] * 4
+    mask = torch.arange(70)[None].expand(2, -1) > 2
+    torch.library.opcheck(kernel.bidirectional, (q, k, v, *maps, mask))
+    (dq,) = torch.autograd.grad(
+        kernel.bidirectional(q, k, v, *maps, mask)[0].square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dq.square().sum().backward()
+
+
 def test_the_product_of_the_benchmark_is_an_operator_too():
     try:
         multiply = fused.load("cpp", "cpu").multiply
