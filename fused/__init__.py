@@ -12,37 +12,30 @@ every form equal to the plain one.
 """
 
 import functools
-import math
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
-from feature_maps import ELU, Hedgehog, Taylor, at_least_float32, without_autocast
+from feature_maps import Hedgehog, Taylor, at_least_float32, without_autocast
 from fused import build
 from fused.build import Unavailable
 from fused.chunked import CHUNK, bidirectional, chunked, chunks_at_once, quadratic, role, step
 from fused.compiled import bidirectional as compiled_bidirectional
 from fused.compiled import causal as compiled_causal
 from fused.compiled import decode, operators
+from fused.known import LOCK, is_known, is_unchanged, relative_errors, undisturbed
 
 KERNELS = ("auto", "torch", "cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16)  # of the compiled kernels
 SHORT = 16  # up to so many tokens the quadratic form is the fastest: 4x at 8 tokens, forward and backward on a CPU
 PIECE = 1024  # tokens whose features are in memory at once, where a compiled kernel is given features
 SOURCE = Path(__file__).parent / "chunked.cpp"
-LOCK = threading.RLock()
-KNOWN: dict[
-    tuple, bool
-] = {}  # code of a map, or of attention.py -> whether it is what the fast forms compute
 LOADED: dict[str, SimpleNamespace] = {}  # the compiled kernels that ran, by name
 chosen = "auto"
 
@@ -156,114 +149,14 @@ def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
     return [p for m in maps for p in (m.weight, m.bias)]
 
 
-# ---------------------------------------------------------------- what a reader has changed
-
-
-def is_known(phi: Hedgehog | Taylor) -> bool:
-    """Whether a fast form may take the place of a map: its class computes what the fast form does, the module
-    is nothing more than its class, and no hook watches it or changes what it gives."""
-    own, of_class = phi.__dict__, ("weight", "bias") if type(phi) is Hedgehog else ()
-    plain = tuple(phi._parameters) == of_class and not phi._buffers and not phi._modules
-    if not plain or "forward" in own or "features" in own or "linear" in own:
-        return False
-    hooks = phi._forward_hooks, phi._forward_pre_hooks, phi._backward_hooks, phi._backward_pre_hooks
-    return not any(hooks) and not _has_any_global_hook() and as_known(type(phi))
-
-
-@torch.compiler.assume_constant_result
-def as_known(kind: type[Hedgehog] | type[Taylor]) -> bool:
-    """Whether the code of a map, as it is now, computes what a fast form computes in its place: products of
-    features, and all gradients, on a few tokens. Otherwise the map itself runs."""
-    code = (kind, kind.__init__, kind.forward, kind.features, getattr(kind, "linear", None))
-    return holds(code, deviations, kind, f"{kind.__name__} was changed: linear attention takes its features")
-
-
-def holds(code: tuple, errors: Callable, of: Callable, otherwise: str) -> bool:
-    """Whether errors(of) are small. Checked once for each code; where they are not, one line says so."""
-    if code not in KNOWN:
-        with LOCK:
-            if code not in KNOWN:
-                KNOWN[code] = undisturbed(is_near, errors, of)
-                if not KNOWN[code]:
-                    print(otherwise, file=sys.stderr, flush=True)
-    return KNOWN[code]
-
-
-def is_near(errors: Callable, of: Callable) -> bool:
-    """Whether all relative errors are small. Code that fails here shall run and show its failure there."""
-    try:
-        return all(error < 1e-3 for error in errors(of))
-    except Exception:
-        return False
-
-
-def deviations(kind: type[Hedgehog] | type[Taylor]) -> list[float]:
-    """Relative errors of a map with made-up parameters against the formula of the fast forms: of Taylor's
-    phi(q).phi(k), or Hedgehog's phi, and of gradients."""
-    phi = kind(2, 4).double()
-    x = 2 * torch.arange(40, dtype=torch.float64).sin().view(1, 2, 5, 4)
-    if taylor := isinstance(phi, Taylor):
-        found = lambda: phi(x) @ phi(x).mT  # noqa: E731
-    else:  # tokens whose features reach the floor, and whose inputs are clamped
-        x[:, :, 1], x[:, :, 2, 1:], found = -300 * x[:, :, 1], 1e16, lambda: phi(x)
-    leaves = [x.requires_grad_(), *phi.parameters()]
-    with torch.no_grad():
-        for p in phi.parameters():
-            p += 0.3 * torch.arange(1.0, p.numel() + 1).cos().view_as(p)
-    if taylor:
-        wanted = phi.products(x, x)
-    else:
-        u = x.clamp(-1e15, 1e15) @ phi.weight + phi.bias  # the limits in chunked.cpp
-        wanted = torch.cat([u.softmax(-1), (-u).softmax(-1)], -1) + 1e-15
-    if found().shape != wanted.shape:
-        return [math.inf]
-    pairs = [(y, y.log(), *gradients(y, leaves)) for y in (found(), wanted)]
-    return relative_errors(*pairs)
-
-
-def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(y.square().sum(), leaves, allow_unused=True, materialize_grads=True)
-
-
 def faithful_to(plain: Callable) -> Callable:
     """`attend`, as long as `plain`, which is attention.attend, computes the same in its code as it is now.
     Otherwise `plain` runs."""
-    names = "normalise zero_state without_padding linear_attention_chunked linear_attention_bidirectional"
-
-    @torch.compiler.assume_constant_result
-    def is_unchanged() -> bool:
-        code = tuple(plain.__globals__.get(name) for name in names.split())
-        otherwise = "attention.py was changed: linear attention runs as it is written there, without kernels"
-        return holds(code, plain_deviations, plain, otherwise)
 
     def fastest(*args, **options):
-        return attend(*args, **options) if is_unchanged() else plain(*args, **options)
+        return attend(*args, **options) if is_unchanged(plain) else plain(*args, **options)
 
     return fastest
-
-
-def plain_deviations(plain: Callable) -> list[float]:
-    """Relative errors of chunked.py's forms against the plain ones: y, the state, gradients, one more token,
-    the bidirectional form, and rows that have no key."""
-    phi = ELU(2, 4)
-    q, k, v = (2 * torch.arange(3 * 560, dtype=torch.float64)).sin().view(3, 1, 2, 70, 4).unbind()
-    leaves, mask = [x.clone().requires_grad_() for x in (q, k, v)], torch.arange(70)[None] % 5 > 1
-    y, state = plain(phi, *leaves, key_mask=mask)
-    found = [y, *state, *gradients(y, leaves)]
-    y, *after = chunked(phi, *leaves, key_mask=mask)
-    wanted = [y, *after, *gradients(y, leaves)]
-    one = [x[:, :, :1].detach() for x in leaves]
-    y, next_state = plain(phi, *one, state, offset=70)
-    found += [y, *next_state, plain(phi, *leaves, causal=False, key_mask=mask)[0]]
-    wanted += [*step(phi(one[0]), phi(one[1]), one[2], *after), bidirectional(phi(q), phi(k), v, mask)]
-    return relative_errors(found, wanted)
-
-
-def undisturbed(function: Callable, *args):
-    """function(*args) in a thread of its own: nothing around the first call of a check reaches it, neither
-    autocast, inference mode, gradient checkpointing (it replaces saved tensors) nor a compiler or a tracer."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *args).result()
 
 
 # ---------------------------------------------------------------- which kernel
@@ -381,7 +274,3 @@ def kernel_deviations(kernel, device: str) -> list[float]:
         _, S, z = compiled_causal(kernel, *first, here[4:] * 2, None, None, None, True)
         found.append(decode(kernel, *last, here[4:] * 2, S, z)[0])
     return relative_errors(found, [*wanted, want[:, :, 69:]])
-
-
-def relative_errors(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> list[float]:
-    return [((a.cpu() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(found, wanted)]

@@ -350,7 +350,7 @@ def test_a_recorded_model_refuses_packed_sequences_when_it_runs(model, how):
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_a_compiled_forward_pass_generates(model):
-    """Issue 17, B7: m.forward = torch.compile(m.forward); m.generate(...)."""
+    """M.forward = torch.compile(m.forward); m.generate(...)."""
     m, ids = model.model, torch.randint(1, 50, (2, 10))
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
     want = m.generate(ids, **options)

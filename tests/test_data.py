@@ -237,7 +237,7 @@ class CountedPattern:
 
 @pytest.mark.parametrize("kind", ["one piece of words", "one piece", "many pieces", "many pieces of words"])
 def test_cutting_text_is_linear_in_its_length(kind, monkeypatch):
-    """Issue 17, C9: twice the text, with words or without white space, in one piece or in many, is twice the work."""
+    """Twice the text, with words or without white space, in one piece or in many, is twice the work."""
     monkeypatch.setattr(data, "END_OF_WORD", CountedPattern(data.END_OF_WORD))
     unit, works = "ab cd " if "words" in kind else "abcdef", []
     for n in (2_000, 4_000, 8_000):
@@ -389,7 +389,7 @@ def like_llama_2(folder):
 
 @pytest.mark.parametrize("stride", [1, 5, 16, 64])
 def test_words_and_bytes_are_counted_on_the_text_whatever_the_stride(stride, tmp_path):
-    """Issue 17, B8: with a tokenizer that drops the space before a text and splits emoji."""
+    """With a tokenizer that drops the space before a text and splits emoji."""
     tokenizer = like_llama_2(tmp_path)
     text = " ".join(f"word{i}" if i % 9 else "\U0001f994" for i in range(200))
     ids = np.array(tokenizer.encode_many([text])[0])

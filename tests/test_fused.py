@@ -23,6 +23,7 @@ from attention import (
 )
 from feature_maps import CEIL, FEATURE_MAPS, make_feature_map
 from fused import check as machine
+from fused import known
 from fused.chunked import chunked, normalise
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
@@ -860,7 +861,7 @@ def test_training_follows_a_reader_who_edits_the_source(edit, tmp_path, text):
 
 @pytest.mark.parametrize("where", ["autocast", "inference", "checkpoint", "compile", "trace", "fake"])
 def test_the_first_check_of_a_map_does_not_depend_on_where_it_happens(where, monkeypatch):
-    monkeypatch.setattr(fused, "KNOWN", {})
+    monkeypatch.setattr(known, "KNOWN", {})
     attn, (q, k, v, _) = LinearAttention(make_feature_map("hedgehog", 2, 8)), sequence(1, 2, 40, 8)
     fused.load_once.cache_clear()
     fused.use("cpp")
@@ -876,7 +877,7 @@ def test_the_first_check_of_a_map_does_not_depend_on_where_it_happens(where, mon
     else:
         with torch.autocast("cpu", torch.bfloat16) if where == "autocast" else torch.inference_mode():
             attn(q, k, v)
-    assert set(fused.KNOWN.values()) == {True} and any(code[0] is type(attn.phi) for code in fused.KNOWN)
+    assert set(known.KNOWN.values()) == {True} and any(code[0] is type(attn.phi) for code in known.KNOWN)
 
 
 # ---------------------------------------------------------------- the loader

@@ -13,6 +13,7 @@ import distill  # noqa: F401  adds mode "mimic"
 import fused
 from attention import LinearAttention
 from feature_maps import FEATURE_MAPS, make_feature_map
+from fused import known
 from model import GPT, GPTConfig, map_parameters
 from swap import set_mode, sockets
 
@@ -48,7 +49,7 @@ def prompts(n: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["hedgehog", "taylor", "softmax", "hedgehog_window"])
 def test_eight_threads_generate_what_one_after_the_other_generates(attention, threads, monkeypatch):
-    """Issue 17, D14: 8 x 50 generations by one model; the first ones make the checks of the kernel and the map."""
+    """8 x 50 generations by one model; the first ones make the checks of the kernel and the map."""
     model, texts = tiny(attention), prompts(400 if attention == "hedgehog" else 80)
 
     def generate(idx):
@@ -56,7 +57,7 @@ def test_eight_threads_generate_what_one_after_the_other_generates(attention, th
 
     fused.load_once.cache_clear()
     fused.picked.cache_clear()
-    monkeypatch.setattr(fused, "KNOWN", {})
+    monkeypatch.setattr(known, "KNOWN", {})
     found = threads(generate, texts)
     assert all(torch.equal(got, generate(idx)) for got, idx in zip(found, texts))
 
@@ -93,15 +94,16 @@ def test_a_measured_mimic_is_copied_and_one_that_was_not_measured_says_so():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_checkpointed_attention_has_the_same_gradients_to_the_last_bit(name, reentrant, first, monkeypatch):
-    """Issue 17, D15: every map, by each kernel, in the first call of a process too. Nothing falls back."""
+    """Every map, by each kernel, in the first call of a process too. Nothing falls back."""
     torch.manual_seed(0)
     attn, q, k, v = LinearAttention(make_feature_map(name, 2, 8)), *torch.randn(3, 1, 2, 40, 8)
     for kernel in ("auto", "torch"):
         fused.use(kernel)
-        if first:
-            fused.load_once.cache_clear()
-            fused.picked.cache_clear()
-            monkeypatch.setattr(fused, "KNOWN", {})
+        fused.load_once.cache_clear()
+        fused.picked.cache_clear()
+        monkeypatch.setattr(known, "KNOWN", {})
+        if not first:
+            attn(q, k, v)
         found = []
         for run in (lambda *x: checkpoint(attn, *x, use_reentrant=reentrant), attn):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -110,7 +112,7 @@ def test_checkpointed_attention_has_the_same_gradients_to_the_last_bit(name, ree
             y.square().sum().backward()
             found.append([y, *(x.grad for x in (*leaves, *attn.parameters()))])
         assert all(torch.equal(a, b) for a, b in zip(*found))
-    assert all(fused.KNOWN.values()) and not isinstance(fused.load_once("cpp", "cpu"), fused.Unavailable)
+    assert all(known.KNOWN.values()) and not isinstance(fused.load_once("cpp", "cpu"), fused.Unavailable)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
