@@ -1,4 +1,4 @@
-// Causal linear attention on a CPU in one pass: feature map, chunks, state and denominator.
+// Linear attention on a CPU in one pass: feature map, chunks, state and denominator.
 //
 // The same function as chunked.py (read that first; the letters are the glossary's in attention.py), with
 // Hedgehog's map inside, or with features computed before. For the n tokens of a chunk, whose past is (S, z):
@@ -15,14 +15,16 @@
 //     the three inputs   dQ = dA K + dN S^T + dd z^T,  dK = dA^T Q + V dS^T + 1 dz^T,  dV = A^T dN + K dS
 //     the state before   dS <- dS + Q^T dN,  dz <- dz + Q^T dd
 //
-// Everything is a product of small matrices that stay in the cache, and `product` makes them all, of one of two types T:
+// The bidirectional form has no scores: (S, z) are sums over all keys before the first query, (dS, dz) over all queries.
 //
-//     float       one routine, below: its right-hand matrix is read in vectors along its rows, its left-hand one element
+// Everything is a product of small matrices that stay in the cache. `product` makes them all, of one of two types T:
+//
+//     float       one routine, below: the right-hand matrix is read in vectors along its rows, the left-hand one element
 //                 by element, with any strides
 //     BFloat16    oneDNN's, which PyTorch exports: AMX or AVX512-BF16, with float32 sums. Both matrices are rounded
 //                 copies, in the order that the processor wants (`left`, `right`)
 //
-// Float32 are, in both types, the softmax over features, the denominators, the state and all sums. T is BFloat16 if q, k
+// In both types float32 are the softmax over features, the denominators, the state and all sums. T is BFloat16 if q, k
 // and v are, and the processor multiplies it. What is a right-hand matrix somewhere is kept that way round: features as
 // Q^T, K^T (F, n): the softmax over features then runs down a column, 16 tokens in a vector, without horizontal sums.
 //
@@ -44,7 +46,6 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -600,7 +601,7 @@ Tensor total(const Tensor& sums) { return sums.size(0) == 1 ? sums[0] : sums.sum
 
 // The sum of K^T V and K^T 1 over some chunks of a head, in a workspace of these sizes
 std::vector<int64_t> sizes_for_keys(const Sizes& s) {
-  return {s.n * s.ldx, s.ldx * s.n,  s.ldf * s.n, s.n * s.ldd, s.ldf * s.n, s.n * s.ldd, 3 * s.ldx * s.ldx};
+  return {s.n * s.ldx, s.ldx * s.n, s.ldf * s.n, s.n * s.ldd, s.ldf * s.n, s.n * s.ldd, 3 * s.ldx * s.ldx};
 }
 template <class T>
 void add_keys(const Workspace<T>& w, const Sizes& s, const Side& keys, const Tensor& v, int64_t head, int64_t c,
@@ -615,7 +616,8 @@ void add_keys(const Workspace<T>& w, const Sizes& s, const Side& keys, const Ten
   }
 }
 
-// S as a product takes it; in bfloat16, of which mean is about that of v, S - z mean^T (see backward)
+// What products take for S: in bfloat16 S - z mean^T, where mean is that of v, so that rounding loses little (backward
+// says more); else S, and mean is 0
 template <class T>
 const float* for_rounding(const float* state, const Sizes& s, float* mean, float* centred) {
   std::fill_n(mean, s.ldd, 0.f);
@@ -819,7 +821,7 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
   // dS V^T + dz 1^T and S dN^T + z dd^T are small differences of large numbers if the mean of v is not zero: the keys
   // before all have about the same v, and attention weights sum to 1. So what a factor loses when it is rounded would
   // count, unless the other factor is small. With any c (ldd), about the mean of v,
-  //     S dN^T + z dd^T = (S - z c^T) dN^T + z (dd + dN c)^T,    and where X is rounded to X',    X V = X' V + (X - X') c
+  //     S dN^T + z dd^T = (S - z c^T) dN^T + z (dd + dN c)^T,    and with X rounded to X',    X V ~ X' V + (X - X') c
   std::vector<float> centres(heads * ldd, 0.f);
   for (int64_t head = 0; rounds<T> && s.T > 0 && head < heads; ++head) {
     const int64_t rows = std::min(s.T, n);
@@ -832,8 +834,8 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
       n * ldx, ldx * n, ldf * n, n * n, n * n, n * ldx, n * ldd, n, (ldf + 1) * n, (ldf + 1) * n, n * ldd,
       GROUP * n * ldx, GROUP * ldf * n, GROUP * n * ldd, GROUP * size, n,
       // as products take them
-      ldx * n, 3 * ldx * ldx, 3 * ldx * ldx, ldd * n, ldd * n, n * ldd, n * ldd, ldf * n, ldf * n, ldf * n, ldf * n, n * n,
-      n * n, n * n, ldf * ldd, ldf * ldd, ldf * ldd, 2 * ldx * n,
+      ldx * n, 3 * ldx * ldx, 3 * ldx * ldx, ldd * n, ldd * n, n * ldd, n * ldd, ldf * n, ldf * n, ldf * n, ldf * n,
+      n * n, n * n, n * n, ldf * ldd, ldf * ldd, ldf * ldd, 2 * ldx * n,
       ldf * ldd, ldf};
   between_segments<T>(s, after, true, sizes, [&](const Workspace<T>& w, int64_t, int64_t head, int64_t c, int64_t end,
                                                  float* sum) {
@@ -848,8 +850,8 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
     const Workspace<T> w(sizes);
-    float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *rows = w[5], *dN = w[6], *dd = w[7], *dQT = w[8],
-          *dKT = w[9], *dV = w[10];
+    float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *rows = w[5], *dN = w[6], *dd = w[7],
+          *dQT = w[8], *dKT = w[9], *dV = w[10];
     float *Xs = w[11], *KTs = w[12], *Vs = w[13], *group = w[14], *dd_c = w[15];  // of a group: keys, values, states
     T *XT_ = w.copy(16), *copy = w.copy(33);
     for (int64_t task = begin; task < end; ++task) {
