@@ -342,11 +342,23 @@ void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, fl
   std::fill(rows + count * ld, rows + n * ld, 0.f);
 }
 
-// rows (count, ld) into tokens t .. t + count of one head of x (B, H, T, width), contiguous
+void narrow(const float* from, float* to, int64_t n) { std::copy_n(from, n, to); }
+void narrow(const float* from, BFloat16* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + 2 * W <= n; i += 2 * W) InRow{from, 0}(0, i / 2).store(to + i);
+#endif
+  at::vec::convert(from + i, to + i, n - i);
+}
+
+// rows (count, ld) into tokens t .. t + count of one head of x (B, H, T, width), contiguous, float32 or bfloat16
 void store(const float* rows, int64_t ld, Tensor& x, int64_t head, int64_t t, int64_t count) {
-  const int64_t T = x.size(2), width = x.size(3);
-  float* p = x.mutable_data_ptr<float>() + (head * T + t) * width;
-  for (int64_t i = 0; i < count; ++i) std::copy_n(rows + i * ld, width, p + i * width);
+  const int64_t T = x.size(2), width = x.size(3), start = (head * T + t) * width;
+  auto copy = [&](auto* p) {
+    for (int64_t i = 0; i < count; ++i) narrow(rows + i * ld, p + i * width, width);
+  };
+  if (x.scalar_type() == at::kFloat) copy(x.mutable_data_ptr<float>() + start);
+  else copy(x.mutable_data_ptr<BFloat16>() + start);
 }
 
 // A state (S, z) in memory: S (F, ldd) and after it z (F)
@@ -813,8 +825,8 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
   const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
   TORCH_CHECK(states.size(0) == heads && states.size(1) == s.groups() && states.size(2) == size,
               "hedgehog: the states are of another forward pass");
-  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
-  Tensor dv = at::empty(v.sizes(), at::kFloat);
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  Tensor dv = at::empty(v.sizes(), v.options());
   MapGradients<T> gradients_q(queries, s), gradients_k(keys, s);
   Tensor after = State::at_segment(dS, dz, s, s.segments - 1);  // (dS, dz) after each segment, and then within it
 
@@ -976,8 +988,8 @@ BidirectionalBackward bidirectional_backward_in(const Tensor& dy, const Tensor& 
   const Sizes s = Sizes::of<T>(q, v, Wq.has_value()), s_k = Sizes::of<T>(k, v, Wq.has_value());
   const int64_t heads = s.B * s.H, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
   TORCH_CHECK(states.size(0) == heads && states.size(1) == size, "hedgehog: the state is of another forward pass");
-  Tensor dq = at::empty(q.sizes(), at::kFloat), dk = at::empty(k.sizes(), at::kFloat);
-  Tensor dv = at::empty(v.sizes(), at::kFloat);
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
+  Tensor dv = at::empty(v.sizes(), v.options());
   MapGradients<T> gradients_q(queries, s), gradients_k(keys, s_k);
 
   const int64_t n = s.n, n_k = s_k.n;

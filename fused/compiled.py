@@ -3,7 +3,7 @@ of each operator which shapes it gives, for compilers and tracers, and which gra
 
 A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
 computes Hedgehog's features itself. For every other feature map it is given the features. All results are
-float32.
+float32; chunked.cpp gives the gradients of q, k and v their dtypes.
 """
 
 import functools
@@ -60,7 +60,8 @@ def register(space: str, triton) -> None:
         """The gradients of q, k, v, Wq, bq, Wk, bk (without a map of no elements), S, z."""
         S = *q.shape[:2], n_features(q, Wq), v.size(3)
         of_maps = ((0,) if x is None else x.shape for x in (Wq, bq, Wk, bk))
-        return tuple(empty(q, s) for s in (q.shape, k.shape, v.shape, *of_maps, S, S[:3]))
+        of_inputs = (x.new_empty(x.shape, dtype=torch.float32 if triton else x.dtype) for x in (q, k, v))
+        return *of_inputs, *(empty(q, s) for s in (*of_maps, S, S[:3]))
 
     def bidirectional(q, k, v, Wq, bq, Wk, bk, mask):
         """y (B, H, T, E), d (B, H, T), and the state of all keys for backward."""

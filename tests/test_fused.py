@@ -367,12 +367,13 @@ def test_bfloat16_features_of_any_map(n_features, E):
     check(q.abs() + 0.1, k.abs() + 0.1, v, dy, None, *state(2, 2, n_features, E), bounds=(6e-3, 1e-2))
 
 
-def test_what_bfloat16_gives_is_float32():
+def test_what_bfloat16_gives_is_float32_and_gradients_of_the_inputs_have_their_dtype():
     q, k, v, dy = sequence(1, 2, 70, 16, dtype=BF16)
     maps = untied(2, 16)
     y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, None, True, True)
     grads = CPP.backward(dy, S, z, q, k, v, *maps, None, y, d, states)
-    assert {x.dtype for x in (y, d, S, z, states, *grads)} == {torch.float32}
+    assert {x.dtype for x in (y, d, S, z, states, *grads[3:])} == {torch.float32}
+    assert [g.dtype for g in grads[:3]] == [BF16] * 3
 
 
 def test_float32_queries_and_keys_of_bfloat16_values_are_multiplied_in_float32():
@@ -383,13 +384,13 @@ def test_float32_queries_and_keys_of_bfloat16_values_are_multiplied_in_float32()
     grads = CPP.backward(dy, *zeros, q, k, v, *maps, None, y, d, states)
     want, want_grads = reference(q, k, v, maps, *zeros, None, (dy, *zeros))
     for got, ref in zip((y, S, z, *grads), (*want, *want_grads)):
-        assert relative_error(got, ref) < 1e-5
+        assert relative_error(got, ref) < (3e-3 if got is grads[2] else 1e-5)  # dv is rounded
 
 
 def test_without_onednn_bfloat16_is_multiplied_in_float32():
     q, k, v, dy = sequence(1, 2, 200, 32, dtype=BF16)
     with torch.backends.mkldnn.flags(enabled=False):
-        check(q, k, v, dy, untied(2, 32), *state(1, 2, 64, 32))
+        check(q, k, v, dy, untied(2, 32), *state(1, 2, 64, 32), bounds=(1e-5, 3e-3))
 
 
 def test_states_of_another_forward_pass_are_refused():
