@@ -24,7 +24,7 @@ def kernel_as_before():
     fused.chosen = before
 
 
-@pytest.fixture(params=["cpp", "triton"])
+@pytest.fixture(params=["cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def kernel(request):
     """The kernels that run here: Triton's in its interpreter."""
     if request.param == "triton":
@@ -309,8 +309,8 @@ def text(T: int, padded: bool = True):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["trace", "export", "compile"])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("how", ["trace", "export", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_recorded_model_is_the_model_at_real_tokens(model, how, masked):
     """Recorded with a mask of ones, or without a mask; run with padding, and with other lengths."""
     if how == "trace" and not masked and model.model.config.model_type == "llama":

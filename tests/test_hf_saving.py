@@ -508,7 +508,9 @@ def test_offloaded_models_compute_the_same(base, tmp_path, where, order, tie):
         model = step(model)
     options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(model.generate(IDS, **options), wanted.generate(IDS, **options))
-    assert torch.equal(logits(model), logits(wanted))
+    torch.testing.assert_close(
+        logits(model), logits(wanted), rtol=1e-5, atol=1e-5
+    )  # accelerate's hooks: no kernel
     assert model.lm_head.weight.is_meta
     with pytest.raises(UserError, match="weights on meta or offloaded"):
         save_linearized(model, tmp_path / "f")
