@@ -138,7 +138,8 @@ def glance() -> list[str]:
         "(SmolLM2-135M-Instruct)",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
         f"{percent(finetuned.recovered(read('vit-digits'), 'hedgehog'))} on digits (3 seeds)",
-        f"{timings('bench-cpu')['forward', 32768, 'cpp']['ratio']:.0f} (one CPU thread)",
+        f"{timings('bench-bfloat16')['forward', 32768, 'cpp']['ratio']:.0f} in bfloat16, "
+        f"{timings('bench-cpu')['forward', 32768, 'cpp']['ratio']:.0f} in float32 (one CPU thread)",
     ]
 
 
@@ -226,6 +227,23 @@ def speed() -> str:
     return f"{text}\n\n`{bench['command']}`; {bench['minutes']:.0f} minutes; {conditions([bench])}."
 
 
+def bfloat16() -> str:
+    """Softmax and Hedgehog in bfloat16: milliseconds, and ratios in this dtype."""
+    found = timings("bench-bfloat16")
+    parts, names = ("forward", "training"), ("cpp", "torch")
+    lengths = {T: r["heads"] for (part, T, _), r in sorted(found.items()) if part == "forward"}
+    rows = []
+    for T, heads in lengths.items():
+        cells = [f"{T:,}" + (f" ({heads} heads)" if heads < max(lengths.values()) else "")]
+        for part in parts:
+            cells.append(f"{1e3 * found[part, T, 'softmax']['median']:,.1f}")
+            cells += [f"{found[part, T, name]['ratio']:.2f}" for name in names]
+        rows.append(cells)
+    columns = ["softmax, ms", *(label(name) for name in names)]
+    heads = [f"{which}: {column}" for which in ("forward", "and backward") for column in columns]
+    return f"{markdown(['tokens', *heads], rows)}\n\n{source(read('bench-bfloat16'))}"
+
+
 def taylor() -> str:
     """Taylor's weights made directly, beside those made from features."""
     before, after = timings("bench-cpu"), timings("bench-taylor")
@@ -260,6 +278,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "vit": lambda: experiment("vit-digits", finetuned.table),
     "speed": speed,
     "taylor": taylor,
+    "bfloat16": bfloat16,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
 }
 MADE_BY = "python results/render.py"
