@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import losses_of_training
 
 from attention import linear_weights, softmax_weights
 from feature_maps import FEATURE_MAPS, FeatureMap, make_feature_map
@@ -193,19 +194,7 @@ def test_sampling_obeys_temperature_top_k_top_p_and_seed():
 
 def test_training_steps_lower_the_loss_with_every_attention():
     for attention in ATTENTIONS:
-        torch.manual_seed(0)
-        model = GPT(
-            GPTConfig(block_size=32, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attention=attention)
-        )
-        optimizer = torch.optim.AdamW(model.param_groups(1e-2, 0.0, 1.0))
-        idx = torch.arange(33).remainder(7).repeat(4, 1)
-        losses = []
-        for _ in range(30):
-            loss = model(idx[:, :-1], idx[:, 1:])[1]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        losses = losses_of_training(attention=attention)
         assert losses[-1] < 0.6 * losses[0], attention
 
 

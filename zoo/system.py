@@ -65,9 +65,6 @@ class System(nn.Module):
             y = self.mix(*(at_least_float32(x).masked_fill(padding, 0.0) for x in (q, k, v)), real)
             return y.to(v.dtype)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """A (B, H, T, T), to look at: row i is what query i gives to the unit vectors as values."""
         if not self.has_weights:
