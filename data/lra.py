@@ -1,0 +1,221 @@
+"""The five tasks of the Long Range Arena (Tay et al., 2020): the paper's Table 6.
+
+    task = load_task("listops", seed=0, sizes=(10_000, 500, 500), max_len=500)
+    for idx, key_mask, labels in batches(task.train, 32, "cpu", torch.Generator().manual_seed(0)): ...
+
+listops     the value of a nested expression     generated (data/listops.py), or the official files
+text        is a review of IMDB positive?        bytes; from the hub, or its parquet files
+retrieval   does one paper cite the other?       bytes, two texts; only the official files. Without them there is a
+                                                 stand-in: are two passages from the same article of WikiText-2?
+image       CIFAR-10 in grey                     1,024 pixels; from the hub, or its parquet files
+pathfinder  are two dots on one dashed curve?    1,024 pixels; drawn (data/pathfinder.py), or the official files
+
+The official files are those of the archive `lra_release`; data_dir is its folder:
+    listops-1000/basic_{train,val,test}.tsv              columns Source, Target
+    tsv_data/new_aan_pairs.{train,eval,test}.tsv         label, id1, id2, text1, text2, without a header
+    pathfinder32/curv_contour_length_14/{imgs,metadata}  drawings, and lines that name them with their labels
+Text and Image are not in the archive. The benchmark gets them from a hub, and so do we; data_dir may be a folder with
+train*.parquet and test*.parquet in the hub's own form, or a folder that holds it as imdb/ or cifar10/.
+"""
+
+if __name__ == "__main__":
+    import not_a_command  # noqa: F401
+
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from data import listops
+from data.reading import files_below, hub, read_lines
+from support.cli import UserError
+
+
+class Form(NamedTuple):
+    """A task as the benchmark has it."""
+
+    n_classes: int
+    values: int  # how many values a token has; with padding, the vocabulary has one more
+    sizes: tuple[int, int, int]  # examples for training, dev and test
+    max_len: int  # tokens
+    min_len: int = 1
+
+
+TASKS = {
+    "listops": Form(10, len(listops.WORDS), (96_000, 2_000, 2_000), 2_000, 500),
+    "text": Form(2, 256, (22_500, 2_500, 25_000), 4_000),  # dev: a tenth of the official training set
+    "retrieval": Form(2, 256, (147_086, 18_090, 17_437), 4_000),
+    "image": Form(10, 256, (45_000, 5_000, 10_000), 1_024),
+    "pathfinder": Form(2, 256, (160_000, 20_000, 20_000), 1_024),
+}
+SPLITS = ("train", "dev", "test")
+DEV = 0.1  # of a training set, for dev, where there is no dev set
+
+
+@dataclass
+class Split:
+    """tokens: N rows of uint8 values from 0, one tensor (N, T) or a list of tensors (T_i,); labels: (N,), long.
+
+    others: the second text of every pair, or None.
+    """
+
+    tokens: Tensor | list[Tensor]
+    labels: Tensor
+    others: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Task:
+    name: str  # for tables: "retrieval (stand-in)" where it is one
+    n_classes: int
+    vocab_size: int  # with 0, which is padding
+    max_len: int  # no row is longer
+    pair: bool  # two texts an example
+    stand_in: bool  # not the benchmark's task, but a similar one
+    train: Split
+    dev: Split
+    test: Split
+
+    @property
+    def chance(self) -> float:
+        """The share of the most frequent class of the test set: the accuracy of a constant answer."""
+        return torch.bincount(self.test.labels).max().item() / len(self.test)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def batch(split: Split, which: Tensor, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """The examples `which` (B,) as (idx (B, T), key_mask (B, T), labels (B,)); of pairs, idx and key_mask (2, B, T).
+
+    idx is a row's values plus one, and 0 behind its end; T is the longest row of the batch. key_mask: True = a token.
+    """
+    rows = [split.tokens[i] for i in which.tolist()]
+    if split.others is not None:
+        rows += [split.others[i] for i in which.tolist()]
+    lengths = torch.tensor([len(row) for row in rows])
+    idx = torch.nn.utils.rnn.pad_sequence([row.long() + 1 for row in rows], batch_first=True)
+    key_mask = torch.arange(idx.shape[1]) < lengths[:, None]
+    if split.others is not None:
+        idx, key_mask = idx.unflatten(0, (2, -1)), key_mask.unflatten(0, (2, -1))
+    return idx.to(device), key_mask.to(device), split.labels[which].to(device)
+
+
+def batches(
+    split: Split, batch_size: int, device="cpu", generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every example once, as `batch` has them; the last batch may be smaller. Shuffled if there is a generator."""
+    n = len(split)
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    for which in order.split(batch_size):
+        yield batch(split, which, device)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_task(
+    name: str,
+    *,
+    data_dir: str = "",
+    seed: int = 0,
+    sizes: tuple[int, int, int] | None = None,
+    max_len: int | None = None,
+    min_len: int | None = None,
+) -> Task:
+    """A task of TASKS. What is generated is kept in the folder of prepared data, for the next call.
+
+    data_dir: the official archive or local files, see above. Without it: generated, or from the hub.
+    seed: of the generator; and of the choice of examples, and of dev's from the training set.
+    sizes: examples for training, dev and test; without it the official numbers, or all that the files have.
+    max_len: tokens. Longer texts are cut, as in the benchmark, and a line says how many; expressions are generated
+        shorter. Images have 1,024.
+    min_len: tokens of a generated expression, at least; without it a quarter of max_len, as officially.
+    Raises UserError for an unknown name, files that are missing or damaged, and more examples than there are.
+    """
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    form = TASKS[name]
+    if data_dir and not Path(data_dir).is_dir():
+        raise UserError(f"--data_dir {data_dir} is not a folder")
+    if sizes is not None and (len(sizes) != 3 or min(sizes) < 1):
+        raise UserError(f"sizes are three numbers of examples (train, dev, test) of at least 1, not {sizes}")
+    if max_len is not None and name in ("image", "pathfinder") and max_len != form.max_len:
+        raise UserError(f"{name} has {form.max_len:,} tokens, its pixels; not {max_len:,}")
+    max_len = max_len or form.max_len
+    if min_len is not None and (name != "listops" or data_dir):
+        raise UserError("min_len is for generated ListOps alone")
+    min_len = max(4, max_len // 4) if min_len is None else min_len  # 4: the shortest expression
+    if name == "listops" and not min_len <= max_len:
+        raise UserError(f"ListOps of {min_len:,} to {max_len:,} tokens: the shortest expression has 4")
+    stand_in = False
+    if name == "listops" and not data_dir:
+        splits = generated_listops(sizes or form.sizes, min_len, max_len, seed)
+    else:
+        raise UserError(f"{name} is not here yet")  # being written
+    title = f"{name} (stand-in)" if stand_in else name
+    return Task(title, form.n_classes, form.values + 1, max_len, name == "retrieval", stand_in, *splits)
+
+
+def prepared(
+    name: str, source: str, facts: tuple, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """{name: array} of `make`, from the folder of prepared data if an earlier call wrote them there.
+
+    source: the file whose functions make them. A change of the file, or of the facts, makes new ones.
+    """
+    code = Path(source).read_bytes()
+    key = hashlib.sha256(f"{facts}".encode() + code).hexdigest()[:12]
+    folder = data.PREPARED / f"lra-{name}-{key}"
+    if not folder.is_dir():
+        arrays = make()
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            beside.mkdir(parents=True)
+            for part, array in arrays.items():
+                np.save(beside / f"{part}.npy", array)
+            if not folder.is_dir():
+                os.rename(beside, folder)
+        except OSError as e:
+            raise UserError(
+                f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere"
+            ) from e
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        return {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} is damaged ({e}): delete it, and it will be prepared again") from e
+
+
+def cut(rows: Tensor | list[Tensor], labels: Tensor, sizes: tuple[int, ...]) -> list[Split]:
+    """One split after the other."""
+    ends = np.cumsum(sizes).tolist()
+    return [Split(rows[end - n : end], labels[end - n : end]) for n, end in zip(sizes, ends)]
+
+
+def generated_listops(sizes: tuple[int, int, int], min_len: int, max_len: int, seed: int) -> list[Split]:
+    def make() -> dict[str, np.ndarray]:
+        found = list(listops.generate(sum(sizes), min_len, max_len, seed))
+        return {
+            "tokens": np.frombuffer(b"".join(text for text, _ in found), np.uint8),
+            "lengths": np.array([len(text) for text, _ in found]),
+            "labels": np.array([value for _, value in found]),
+        }
+
+    arrays = prepared("listops", listops.__file__, (sizes, min_len, max_len, seed), make)
+    rows = torch.from_numpy(arrays["tokens"]).split(arrays["lengths"].tolist())
+    return cut(list(rows), torch.from_numpy(arrays["labels"]), sizes)
