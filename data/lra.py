@@ -22,10 +22,9 @@ if __name__ == "__main__":
     import not_a_command  # noqa: F401
 
 import hashlib
-import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +32,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
-from data import listops
-from data.reading import files_below, hub, read_lines
+from data import listops, lra_files, pathfinder
+from data.lra_files import Split
 from support.cli import UserError
 
 
@@ -59,22 +57,8 @@ TASKS = {
     "pathfinder": Form(2, 256, (160_000, 20_000, 20_000), 1_024),
 }
 SPLITS = ("train", "dev", "test")
+STAND_IN = (10_000, 1_000, 1_000)  # pairs of passages
 DEV = 0.1  # of a training set, for dev, where there is no dev set
-
-
-@dataclass
-class Split:
-    """tokens: N rows of uint8 values from 0, one tensor (N, T) or a list of tensors (T_i,); labels: (N,), long.
-
-    others: the second text of every pair, or None.
-    """
-
-    tokens: Tensor | list[Tensor]
-    labels: Tensor
-    others: list[Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass
@@ -158,16 +142,63 @@ def load_task(
     max_len = max_len or form.max_len
     if min_len is not None and (name != "listops" or data_dir):
         raise UserError("min_len is for generated ListOps alone")
-    min_len = max(4, max_len // 4) if min_len is None else min_len  # 4: the shortest expression
-    if name == "listops" and not min_len <= max_len:
-        raise UserError(f"ListOps of {min_len:,} to {max_len:,} tokens: the shortest expression has 4")
-    stand_in = False
-    if name == "listops" and not data_dir:
-        splits = generated_listops(sizes or form.sizes, min_len, max_len, seed)
-    else:
-        raise UserError(f"{name} is not here yet")  # being written
+    pools, stand_in = found(name, data_dir, seed, sizes, max_len, min_len)
+    splits = chosen(name, pools, sizes, seed)
     title = f"{name} (stand-in)" if stand_in else name
-    return Task(title, form.n_classes, form.values + 1, max_len, name == "retrieval", stand_in, *splits)
+    return Task(title, form.n_classes, form.values + 1, max_len, name == "retrieval", stand_in, **splits)
+
+
+def found(name, data_dir, seed, sizes, max_len, min_len) -> tuple[dict[str, Split], bool]:
+    """({split: examples}, perhaps without "dev"; whether it is a stand-in)."""
+    form = TASKS[name]
+    if name == "listops":
+        if data_dir:
+            return lra_files.read_listops(data_dir, max_len), False
+        return generated_listops(sizes or form.sizes, min_len, max_len, seed), False
+    if name == "text":
+        return lra_files.read_text(data_dir, max_len), False
+    if name == "image":
+        return lra_files.read_image(data_dir), False
+    if name == "pathfinder":
+        return (official_drawings(data_dir) if data_dir else drawn(sizes or form.sizes, seed)), False
+    if data_dir and (Path(data_dir) / "tsv_data").is_dir():
+        return lra_files.read_pairs(data_dir, max_len), False
+    print(
+        "retrieval: a stand-in (are two passages from the same article of WikiText-2?), not the papers of the archive"
+    )
+    return lra_files.same_article(data_dir, sizes or STAND_IN, max_len, seed), True
+
+
+def chosen(name: str, pools: dict[str, Split], sizes, seed: int) -> dict[str, Split]:
+    """The splits in the sizes that are asked for, at random. Where there is no dev set, it is a part of train."""
+    rng = np.random.default_rng(seed)
+    wanted = dict(zip(SPLITS, sizes or [None] * 3))
+    if "dev" not in pools:
+        whole, n = pools["train"], wanted["dev"] or round(DEV * len(pools["train"]))
+        order = rng.permutation(len(whole))
+        if n >= len(whole):
+            raise UserError(
+                f"{name}: dev is taken from the {len(whole):,} training examples; {n:,} are too many"
+            )
+        pools = pools | {"dev": part(whole, order[:n]), "train": part(whole, order[n:])}
+    for split, n in wanted.items():
+        here = len(pools[split])
+        if n is not None and n > here:
+            raise UserError(f"{name} has {here:,} {split} examples, and {n:,} were asked for")
+        if n is not None and n < here:
+            pools = pools | {split: part(pools[split], rng.permutation(here)[:n])}
+    return {split: pools[split] for split in SPLITS}
+
+
+def part(split: Split, which: np.ndarray) -> Split:
+    """The examples `which` of a split."""
+    index = torch.from_numpy(which)
+
+    def rows(tokens):
+        return tokens[index] if isinstance(tokens, Tensor) else [tokens[i] for i in which]
+
+    others = None if split.others is None else rows(split.others)
+    return Split(rows(split.tokens), split.labels[index], others)
 
 
 def prepared(
@@ -201,21 +232,52 @@ def prepared(
         raise UserError(f"{folder} is damaged ({e}): delete it, and it will be prepared again") from e
 
 
-def cut(rows: Tensor | list[Tensor], labels: Tensor, sizes: tuple[int, ...]) -> list[Split]:
+def in_turn(rows: Tensor | list[Tensor], labels: Tensor, sizes: tuple[int, ...]) -> dict[str, Split]:
     """One split after the other."""
     ends = np.cumsum(sizes).tolist()
-    return [Split(rows[end - n : end], labels[end - n : end]) for n, end in zip(sizes, ends)]
+    return {
+        split: Split(rows[end - n : end], labels[end - n : end]) for split, n, end in zip(SPLITS, sizes, ends)
+    }
 
 
-def generated_listops(sizes: tuple[int, int, int], min_len: int, max_len: int, seed: int) -> list[Split]:
+def generated_listops(sizes, min_len: int | None, max_len: int, seed: int) -> dict[str, Split]:
+    low = max(4, max_len // 4) if min_len is None else min_len  # 4: [MIN 1 2 ]
+    if not 1 <= low <= max_len or max_len < 4:
+        raise UserError(f"ListOps of {low:,} to {max_len:,} tokens: the shortest expression has 4")
+
     def make() -> dict[str, np.ndarray]:
-        found = list(listops.generate(sum(sizes), min_len, max_len, seed))
+        found = list(listops.generate(sum(sizes), low, max_len, seed))
         return {
             "tokens": np.frombuffer(b"".join(text for text, _ in found), np.uint8),
             "lengths": np.array([len(text) for text, _ in found]),
             "labels": np.array([value for _, value in found]),
         }
 
-    arrays = prepared("listops", listops.__file__, (sizes, min_len, max_len, seed), make)
+    arrays = prepared("listops", listops.__file__, (sizes, low, max_len, seed), make)
     rows = torch.from_numpy(arrays["tokens"]).split(arrays["lengths"].tolist())
-    return cut(list(rows), torch.from_numpy(arrays["labels"]), sizes)
+    return in_turn(list(rows), torch.from_numpy(arrays["labels"]), sizes)
+
+
+def drawn(sizes, seed: int) -> dict[str, Split]:
+    def make() -> dict[str, np.ndarray]:
+        return dict(zip(("pixels", "labels"), pathfinder.generate(sizes, seed)))
+
+    arrays = prepared("pathfinder", pathfinder.__file__, (sizes, seed), make)
+    return in_turn(torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"]), sizes)
+
+
+def official_drawings(data_dir: str) -> dict[str, Split]:
+    """The archive has no splits. As in the benchmark, 80% are for training and 10% each for dev and test."""
+    files = lra_files.drawing_files(data_dir)
+    facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    arrays = prepared(
+        "pathfinder32", lra_files.__file__, tuple(facts), lambda: lra_files.read_drawings(data_dir)
+    )
+    n = len(arrays["labels"])
+    order = np.random.default_rng(0).permutation(n)
+    sizes = (n - 2 * (n // 10), n // 10, n // 10)
+    if not n // 10:
+        raise UserError(f"{data_dir} has {n} drawings: too few for three splits")
+    return in_turn(
+        torch.from_numpy(arrays["pixels"][order]), torch.from_numpy(arrays["labels"][order]), sizes
+    )
