@@ -30,19 +30,28 @@ CENTRE, APART = (
     7.0,
 )  # where the first long curve begins, in x and y; how far away the second one
 THICKNESS, BRIGHTNESS, RADIUS = 0.5, 0.75, 1.5  # of a dash; of a dash; of a dot, which has brightness 1
-TURNS = 4  # turns that are drawn at a time; the first that has room is taken
-BACK = 8  # a long curve without room goes back by fewer dashes than this, at random
-POOL = 1_000  # drawings that are made side by side
-FAR = 1e3  # a place where no dash is near
+TURNS = 12  # directions that are drawn at a time; the first that has room is taken
+BACK = 3  # a long curve without room goes back by fewer dashes than this, at random;
+AGAIN, ANEW = 0.05, 0.01  # or to its beginning; or the drawing is begun again (probabilities)
+POOL = 300  # drawings that are made side by side
 
+LONG = 2 * LENGTH
+TOTAL = LONG + SHORT * DISTRACTORS  # dashes of a drawing
+BEGINS = np.r_[0:LONG:LENGTH, LONG:TOTAL:SHORT]
+BEGIN = np.repeat(BEGINS, np.diff([*BEGINS, TOTAL]))  # of the curve to which a dash belongs
 ANGLES = np.linspace(-np.pi / 2, np.pi / 2, 1001)
 CUMULATIVE = 0.5 + (ANGLES + np.sin(2 * ANGLES) / 2) / np.pi  # the integral of 2/pi cos^2
+CELLS = 2  # cells of the map, a pixel
+WIDTH = (SIZE + 4 * MARGIN) * CELLS  # of the map: around a dash at the edge there are cells, too
+REACH = np.mgrid[-4:5, -4:5].reshape(2, -1)  # cells around a point that are nearer than 2 pixels
+REACH = (REACH * [[WIDTH], [1]]).sum(0)[(REACH**2).sum(0) < (2 * MARGIN * CELLS) ** 2]
+FREE = 255  # of the map: no dash is near
 
 
 @dataclass
 class Drawings:
-    """dashes: (N, dashes, 2, 2), both ends as (y, x), NaN where a short curve found no room. The long curves come
-    first: their dashes take turns. dots: (N, 2, 2). labels: (N,), 1 if the dots are on one curve."""
+    """dashes: (N, TOTAL, 2, 2), both ends as (y, x), curve after curve; the first two are the long ones. NaN where a
+    short curve found no room. dots: (N, 2, 2). labels: (N,), 1 if the dots are on one curve."""
 
     dashes: np.ndarray
     dots: np.ndarray
@@ -60,97 +69,88 @@ def along(pivot: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return pivot[..., None, :] + distance[:, None] * unit(angle)[..., None, :]
 
 
-def has_room(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which dashes (N, K, 3, 2) are inside the drawing and 2 pixels away from the others (N, M, 3, 2): (N, K)."""
-    inside = ((points >= PADDING) & (points <= SIZE - 1 - PADDING)).all((-1, -2))
-    n, k, m = *points.shape[:2], others.shape[1]
-    p, q = (a.astype(np.float32).reshape(n, 3 * a.shape[1], 2) for a in (points, others))
-    squares = (p**2).sum(-1)[:, :, None] + (q**2).sum(-1)[:, None] - 2 * p @ q.transpose(0, 2, 1)
-    return inside & (squares.reshape(n, k, 9 * m).min(-1) >= (2 * MARGIN) ** 2)
+def cells_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Where the points (n, ..., 2) of the drawings `rows` (n,) are in the map, as one number: (n, ...)."""
+    y, x = np.moveaxis(np.rint((points + 2 * MARGIN) * CELLS).astype(int), -1, 0)
+    return rows.reshape(-1, *[1] * (y.ndim - 1)) * WIDTH**2 + y * WIDTH + x
 
 
-def begun(pivots, angles, others) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of candidates (N, K) the first that has room: its pivot, its angle, its points, and whether there is one."""
-    points = along(pivots, angles)
-    room, rows = has_room(points, others), np.arange(len(points))
-    which = room.argmax(1)
-    return pivots[rows, which], angles[rows, which], points[rows, which], room.any(1)
+def has_room(nearest: np.ndarray, points: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Which dashes (N, K, 3, 2) are inside the drawing, can go on there, and are 2 pixels away from the first `before`
+    (N,) dashes of the drawing: (N, K). nearest: (N, WIDTH, WIDTH), the first dash that is near a cell."""
+    after = points[:, :, 2] + (points[:, :, 2] - points[:, :, 0]) * (MARGIN / DASH)  # the next pivot
+    edge = PADDING + np.array([0, MARGIN])
+    inside = [((p >= e) & (p <= SIZE - 1 - e)).all(-1) for p, e in zip((points, after), edge)]
+    cells = cells_of(np.arange(len(nearest)), np.clip(points, 0, SIZE - 1))
+    free = nearest.reshape(-1)[cells] >= before[:, None, None]
+    return (inside[0] & free).all(-1) & inside[1]
 
 
-def continued(pivot, angle, others, rng: np.random.Generator):
-    """The same for a dash that follows the one at pivot (N, 2) with angle (N,)."""
-    turned = angle[:, None] + np.interp(rng.random((len(angle), TURNS)), CUMULATIVE, ANGLES)
-    pivots = (pivot + (DASH + 2 * MARGIN) * unit(angle))[:, None].repeat(TURNS, 1)
-    return begun(pivots, turned, others)
-
-
-def long_curves(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Without end: points (n, 2 LENGTH, 3, 2) of finished pairs of long curves, whose dashes take turns.
-
-    POOL pairs grow side by side. Each is at a step of its own. A finished pair makes room for a new one.
-    """
-    total, rows = 2 * LENGTH, np.arange(POOL)
-    points = np.full((POOL, total, 3, 2), FAR)
-    pivots, angles, step = np.zeros((POOL, total, 2)), np.zeros((POOL, total)), np.zeros(POOL, int)
-    while True:
-        points[np.arange(total) >= step[:, None]] = FAR  # what a curve went back by
-        last = np.maximum(step - 2, 0)  # of the same curve: the next dash may be near it
-        others = points.copy()
-        others[rows, last] = FAR
-        pivot, angle, found, ok = continued(pivots[rows, last], angles[rows, last], others, rng)
-
-        new = step < 2  # the first dash of a curve, anywhere in the centre, or 7 pixels from the other one's
-        way = rng.uniform(0, 2 * np.pi, (2, POOL))
-        tail = np.where(
-            step[:, None], points[:, 0, 0] + APART * unit(way[0]), rng.uniform(*CENTRE, (POOL, 2))
-        )
-        at = (tail - MARGIN * unit(way[1]))[:, None]
-        first = begun(at, way[1][:, None], np.where((step == 1)[:, None, None, None], points, FAR))
-        pivot, angle, found = (
-            np.where(new.reshape(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip((pivot, angle, found), first)
-        )
-        ok = np.where(new, first[3], ok)
-
-        pivots[rows, step], angles[rows, step] = pivot, angle
-        points[rows, step] = np.where(ok[:, None, None], found, FAR)
-        back = np.maximum(step - rng.integers(0, BACK, POOL), 0)
-        step = np.where(ok, step + 1, back)
-        if (done := step == total).any():
-            yield points[done]
-            step[done] = 0
-
-
-def short_curves(others: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A short curve in the room that is left by the others (N, M, 3, 2): points (N, SHORT, 3, 2), FAR if none."""
-    curves = np.full((len(others), SHORT, 3, 2), FAR)
-    for _ in range(ATTEMPTS):
-        todo = np.flatnonzero(curves[:, 0, 0, 0] == FAR)
-        pivots = rng.uniform(0, SIZE - 1, (len(todo), TURNS, 2))
-        angles = rng.uniform(0, 2 * np.pi, (len(todo), TURNS))
-        pivot, angle, dash, ok = begun(pivots, angles, others[todo])
-        dashes = [dash]
-        for _ in range(SHORT - 1):
-            todo, pivot, angle, dashes = todo[ok], pivot[ok], angle[ok], [dash[ok] for dash in dashes]
-            near = np.concatenate([others[todo], *(dash[:, None] for dash in dashes[:-1])], 1)
-            pivot, angle, dash, ok = continued(pivot, angle, near, rng)
-            dashes.append(dash)
-        curves[todo[ok]] = np.stack(dashes, 1)[ok]
-    return curves
+def take(nearest: np.ndarray, rows: np.ndarray, points: np.ndarray, step: np.ndarray) -> None:
+    """Enter the dashes (n, 3, 2), which are number `step` (n,) in the drawings `rows` (n,), in the map."""
+    cells = cells_of(rows, points)[:, :, None] + REACH
+    flat = nearest.reshape(-1)
+    flat[cells] = np.minimum(flat[cells], step.astype(np.uint8)[:, None, None])
 
 
 def draw(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Without end: dashes (n, dashes, 2, 2) of drawings, as in Drawings."""
-    for points in long_curves(rng):
-        for _ in range(DISTRACTORS):
-            points = np.concatenate([points, short_curves(points, rng)], 1)
-        yield np.where(points == FAR, np.nan, points)[:, :, [0, 2]]
+    """Without end: dashes (n, TOTAL, 2, 2) of finished drawings, as in Drawings.
+
+    POOL drawings grow side by side, each by a dash at a time and at a step of its own. A finished one makes room for
+    a new one. The two long curves come first. One that has no way to go on goes back a few dashes; a short curve is
+    tried ATTEMPTS times, and then left out.
+    """
+    rows = np.arange(POOL)
+    nearest = np.full((POOL, WIDTH, WIDTH), FREE, np.uint8)
+    points, pivots, angles = (np.zeros((POOL, TOTAL, *shape)) for shape in ((3, 2), (2,), ()))
+    step, attempts = np.zeros(POOL, int), np.zeros(POOL, int)
+    while True:
+        # Candidates: the first dash of a curve is in the centre, APART from the other one's, or anywhere.
+        begin, new = BEGIN[step], BEGIN[step] == step
+        anywhere = rng.uniform(0, SIZE - 1, (POOL, TURNS, 2))
+        centre = CENTRE[0] + (CENTRE[1] - CENTRE[0]) * anywhere / (SIZE - 1)
+        way = rng.uniform(0, 2 * np.pi, (POOL, TURNS))
+        apart = points[:, :1, 0] + APART * unit(rng.uniform(0, 2 * np.pi, (POOL, TURNS)))
+        which = np.select([step == 0, step == LENGTH], [0, 1], 2)[:, None, None]
+        tails = np.choose(which, [centre, apart, anywhere])
+        # The next dashes follow the last one.
+        last = np.maximum(step - 1, 0)
+        turned = angles[rows, last, None] + np.interp(rng.random((POOL, TURNS)), CUMULATIVE, ANGLES)
+        onward = pivots[rows, last] + (DASH + 2 * MARGIN) * unit(angles[rows, last])
+
+        angle = np.where(new[:, None], way, turned)
+        pivot = np.where(new[:, None, None], tails - MARGIN * unit(way), onward[:, None])
+        dashes = along(pivot, angle)
+        room = has_room(nearest, dashes, np.where(new, step, last))
+        ok, first = room.any(1), room.argmax(1)
+        pivots[rows, step], angles[rows, step] = pivot[rows, first], angle[rows, first]
+        points[rows, step] = dashes[rows, first]
+        take(nearest, rows[ok], points[rows, step][ok], step[ok])
+
+        # Where no candidate has room: go back to dash `back`, and on from dash `on`.
+        luck = rng.random(POOL)
+        back = np.maximum(step - rng.integers(0, BACK, POOL), 0)
+        back = np.select([begin >= LONG, luck < ANEW, luck < ANEW + AGAIN], [begin, 0, begin], back)
+        attempts = np.where(begin >= LONG, attempts + ~ok, 0)
+        given_up = attempts == ATTEMPTS
+        on = np.where(given_up, back + SHORT, back)
+        for i in rows[given_up]:
+            points[i, begin[i] : begin[i] + SHORT] = np.nan
+        gone = rows[~ok & (back < step)]
+        nearest[gone] |= FREE * (nearest[gone] >= back[gone, None, None].astype(np.uint8)).view(np.uint8)
+        step = np.where(ok, step + 1, on)
+        attempts[given_up | (BEGIN[np.minimum(step, TOTAL - 1)] != begin)] = 0
+
+        if (done := step == TOTAL).any():
+            yield points[done][:, :, [0, 2]]
+            step[done], nearest[done] = 0, FREE
 
 
 def marked(dashes: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Drawings:
     """With two dots: at the beginning of a long curve, and at the end of the same one where the label is 1."""
     rows, begins = np.arange(len(labels)), rng.integers(0, 2, len(labels))  # the curve of the first dot
     ends = np.where(labels == 1, begins, 1 - begins)
-    dots = [dashes[rows, begins, 0], dashes[rows, 2 * LENGTH - 2 + ends, 1]]
+    dots = [dashes[rows, begins * LENGTH, 0], dashes[rows, (ends + 1) * LENGTH - 1, 1]]
     return Drawings(dashes, np.stack(dots, 1), labels)
 
 
