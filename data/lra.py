@@ -137,6 +137,7 @@ def load_task(
         raise UserError(f"--data_dir {data_dir} is not a folder")
     if sizes is not None and (len(sizes) != 3 or min(sizes) < 1):
         raise UserError(f"sizes are three numbers of examples (train, dev, test) of at least 1, not {sizes}")
+    sizes = None if sizes is None else tuple(sizes)
     if max_len is not None and name in ("image", "pathfinder") and max_len != form.max_len:
         raise UserError(f"{name} has {form.max_len:,} tokens, its pixels; not {max_len:,}")
     max_len = max_len or form.max_len
@@ -202,21 +203,20 @@ def part(split: Split, which: np.ndarray) -> Split:
 
 
 def prepared(
-    name: str, source: str, facts: tuple, make: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """{name: array} of `make`, from the folder of prepared data if an earlier call wrote them there.
+    name: str, source: str, facts: tuple, parts: tuple[str, ...], make: Callable
+) -> list[np.ndarray]:
+    """The arrays that make() gives, named `parts`; from the folder of prepared data if an earlier call wrote them.
 
     source: the file whose functions make them. A change of the file, or of the facts, makes new ones.
     """
-    code = Path(source).read_bytes()
-    key = hashlib.sha256(f"{facts}".encode() + code).hexdigest()[:12]
+    key = hashlib.sha256(f"{facts}".encode() + Path(source).read_bytes()).hexdigest()[:12]
     folder = data.PREPARED / f"lra-{name}-{key}"
     if not folder.is_dir():
         arrays = make()
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             beside.mkdir(parents=True)
-            for part, array in arrays.items():
+            for part, array in zip(parts, arrays):
                 np.save(beside / f"{part}.npy", array)
             if not folder.is_dir():
                 os.rename(beside, folder)
@@ -227,14 +227,14 @@ def prepared(
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     try:
-        return {path.stem: np.load(path) for path in folder.glob("*.npy")}
-    except (OSError, ValueError) as e:
+        return [np.load(folder / f"{part}.npy") for part in parts]
+    except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{folder} is damaged ({e}): delete it, and it will be prepared again") from e
 
 
-def in_turn(rows: Tensor | list[Tensor], labels: Tensor, sizes: tuple[int, ...]) -> dict[str, Split]:
+def in_turn(rows: Tensor | list[Tensor], labels: np.ndarray, sizes: tuple[int, ...]) -> dict[str, Split]:
     """One split after the other."""
-    ends = np.cumsum(sizes).tolist()
+    labels, ends = torch.from_numpy(labels).long(), np.cumsum(sizes).tolist()
     return {
         split: Split(rows[end - n : end], labels[end - n : end]) for split, n, end in zip(SPLITS, sizes, ends)
     }
@@ -245,39 +245,32 @@ def generated_listops(sizes, min_len: int | None, max_len: int, seed: int) -> di
     if not 1 <= low <= max_len or max_len < 4:
         raise UserError(f"ListOps of {low:,} to {max_len:,} tokens: the shortest expression has 4")
 
-    def make() -> dict[str, np.ndarray]:
-        found = list(listops.generate(sum(sizes), low, max_len, seed))
-        return {
-            "tokens": np.frombuffer(b"".join(text for text, _ in found), np.uint8),
-            "lengths": np.array([len(text) for text, _ in found]),
-            "labels": np.array([value for _, value in found]),
-        }
+    def make() -> tuple[np.ndarray, ...]:
+        texts, values = zip(*listops.generate(sum(sizes), low, max_len, seed))
+        return np.frombuffer(b"".join(texts), np.uint8), np.array([*map(len, texts)]), np.array(values)
 
-    arrays = prepared("listops", listops.__file__, (sizes, low, max_len, seed), make)
-    rows = torch.from_numpy(arrays["tokens"]).split(arrays["lengths"].tolist())
-    return in_turn(list(rows), torch.from_numpy(arrays["labels"]), sizes)
+    facts, parts = (sizes, low, max_len, seed), ("tokens", "lengths", "values")
+    tokens, lengths, values = prepared("listops", listops.__file__, facts, parts, make)
+    return in_turn(list(torch.from_numpy(tokens).split(lengths.tolist())), values, sizes)
 
 
 def drawn(sizes, seed: int) -> dict[str, Split]:
-    def make() -> dict[str, np.ndarray]:
-        return dict(zip(("pixels", "labels"), pathfinder.generate(sizes, seed)))
-
-    arrays = prepared("pathfinder", pathfinder.__file__, (sizes, seed), make)
-    return in_turn(torch.from_numpy(arrays["pixels"]), torch.from_numpy(arrays["labels"]), sizes)
+    parts, source = ("pixels", "labels"), pathfinder.__file__
+    pixels, labels = prepared(
+        "pathfinder", source, (sizes, seed), parts, lambda: pathfinder.generate(sizes, seed)
+    )
+    return in_turn(torch.from_numpy(pixels), labels, sizes)
 
 
 def official_drawings(data_dir: str) -> dict[str, Split]:
     """The archive has no splits. As in the benchmark, 80% are for training and 10% each for dev and test."""
     files = lra_files.drawing_files(data_dir)
-    facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    arrays = prepared(
-        "pathfinder32", lra_files.__file__, tuple(facts), lambda: lra_files.read_drawings(data_dir)
-    )
-    n = len(arrays["labels"])
+    facts = tuple((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    parts, source = ("pixels", "labels"), lra_files.__file__
+    pixels, labels = prepared("pathfinder32", source, facts, parts, lambda: lra_files.read_drawings(data_dir))
+    n = len(labels)
+    if n < 10:
+        raise UserError(f"{data_dir} has {n} drawings: too few for three splits")
     order = np.random.default_rng(0).permutation(n)
     sizes = (n - 2 * (n // 10), n // 10, n // 10)
-    if not n // 10:
-        raise UserError(f"{data_dir} has {n} drawings: too few for three splits")
-    return in_turn(
-        torch.from_numpy(arrays["pixels"][order]), torch.from_numpy(arrays["labels"][order]), sizes
-    )
+    return in_turn(torch.from_numpy(pixels[order]), labels[order], sizes)

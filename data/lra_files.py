@@ -135,7 +135,7 @@ def drawing_files(data_dir: str) -> list[Path]:
     return found
 
 
-def read_drawings(data_dir: str) -> dict[str, np.ndarray]:
+def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
     """pixels (N, 1024) and labels (N,) of all drawings. The .npy files of the archive are text: a line a drawing."""
     pixels, labels = [], []
     for path in tqdm(drawing_files(data_dir), desc="pathfinder32", unit="file"):
@@ -152,7 +152,7 @@ def read_drawings(data_dir: str) -> dict[str, np.ndarray]:
             labels.append(label_of(cells[3], 2, where))
             file = path.parent.parent / cells[0] / cells[1]
             pixels.append(grey(file, str(file)))
-    return {"pixels": np.stack(pixels), "labels": np.array(labels)}
+    return np.stack(pixels), np.array(labels)
 
 
 def grey(source, where: str) -> np.ndarray:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 print(
     f"error: data/{Path(sys.argv[0]).name} is not a command: see python -m experiments.glue --help, "
-    "python -m experiments.llama --help (dialogues), python data/text.py --help (text)",
+    "python -m experiments.llama --help (dialogues), python -m experiments.lra --help (Long Range Arena), "
+    "python data/text.py --help (text)",
     file=sys.stderr,
 )
 sys.exit(2)

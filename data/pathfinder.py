@@ -193,12 +193,13 @@ def generate(sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]
     """
     rng = np.random.default_rng(seed)
     labels = np.concatenate([rng.permutation(np.arange(n) % 2) for n in sizes])
+    order = rng.permutation(len(labels))  # for the easiest drawings are finished first
     pixels, done = np.empty((len(labels), SIZE * SIZE), np.uint8), 0
     with tqdm(total=len(labels), desc="pathfinder", unit="drawing") as bar:
         for dashes in draw(rng):
-            part = labels[done : done + len(dashes)]
-            image = render(marked(dashes[: len(part)], part, rng))
-            pixels[done : done + len(part)] = image.reshape(len(part), -1)
+            part = order[done : done + len(dashes)]
+            image = render(marked(dashes[: len(part)], labels[part], rng))
+            pixels[part] = image.reshape(len(part), -1)
             done += len(part)
             bar.update(len(part))
             if done == len(labels):
