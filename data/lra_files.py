@@ -278,7 +278,10 @@ def same_article(data_dir: str, sizes: tuple[int, int, int], max_len: int, seed:
     A tenth of the articles is for dev and a tenth for test, so that no article is in two splits.
     """
     place = next((p for p in (Path(data_dir) / "wikitext2", Path(data_dir)) if data_dir and p.is_dir()), "")
-    text = "".join(wikitext2.splits(str(place))["train"])
+    try:
+        text = "".join(wikitext2.splits(str(place))["train"])
+    except UserError as e:
+        raise UserError(f"retrieval: no tsv_data (the archive), and for the stand-in: {e}") from e
     found = [passages(article, max_len) for article in articles(text.splitlines(keepends=True))]
     found = [pieces for pieces in found if len(pieces) > 1]
     rng = np.random.default_rng(seed)
