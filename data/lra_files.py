@@ -176,10 +176,9 @@ def tables(name: str, folder: str, columns: tuple[str, str], data_dir: str) -> d
     """{"train", "test": pyarrow table} of a data set of the hub, or of its parquet files in data_dir."""
     import pyarrow.parquet as parquet
 
-    places = [place for place in (Path(data_dir) / folder, Path(data_dir)) if data_dir and place.is_dir()]
+    place = Path(data_dir) / folder if (Path(data_dir) / folder).is_dir() else Path(data_dir)
     files = {
-        split: next((f for p in places if (f := sorted(p.glob(f"**/{split}*.parquet")))), [])
-        for split in ("train", "test")
+        split: sorted(place.glob(f"**/{split}*.parquet")) if data_dir else [] for split in ("train", "test")
     }
     found = {}
     if any(files.values()):
@@ -187,7 +186,7 @@ def tables(name: str, folder: str, columns: tuple[str, str], data_dir: str) -> d
 
         for split, paths in files.items():
             if not paths:
-                raise UserError(f"{data_dir} has no {split}*.parquet of {name}")
+                raise UserError(f"{place} has no {split}*.parquet of {name}")
             try:
                 found[split] = pyarrow.concat_tables([parquet.read_table(path) for path in paths])
             except (OSError, ValueError) as e:  # ArrowInvalid is a ValueError

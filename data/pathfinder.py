@@ -45,6 +45,7 @@ CELLS = 2  # cells of the map, a pixel
 WIDTH = (SIZE + 4 * MARGIN) * CELLS  # of the map: around a dash at the edge there are cells, too
 REACH = np.mgrid[-4:5, -4:5].reshape(2, -1)  # cells around a point that are nearer than 2 pixels
 REACH = (REACH * [[WIDTH], [1]]).sum(0)[(REACH**2).sum(0) < (2 * MARGIN * CELLS) ** 2]
+WINDOW = np.mgrid[-2:3, -2:3].reshape(2, -1).T  # pixels around the middle of a line that it may reach
 FREE = 255  # of the map: no dash is near
 
 
@@ -78,12 +79,15 @@ def cells_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 def has_room(nearest: np.ndarray, points: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Which dashes (N, K, 3, 2) are inside the drawing, can go on there, and are 2 pixels away from the first `before`
     (N,) dashes of the drawing: (N, K). nearest: (N, WIDTH, WIDTH), the first dash that is near a cell."""
-    after = points[:, :, 2] + (points[:, :, 2] - points[:, :, 0]) * (MARGIN / DASH)  # the next pivot
-    edge = PADDING + np.array([0, MARGIN])
-    inside = [((p >= e) & (p <= SIZE - 1 - e)).all(-1) for p, e in zip((points, after), edge)]
+    tail, after = points[:, :, 0], points[:, :, 2] + (points[:, :, 2] - points[:, :, 0]) * (MARGIN / DASH)
+    middle = (SIZE - 1) / 2
+    inside = np.abs(tail - middle).max(-1) <= middle - PADDING
+    inside &= (
+        np.abs(after - middle).max(-1) <= middle - PADDING - MARGIN
+    )  # the next pivot; so the head is inside
     cells = cells_of(np.arange(len(nearest)), np.clip(points, 0, SIZE - 1))
     free = nearest.reshape(-1)[cells] >= before[:, None, None]
-    return (inside[0] & free).all(-1) & inside[1]
+    return inside & free.all(-1)
 
 
 def take(nearest: np.ndarray, rows: np.ndarray, points: np.ndarray, step: np.ndarray) -> None:
@@ -105,26 +109,26 @@ def draw(rng: np.random.Generator) -> Iterator[np.ndarray]:
     points, pivots, angles = (np.zeros((POOL, TOTAL, *shape)) for shape in ((3, 2), (2,), ()))
     step, attempts = np.zeros(POOL, int), np.zeros(POOL, int)
     while True:
-        # Candidates: the first dash of a curve is in the centre, APART from the other one's, or anywhere.
-        begin, new = BEGIN[step], BEGIN[step] == step
-        anywhere = rng.uniform(0, SIZE - 1, (POOL, TURNS, 2))
-        centre = CENTRE[0] + (CENTRE[1] - CENTRE[0]) * anywhere / (SIZE - 1)
-        way = rng.uniform(0, 2 * np.pi, (POOL, TURNS))
-        apart = points[:, :1, 0] + APART * unit(rng.uniform(0, 2 * np.pi, (POOL, TURNS)))
-        which = np.select([step == 0, step == LENGTH], [0, 1], 2)[:, None, None]
-        tails = np.choose(which, [centre, apart, anywhere])
-        # The next dashes follow the last one.
-        last = np.maximum(step - 1, 0)
-        turned = angles[rows, last, None] + np.interp(rng.random((POOL, TURNS)), CUMULATIVE, ANGLES)
+        begin, last = BEGIN[step], np.maximum(step - 1, 0)
+        new = begin == step
+        # The next dash follows the last one.
+        angle = angles[rows, last, None] + np.interp(rng.random((POOL, TURNS)), CUMULATIVE, ANGLES)
         onward = pivots[rows, last] + (DASH + 2 * MARGIN) * unit(angles[rows, last])
+        pivot = onward[:, None].repeat(TURNS, 1)
+        # The first dash of a curve is in the centre, APART from the other one's, or anywhere.
+        first, shape = step[new], (new.sum(), TURNS)
+        angle[new], way = rng.uniform(0, 2 * np.pi, (2, *shape))
+        tails = rng.uniform(0, SIZE - 1, (*shape, 2))
+        tails[first == 0] = CENTRE[0] + (CENTRE[1] - CENTRE[0]) * tails[first == 0] / (SIZE - 1)
+        second = first == LENGTH
+        tails[second] = points[new][second, :1, 0] + APART * unit(way[second])
+        pivot[new] = tails - MARGIN * unit(angle[new])
 
-        angle = np.where(new[:, None], way, turned)
-        pivot = np.where(new[:, None, None], tails - MARGIN * unit(way), onward[:, None])
         dashes = along(pivot, angle)
         room = has_room(nearest, dashes, np.where(new, step, last))
-        ok, first = room.any(1), room.argmax(1)
-        pivots[rows, step], angles[rows, step] = pivot[rows, first], angle[rows, first]
-        points[rows, step] = dashes[rows, first]
+        ok, which = room.any(1), room.argmax(1)
+        pivots[rows, step], angles[rows, step] = pivot[rows, which], angle[rows, which]
+        points[rows, step] = dashes[rows, which]
         take(nearest, rows[ok], points[rows, step][ok], step[ok])
 
         # Where no candidate has room: go back to dash `back`, and on from dash `on`.
@@ -156,33 +160,24 @@ def marked(dashes: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> 
 
 def render(drawings: Drawings) -> np.ndarray:
     """Grey pixels (N, 32, 32), uint8. A pixel is as bright as its distance to the nearest line allows."""
-    n = len(drawings.labels)
-    image = np.zeros((n, SIZE, SIZE), np.float32)
-    offsets = np.mgrid[-3:4, -3:4].reshape(2, -1).T
-    rows = np.arange(n)[:, None]
+    image = np.zeros((len(drawings.labels), SIZE, SIZE), np.float32)
 
-    def add(middle: np.ndarray, distance, width: float, brightness: float) -> None:
-        pixels = np.clip(
-            np.rint(np.nan_to_num(middle)).astype(int)[:, None] + offsets, 0, SIZE - 1
-        )  # (N, 49, 2)
-        light = brightness * np.clip(width + 0.5 - np.nan_to_num(distance(pixels), nan=9.0), 0, 1)
-        y, x = pixels[..., 0], pixels[..., 1]
-        image[rows, y, x] = np.maximum(image[rows, y, x], light)
+    def add(rows: np.ndarray, a: np.ndarray, b: np.ndarray, width: float, brightness: float) -> None:
+        """Draw the lines from a to b, both (n, 2), in the drawings `rows` (n,). Of two lines the brighter one stays."""
+        pixels = np.clip(np.rint((a + b) / 2).astype(int)[:, None] + WINDOW, 0, SIZE - 1)  # (n, 25, 2)
+        way, line = pixels - a[:, None], (b - a)[:, None]
+        part = np.clip(
+            (way * line).sum(-1) / np.maximum((line**2).sum(-1), 1e-9), 0, 1
+        )  # of the line, at a pixel
+        distance = np.sqrt(((way - part[..., None] * line) ** 2).sum(-1))
+        place = rows[:, None], pixels[..., 0], pixels[..., 1]
+        image[place] = np.maximum(image[place], brightness * np.clip(width / 2 + 0.5 - distance, 0, 1))
 
-    def to_segment(a: np.ndarray, b: np.ndarray):
-        def distance(pixels: np.ndarray) -> np.ndarray:
-            line = (b - a)[:, None]
-            part = ((pixels - a[:, None]) * line).sum(-1, keepdims=True) / DASH**2
-            return np.linalg.norm(pixels - a[:, None] - np.clip(part, 0, 1) * line, axis=-1)
-
-        return distance
-
-    for i in range(drawings.dashes.shape[1]):
-        a, b = drawings.dashes[:, i, 0], drawings.dashes[:, i, 1]
-        add((a + b) / 2, to_segment(a, b), THICKNESS / 2, BRIGHTNESS)
-    for i in range(2):
-        dot = drawings.dots[:, i]
-        add(dot, lambda pixels, dot=dot: np.linalg.norm(pixels - dot[:, None], axis=-1), RADIUS, 1.0)
+    for i in range(TOTAL):
+        rows = np.flatnonzero(~np.isnan(drawings.dashes[:, i, 0, 0]))
+        add(rows, drawings.dashes[rows, i, 0], drawings.dashes[rows, i, 1], THICKNESS, BRIGHTNESS)
+    for dot in drawings.dots.swapaxes(0, 1):
+        add(np.arange(len(dot)), dot, dot, 2 * RADIUS, 1.0)
     return np.rint(255 * image).astype(np.uint8)
 
 
@@ -194,13 +189,13 @@ def generate(sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]
     rng = np.random.default_rng(seed)
     labels = np.concatenate([rng.permutation(np.arange(n) % 2) for n in sizes])
     order = rng.permutation(len(labels))  # for the easiest drawings are finished first
-    pixels, done = np.empty((len(labels), SIZE * SIZE), np.uint8), 0
+    pixels, drawn = np.empty((len(labels), SIZE * SIZE), np.uint8), draw(rng)
     with tqdm(total=len(labels), desc="pathfinder", unit="drawing") as bar:
-        for dashes in draw(rng):
-            part = order[done : done + len(dashes)]
-            image = render(marked(dashes[: len(part)], labels[part], rng))
-            pixels[part] = image.reshape(len(part), -1)
-            done += len(part)
-            bar.update(len(part))
-            if done == len(labels):
-                return pixels, labels
+        for start in range(0, len(labels), POOL):
+            part, found = order[start : start + POOL], []
+            while sum(map(len, found)) < len(part):
+                found.append(next(drawn))
+                bar.update(min(len(found[-1]), len(labels) - bar.n))
+            drawings = marked(np.concatenate(found)[: len(part)], labels[part], rng)
+            pixels[part] = render(drawings).reshape(len(part), -1)
+    return pixels, labels
