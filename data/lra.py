@@ -140,6 +140,8 @@ def load_task(
     sizes = None if sizes is None else tuple(sizes)
     if max_len is not None and name in ("image", "pathfinder") and max_len != form.max_len:
         raise UserError(f"{name} has {form.max_len:,} tokens, its pixels; not {max_len:,}")
+    if max_len is not None and max_len < 1:
+        raise UserError(f"max_len is a number of tokens, at least 1, not {max_len}")
     max_len = max_len or form.max_len
     if min_len is not None and (name != "listops" or data_dir):
         raise UserError("min_len is for generated ListOps alone")
@@ -164,9 +166,7 @@ def found(name, data_dir, seed, sizes, max_len, min_len) -> tuple[dict[str, Spli
         return (official_drawings(data_dir) if data_dir else drawn(sizes or form.sizes, seed)), False
     if data_dir and (Path(data_dir) / "tsv_data").is_dir():
         return lra_files.read_pairs(data_dir, max_len), False
-    print(
-        "retrieval: a stand-in (are two passages from the same article of WikiText-2?), not the papers of the archive"
-    )
+    print("retrieval is a stand-in here: are two passages from the same article of WikiText-2?")
     return lra_files.same_article(data_dir, sizes or STAND_IN, max_len, seed), True
 
 

@@ -37,25 +37,25 @@ def evaluate(text: str) -> int:
     return eval(" ".join(w + "," if w.isdigit() else w for w in words), {**names, "min": min, "max": max})[0]
 
 
-def nested(text: str) -> tuple[int, list[int]]:
-    """(the deepest digit or operator, the numbers of arguments), by a stack over the words."""
-    stack, arguments, deepest = [], [], 0
+def nested(text: str) -> tuple[list[int], list[tuple[int, bool]]]:
+    """(the numbers of arguments, (depth, is it an operator?) of every argument), by a stack over the words."""
+    stack, numbers, arguments = [], [], []
     for word in text.split():
         if word == "]":
-            arguments.append(stack.pop())
+            numbers.append(stack.pop())
             continue
         if stack:
             stack[-1] += 1
-        deepest = max(deepest, len(stack) + 1)
+            arguments.append((len(stack) + 1, word.startswith("[")))
         if word.startswith("["):
             stack.append(0)
     assert not stack
-    return deepest, arguments
+    return numbers, arguments
 
 
 @pytest.fixture(scope="module")
 def expressions():
-    return load_task("listops", sizes=(2_000, 200, 200), max_len=200, seed=3)
+    return load_task("listops", sizes=(1_000, 200, 200), max_len=200, seed=3)
 
 
 def test_the_independent_evaluator_knows_the_examples_of_the_paper():
@@ -79,13 +79,13 @@ def test_official_expressions_nest_to_depth_10_with_2_to_10_arguments_a_quarter_
     texts = [listops.words(row.tolist()) for row in task.train.tokens]
     assert all(500 <= len(text.split()) <= 2_000 for text in texts)
     assert any(len(text.split()) > 1_500 for text in texts) and any(len(text.split()) < 600 for text in texts)
-    depths, arguments = zip(*map(nested, texts))
-    counts = np.bincount([n for found in arguments for n in found])
-    assert max(depths) == 10 and set(np.flatnonzero(counts)) == set(range(2, 11))
-    operators = [
-        text.count(" [") / (len(text.split()) - 2 * text.count("]") + text.count(" [")) for text in texts
-    ]
-    assert 0.2 < np.mean(operators) < 0.3  # conditioned on the length, and digits alone at depth 10
+    numbers, arguments = (sum(found, []) for found in zip(*map(nested, texts)))
+    assert set(numbers) == set(range(2, 11))
+    assert max(depth for depth, _ in arguments) == 10
+    assert not any(operator for depth, operator in arguments if depth == 10)
+    assert (
+        0.22 < np.mean([operator for depth, operator in arguments if depth < 10]) < 0.29
+    )  # given the length
     for word in listops.OPERATORS:
         assert 0.22 < sum(text.count(word) for text in texts) / sum(text.count("]") for text in texts) < 0.28
 
@@ -471,6 +471,7 @@ WRONG = {
     "pixels": ("pathfinder", dict(max_len=100), "1,024 tokens"),
     "lengths": ("listops", dict(max_len=20, min_len=30), "30 to 20 tokens"),
     "no such length": ("listops", dict(max_len=3), "the shortest expression has 4"),
+    "no length": ("text", dict(max_len=0), "at least 1, not 0"),
     "min_len": ("text", dict(min_len=30), "min_len"),
     "too many": ("listops", dict(sizes=(9_000, 1, 1), min_len=4, max_len=4), "ask for fewer"),
 }
