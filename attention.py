@@ -51,7 +51,7 @@ def visible(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None) -> Tens
     """Which key each query may see: bool, broadcastable to (B, H, Tq, Tk). Causal: the last query belongs to
     the token of the last key, so queries may continue a longer sequence of keys."""
     Tq, Tk = q.size(-2), k.size(-2)
-    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    mask = torch.ones(Tq if causal else 1, Tk, dtype=torch.bool, device=q.device)
     if causal:
         mask = mask.tril(diagonal=Tk - Tq)
     return mask if key_mask is None else mask & as_bool(key_mask)[:, None, None, :]

@@ -36,6 +36,8 @@ class GPTConfig:
     rope_base: float = 10000.0  # the slowest rotation of rope takes 2 pi times so many tokens
     qk_gain: float = 1.0  # scales the initial query and key projections
     qk_bias: float = setting(0.0, least=-1e30)  # initial biases of q, k; with rope, attention begins nearby
+    causal = True  # not a setting but of the class: whether a token sees only those before it
+    mlp_ratio = 4  # likewise: the width of the MLP over that of the model
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -70,9 +72,7 @@ class GPTConfig:
         """From a larger mapping, such as the configuration in a checkpoint, also of an earlier version.
         Raises ValueError if the sizes of a GPT are not in it, or if this version cannot build it."""
         try:
-            sizes = {
-                name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-            }
+            sizes = {n: values[n] for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
             values = renewed(values)
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | sizes)
         except (KeyError, TypeError) as e:
@@ -102,18 +102,20 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         options = {"max_len": config.block_size, **({} if config.tie else {"tie": False}), **config.options}
         try:
-            self.attend = make_attention(config.attention, config.n_head, head_dim, **options)
+            self.attend = make_attention(
+                config.attention, config.n_head, head_dim, causal=config.causal, **options
+            )
         except (TypeError, RuntimeError) as e:  # an option of another type than the attention takes
             raise ValueError(f"options {config.options} do not fit {config.attention}: {e}") from e
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None, key_mask=None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         qk, (v,) = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, T, D), (B, H, T, D)
         q, k = qk if rope is None else apply_rope(qk, rope)  # before phi: phi sees what softmax would see
-        y = self.attend(q, k, v) if cache is None else self.attend.extend(q, k, v, cache)
+        y = self.attend(q, k, v, key_mask) if cache is None else self.attend.extend(q, k, v, cache)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.c_proj(y))
 
@@ -121,8 +123,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,8 +139,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x: Tensor, rope: Tensor | None, cache: dict | None = None, key_mask=None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache, key_mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -215,8 +217,9 @@ class GPT(nn.Module):
         """AdamW's groups: matrices decay, vectors and feature maps do not; maps have their own learning rate."""
         return param_groups(self, lr, weight_decay, map_lr_scale)
 
-    def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0) -> Tensor:
-        """Token ids (B, T) at positions offset .. offset + T -> final hidden states (B, T, C)."""
+    def hidden(self, idx: Tensor, caches: list[dict] | None = None, offset: int = 0, key_mask=None) -> Tensor:
+        """Token ids (B, T) at positions offset .. offset + T -> final hidden states (B, T, C).
+        key_mask (B, T): without caches, True for real tokens; None: all are."""
         end, c = offset + idx.size(1), self.config
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
@@ -231,7 +234,7 @@ class GPT(nn.Module):
             rope = rope_table(offset, end, c.n_embd // c.n_head, c.rope_base).to(x.device)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, None if caches is None else caches[i])
+            x = block(x, rope, None if caches is None else caches[i], key_mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -206,6 +206,26 @@ def recall(figure, groups: Groups) -> None:
 
 
 @picture
+def arena(figure, groups: Groups, task: str) -> None:
+    """The benchmark's own figure: accuracy against speed, the area of a mark in proportion to the memory of a
+    training step."""
+    figure.set_size_inches(8, 4.6)
+    axes, names = figure.subplots(), list(groups)
+    most = max(runs[0]["final"]["step_mib"] or 1 for runs in groups.values())
+    for name in names:
+        runs = groups[name]
+        area = 700 * (runs[0]["final"]["step_mib"] or most) / most
+        at = statistics.median(r["tokens_per_s"] for r in runs), statistics.mean(finals(runs, "accuracy"))
+        axes.scatter(*at, s=area, alpha=0.45, color=style(name)["color"])
+        axes.annotate(label(name), at, fontsize=7, ha="center", va="center")
+    axes.set(xscale="log", xlabel="tokens a second in training (log scale)", ylabel="test accuracy (%)")
+    axes.margins(0.15)
+    axes.set_title(
+        f"{task}: most accurate is {label(names[0])}; area: memory of a training step, at most {most:,.0f} MiB"
+    )
+
+
+@picture
 def curves(figure, groups: Groups, title: str, ylabel: str) -> None:
     """Validation loss against steps: mean and range over the seeds, groups[name]."""
     last = {name: statistics.mean(r["curve"][-1][1] for r in runs) for name, runs in groups.items()}

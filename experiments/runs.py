@@ -38,7 +38,8 @@ def train_one(
 ) -> dict:
     """Train the model build(config), and measure its best checkpoint. The result is also in result.json.
 
-    batch(step), evaluate(model): as for train.fit, which keeps the checkpoint with the least "loss".
+    batch(step), evaluate(model): as for train.fit, which keeps the checkpoint with the least "loss". The loss of a
+        batch is the second result of model(*batch).
     final(model): the numbers that are reported, from data that `evaluate` does not use.
     curve: which number of evaluate's is the learning curve.
     """
@@ -49,7 +50,7 @@ def train_one(
         fused.use(config.kernel, world.device)
         model = build(config)
     groups = model.param_groups(config.lr, config.weight_decay, config.map_lr_scale)
-    how = dict(batch=batch, loss=lambda model, x, y: model(x, y)[1], evaluate=evaluate, config=config)
+    how = dict(batch=batch, loss=lambda model, *rows: model(*rows)[1], evaluate=evaluate, config=config)
     fit(model, groups, **how, world=world, meta={**about, "tokenizer": tokenizer})
     tensors, saved = load_checkpoint(out / "best.safetensors")
     restore(tensors, model, path=out)

@@ -84,6 +84,16 @@ def extra_mib(call: Callable, device: torch.device) -> float:
     return peak_mib(device) - before
 
 
+def alone(measure: Callable, *args) -> Any:
+    """measure(*args) in a process of its own: one that has run before would reuse memory that it has freed.
+    None where the memory of a process is not known, which is a GPU's and Linux's alone."""
+    if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
+        return None
+    threads = torch.set_num_threads, [torch.get_num_threads()]
+    with multiprocessing.get_context("spawn").Pool(1, *threads) as pool:
+        return pool.apply(measure, args)
+
+
 # ---------------------------------------------------------------- the machine
 
 
@@ -204,18 +214,13 @@ class Report:
             self.line(f"{T:,}", name, *cells, *(f"{x:,.0f}" for x in rate.values()))
 
     def memory(self, title: str, calls: Iterable[tuple[int, int, str]], extra_mib: Callable, config: Any):
-        """Measure the memory of calls (T, heads, contender), each in a process of its own.
-
-        A process that has run before would reuse memory that it has freed.
-        """
+        """Measure the memory of calls (T, heads, contender), each in a process of its own."""
         if self.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
             return say("memory left out: it is known on a GPU, and under Linux")
         self.begin("memory", title)
-        threads = torch.set_num_threads, [torch.get_num_threads()]
         for T, heads, name in calls:
             began = time.perf_counter()
-            with multiprocessing.get_context("spawn").Pool(1, *threads) as pool:
-                mib = pool.apply(extra_mib, (config, name, T, self.device))
+            mib = alone(extra_mib, config, name, T, self.device)
             row = {"part": "memory", "T": T, "heads": heads, "contender": name, "median": mib}
             self.rows.append({**row, "seconds": time.perf_counter() - began, "ratio": None})
             self.line(f"{T:,}", name, f"{mib:,.0f} MiB")

@@ -1,0 +1,343 @@
+"""Long Range Arena (Table 6): which attentions learn to classify long sequences?
+
+    python -m experiments.lra --task listops                  the systems of Table 6, one seed
+    python -m experiments.lra --task image --data_dir CIFAR10 --attentions softmax hedgehog elu --seeds 3
+    python -m experiments.lra --task text --data_dir IMDB --setting paper    as published: one GPU
+    python -m experiments.lra --task listops --report         the table of the runs that are finished
+
+Tasks: listops text retrieval image pathfinder (data/lra.py says what each is and where its data comes from).
+
+The model of the benchmark is an encoder of 2 layers with 2 heads of 32, learned positions, the mean over all
+real tokens, and a small head on it. In retrieval two texts pass the same encoder. Every attention tries each
+of --lrs with the first seed, the learning rate with the best dev accuracy is trained with every seed, and the
+checkpoint with the best dev accuracy is measured once on every test example.
+
+The default is for 2 cores: shorter sequences and fewer steps. The same command goes on where it was
+interrupted. The table has all finished runs in --out_dir that have the same settings, so attentions and seeds
+can be added by later commands. H3 and Hyena are causal only, and have no row in Table 6.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import attentions, make_attention
+from config import FitConfig
+from data.lra import TASKS, Split, Task, batches, load_task
+from experiments import figures
+from experiments.runs import check_machine, check_names, conclude, finished, sweep_and_seeds, train_one
+from experiments.tables import finals, grouped, markdown, mean_sd
+from model import GPT, GPTConfig
+from support import timing
+from support.cli import UserError, as_user_error, parse, run, setting
+from support.devices import pick_device, step_seed
+from support.log import provenance
+from support.plots import label
+
+PAPER = {  # Table 6 of the paper: accuracy in %
+    "softmax": (36.37, 64.27, 57.46, 42.44, 71.40),
+    "local": (15.82, 52.98, 53.39, 41.46, 66.63),
+    "elu": (16.13, 65.90, 53.09, 42.34, 75.30),
+    "reformer": (37.27, 56.10, 53.40, 38.07, 68.50),
+    "sparse": (17.07, 63.58, 59.59, 44.24, 71.71),
+    "sinkhorn": (33.67, 61.20, 53.83, 41.23, 67.45),
+    "linformer": (35.70, 53.94, 52.27, 38.56, 76.34),
+    "performer": (18.01, 65.40, 53.82, 42.77, 77.05),
+    "synthesizer": (36.99, 61.68, 54.67, 41.61, 69.45),
+    "longformer": (35.63, 62.85, 56.89, 42.22, 69.71),
+    "bigbird": (36.05, 64.02, 59.29, 40.83, 74.87),
+    "nystromformer": (37.15, 65.52, 79.56, 41.58, 70.94),
+    "cosformer": (37.90, 63.41, 61.36, 43.17, 70.33),
+    "skyformer": (39.25, 64.70, 82.06, 40.77, 70.73),
+    "hedgehog": (37.15, 64.60, 82.24, 40.15, 74.16),
+}
+ORDER = ("listops", "text", "retrieval", "image", "pathfinder")  # of its columns
+HEAD = 128  # hidden units between the pooled state and the classes
+INIT_STD = 0.07  # of matrices, about that of nn.Linear at this width
+SAID = (  # of a run that has ended
+    "test accuracy {final[accuracy]:.2f}%, dev {final[dev_accuracy]:.2f}%, {minutes:.1f} minutes"
+)
+SETTINGS: dict[str, dict[str, dict]] = {  # changes of LRAConfig's defaults for each task
+    "ours": {
+        "listops": dict(block_size=500, min_len=100, batch_size=32, max_steps=1500),
+        "text": dict(block_size=1000, batch_size=16, max_steps=1000),
+        "retrieval": dict(block_size=1000, batch_size=8, max_steps=1000),
+        "image": dict(block_size=1024, batch_size=16, max_steps=1000),
+        "pathfinder": dict(block_size=1024, batch_size=16, max_steps=1000),
+    },
+    "paper": {
+        "listops": dict(block_size=2000, min_len=500, batch_size=32, max_steps=5000, warmup_steps=1000),
+        "text": dict(block_size=4000, batch_size=32, max_steps=20000, warmup_steps=8000),
+        "retrieval": dict(block_size=4000, batch_size=32, max_steps=30000, warmup_steps=800),
+        "image": dict(block_size=1024, batch_size=256, max_steps=35000, warmup_steps=175),
+        "pathfinder": dict(block_size=1024, batch_size=256, max_steps=62400, warmup_steps=312),
+    },
+}
+AS_PUBLISHED = dict(lrs=[1e-4], map_lr_scale=1.0, beta2=0.999, train_size=0, dev_size=0, test_size=0)
+
+
+@dataclass
+class LRAConfig(GPTConfig, FitConfig):
+    # -- this command
+    task: str = setting("listops", choices=list(TASKS))  # listops, text, retrieval, image or pathfinder
+    attentions: list[str] = setting(list(PAPER))  # which ones to compare: any that has a bidirectional form
+    seeds: int = 1  # how many seeds of each attention at its best learning rate, from --seed on
+    lrs: list[float] = setting([1e-3, 3e-3])  # learning rates that each attention tries
+    sweep_steps: int = 0  # steps of a trial; 0: max_steps, and the best is the first seed's run
+    jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
+    report: bool = False  # train nothing: the table of the runs that are finished
+    # -- data
+    data_dir: str = ""  # lra_release, or the folder of one task; "": what needs no archive
+    min_len: int = setting(0, least=0)  # listops: tokens of the shortest expression
+    train_size: int = 20000  # most examples to train on; 0: all, or as many as the benchmark has
+    dev_size: int = 1000  # most examples that choose learning rate and checkpoint; 0: all
+    test_size: int = setting(0, least=0)  # most examples of the reported accuracy; 0: all
+    # -- model
+    block_size: int = 1024  # tokens of the longest sequence
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 64
+    dropout: float = 0.1
+    position: str = "learned"  # how the model knows positions: learned, as in the benchmark, or rope
+    attention: str = setting("hedgehog", hidden=True)
+    vocab_size: int = setting(256, hidden=True)
+    n_classes: int = setting(2, hidden=True)
+    pair: bool = setting(False, hidden=True)
+    causal = False
+    mlp_ratio = 2
+    # -- training
+    lr: float = setting(1e-3, hidden=True)
+    map_lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    beta2: float = 0.98
+    eval_interval: int = 100  # steps between points of the learning curve
+    save_interval: int = 100
+    # -- output
+    out_dir: str = ""  # table, picture and a folder for each run; default out/lra-TASK-SETTING
+    # -- this command
+    setting: str = setting("ours", choices=list(SETTINGS))  # ours, for 2 cores, or paper: as published
+
+    def check(self) -> None:
+        super().check()
+        check_names("attentions", self.attentions, attentions())
+        for name in self.attentions:
+            made = dict(causal=False, max_len=self.block_size, **self.options)
+            with as_user_error():
+                make_attention(name, self.n_head, self.n_embd // self.n_head, **made)
+
+
+class Classifier(GPT):
+    """The model of the benchmark: idx (B, T), or (B, 2, T) for pairs -> logits (B, n_classes).
+
+    GPT's embeddings and blocks, bidirectional; the mean of the last states over real tokens; an MLP of HEAD
+    units. For a pair of texts with means x and y, which pass the same encoder, the MLP sees
+    [x, y, x * y, x - y]. Public code divides the mean by all positions, also those of padding; here padding
+    changes nothing. GELU is GPT-2's, by tanh.
+    """
+
+    def __init__(self, config: LRAConfig):
+        super().__init__(config)
+        del self.lm_head  # no token is predicted
+        width = 4 * config.n_embd if config.pair else config.n_embd
+        self.head = nn.Sequential(nn.Linear(width, HEAD), nn.ReLU(), nn.Linear(HEAD, config.n_classes))
+
+    def init_weights(self) -> None:
+        super().init_weights(0.02, INIT_STD)
+
+    def pooled(self, idx: Tensor, key_mask: Tensor) -> Tensor:
+        """The mean of the last states of real tokens: (N, T) -> (N, C). Zeros where there is none."""
+        x = self.hidden(
+            idx, key_mask=None if key_mask.all() else key_mask
+        )  # without a mask softmax is faster
+        x = x.masked_fill(~key_mask[..., None], 0.0)
+        return x.sum(1) / key_mask.sum(1, keepdim=True).clamp(min=1)
+
+    def forward(
+        self, idx: Tensor, key_mask: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """key_mask has the shape of idx, True for real tokens. With targets (B,): also the mean
+        cross-entropy in nats."""
+        x = self.pooled(idx.flatten(0, -2), key_mask.flatten(0, -2))  # (B, C), or (2 B, C)
+        if self.config.pair:
+            x, y = x.unflatten(0, (-1, 2)).unbind(1)
+            x = torch.cat([x, y, x * y, x - y], -1)
+        logits = self.head(x)
+        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def task_of(config: LRAConfig) -> Task:
+    sizes = config.train_size, config.dev_size, config.test_size
+    return load_task(
+        config.task, data_dir=config.data_dir, max_len=config.block_size, min_len=config.min_len, sizes=sizes
+    )
+
+
+class Training:
+    """batch(step) of a split: every epoch has its own order, and leaves out a last batch that is not whole."""
+
+    def __init__(self, split: Split, config: LRAConfig):
+        self.split, self.config, self.next = split, config, -1
+
+    def epoch(self, n: int) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.Generator().manual_seed(step_seed(self.config.seed, n))
+        return batches(self.split, self.config.batch_size, "cpu", order)
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        n, at = divmod(step, len(self.split) // self.config.batch_size)
+        if step != self.next or at == 0:
+            self.rest = islice(self.epoch(n), at, None)
+        self.next = step + 1
+        return next(self.rest)
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, split: Split) -> dict[str, float]:
+    """Accuracy in % and loss in nats over every example of a split."""
+    device, right, loss, n = next(model.parameters()).device, 0, 0.0, 0
+    for idx, key_mask, labels in batches(split, model.config.batch_size, device, None):
+        logits, mean = model(idx, key_mask, labels)
+        right += (logits.argmax(-1) == labels).sum().item()
+        loss, n = loss + mean.item() * len(labels), n + len(labels)
+    return {"accuracy": 100 * right / n, "nats": loss / n, "examples": n}
+
+
+def dev_error(model: Classifier, split: Split) -> dict:
+    """What chooses the checkpoint: the accuracy, since the loss is least before the accuracy is best."""
+    found = accuracy(model, split)
+    return {**found, "loss": 1 - found["accuracy"] / 100, "loss_name": "dev error"}
+
+
+def step_mib(config: LRAConfig) -> float:
+    """MiB that one training step of full length adds to the memory in use. Runs in a process of its own."""
+    device = pick_device(config.device)
+    model = Classifier(config).to(device)
+    shape = (config.batch_size, *(2,) * config.pair, config.block_size)
+    idx = torch.randint(config.vocab_size, shape, device=device)
+    real = torch.ones_like(idx, dtype=torch.bool)
+    labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
+
+    def step(n: int) -> None:
+        loss = model(idx[..., :n], real[..., :n], labels)[1]
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    return [timing.extra_mib(partial(step, n), device) for n in (32, config.block_size)][1]
+
+
+def one_run(config: LRAConfig) -> dict:
+    task = task_of(config)
+    mib = timing.alone(step_mib, config)
+    return train_one(
+        config,
+        build=Classifier,
+        batch=Training(task.train, config),
+        evaluate=lambda model: dev_error(model, task.dev),
+        final=lambda model: {
+            **accuracy(model, task.test),
+            "dev_accuracy": accuracy(model, task.dev)["accuracy"],
+            "step_mib": mib,
+        },
+        tokenizer=task.name,
+        curve="accuracy",
+    )
+
+
+# ---------------------------------------------------------------- the table and the picture
+
+by_attention = partial(grouped, key=lambda r: -r["final"]["accuracy"])
+
+
+def in_paper(name: str, task: str) -> str:
+    """The accuracy in Table 6."""
+    return f"{PAPER[name][ORDER.index(task)]:.2f}" if name in PAPER else ""
+
+
+def table(results: list[dict]) -> str:
+    """The comparison, the most accurate first, beside Table 6."""
+    task = results[0]["config"]["task"]
+    head = "attention, accuracy in % (seeds), Table 6, lr, parameters, tokens/s, step MiB, minutes a run"
+    rows = []
+    for name, runs in by_attention(results).items():
+        found = f"{mean_sd(finals(runs, 'accuracy'), '.2f')} ({len(runs)})"
+        mib = runs[0]["final"]["step_mib"]
+        cost = [
+            f"{runs[0]['parameters']:,}",
+            f"{np.median([r['tokens_per_s'] for r in runs]):,.0f}",
+            "" if mib is None else f"{mib:,.0f}",
+            f"{np.mean([r['minutes'] for r in runs]):.1f}",
+        ]
+        rows.append([label(name), found, in_paper(name, task), f"{runs[0]['config']['lr']:g}", *cost])
+    return markdown(head.split(", "), rows)
+
+
+def draw(path: Path, facts: dict) -> str:
+    return figures.arena(path, facts["command"], by_attention(facts["runs"]), facts["task"])
+
+
+# ---------------------------------------------------------------- the command
+
+
+def configured() -> LRAConfig:
+    """The configuration on the command line; --setting and --task count where no flag is given."""
+    with as_user_error():
+        config, given = parse(LRAConfig(), sys.argv[1:], __doc__)
+        changes = SETTINGS[config.setting][config.task] | (AS_PUBLISHED if config.setting == "paper" else {})
+        config = replace(config, **{name: value for name, value in changes.items() if name not in given})
+        config.check()
+    check_machine(config)
+    task = task_of(config)  # before workers want it
+    config.vocab_size, config.n_classes, config.pair = task.vocab_size, task.n_classes, task.pair
+    stand_in = f" (a stand-in: {task.stand_in})" if task.stand_in else ""
+    sizes = ", ".join(f"{len(getattr(task, name)):,} {name}" for name in ("train", "dev", "test"))
+    print(
+        f"{task.name}{stand_in}: {sizes} examples, at most {config.block_size} tokens, {task.n_classes} classes"
+    )
+    return config
+
+
+def made(base: LRAConfig, out: Path) -> list[dict]:
+    """The finished runs in a folder with the settings of `base`: of each attention those with the learning
+    rate that was best on dev data with the first seed."""
+    found, best = [], {}
+    for path in sorted(out.glob("*/result.json")):
+        saved = json.loads(path.read_text())["config"]
+        of_run = {name: saved[name] for name in ("attention", "lr", "seed")}
+        if (result := finished(replace(base, **of_run, out_dir=str(path.parent)))) and "failed" not in result:
+            found.append(result)
+            if saved["seed"] == base.seed:
+                best.setdefault(saved["attention"], []).append((result["dev_loss"], saved["lr"]))
+    best = {name: min(tried)[1] for name, tried in best.items()}
+    return [r for r in found if r["config"]["lr"] == best.get(r["config"]["attention"])]
+
+
+def main() -> None:
+    config, began = configured(), time.perf_counter()
+    out = Path(config.out_dir or f"out/lra-{config.task}-{config.setting}")
+    # a run's configuration leaves out what does not change it
+    base = replace(config, attentions=[], seeds=1, lrs=[], sweep_steps=0, jobs=0, report=False)
+    configs = [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions]
+    trials = [{"lr": lr} for lr in config.lrs]
+    facts = {"lra": 1, "task": config.task, "setting": config.setting, **provenance()}
+    if not config.report:
+        how = config.seeds, config.jobs, SAID, config.sweep_steps
+        facts["sweep"] = sweep_and_seeds(one_run, configs, lambda _: trials, *how)["sweep"]
+    facts["runs"] = made(base, out)
+    if not facts["runs"]:
+        raise UserError(f"no run with these settings is finished in {out}: leave out --report")
+    conclude(out / "lra.json", facts, table(facts["runs"]), draw(out / "arena.png", facts), began)
+
+
+if __name__ == "__main__":
+    run(main)
