@@ -20,10 +20,9 @@ can be added by later commands. H3 and Hyena are causal only, and have no row in
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from attention import attentions, make_attention
 from config import FitConfig
-from data.lra import TASKS, Split, Task, batches, load_task
+from data.lra import TASKS, Split, Task, batch, load_task
 from experiments import figures
 from experiments.runs import check_machine, check_names, conclude, finished, sweep_and_seeds, train_one
 from experiments.tables import finals, grouped, markdown, mean_sd
@@ -69,21 +68,21 @@ SAID = (  # of a run that has ended
 )
 SETTINGS: dict[str, dict[str, dict]] = {  # changes of LRAConfig's defaults for each task
     "ours": {
-        "listops": dict(block_size=500, min_len=100, batch_size=32, max_steps=1500),
+        "listops": dict(block_size=500, sizes=[20000, 1000, 2000], batch_size=32, max_steps=1500),
         "text": dict(block_size=1000, batch_size=16, max_steps=1000),
         "retrieval": dict(block_size=1000, batch_size=8, max_steps=1000),
         "image": dict(block_size=1024, batch_size=16, max_steps=1000),
         "pathfinder": dict(block_size=1024, batch_size=16, max_steps=1000),
     },
     "paper": {
-        "listops": dict(block_size=2000, min_len=500, batch_size=32, max_steps=5000, warmup_steps=1000),
+        "listops": dict(block_size=2000, batch_size=32, max_steps=5000, warmup_steps=1000),
         "text": dict(block_size=4000, batch_size=32, max_steps=20000, warmup_steps=8000),
         "retrieval": dict(block_size=4000, batch_size=32, max_steps=30000, warmup_steps=800),
         "image": dict(block_size=1024, batch_size=256, max_steps=35000, warmup_steps=175),
         "pathfinder": dict(block_size=1024, batch_size=256, max_steps=62400, warmup_steps=312),
     },
 }
-AS_PUBLISHED = dict(lrs=[1e-4], map_lr_scale=1.0, beta2=0.999, train_size=0, dev_size=0, test_size=0)
+AS_PUBLISHED = dict(lrs=[1e-4], map_lr_scale=1.0, beta2=0.999, dev_size=0)
 
 
 @dataclass
@@ -98,10 +97,9 @@ class LRAConfig(GPTConfig, FitConfig):
     report: bool = False  # train nothing: the table of the runs that are finished
     # -- data
     data_dir: str = ""  # lra_release, or the folder of one task; "": what needs no archive
-    min_len: int = setting(0, least=0)  # listops: tokens of the shortest expression
-    train_size: int = 20000  # most examples to train on; 0: all, or as many as the benchmark has
-    dev_size: int = 1000  # most examples that choose learning rate and checkpoint; 0: all
-    test_size: int = setting(0, least=0)  # most examples of the reported accuracy; 0: all
+    min_len: int = setting(0, least=0)  # of a generated expression, in tokens; 0: a quarter of block_size
+    sizes: list[int] = setting([])  # examples for training, dev and test; by default all, or the benchmark's
+    dev_size: int = setting(1000, least=0)  # so many of the dev examples choose; 0: all
     # -- model
     block_size: int = 1024  # tokens of the longest sequence
     n_layer: int = 2
@@ -179,44 +177,48 @@ class Classifier(GPT):
 
 
 def task_of(config: LRAConfig) -> Task:
-    sizes = config.train_size, config.dev_size, config.test_size
-    return load_task(
-        config.task, data_dir=config.data_dir, max_len=config.block_size, min_len=config.min_len, sizes=sizes
-    )
+    """The task, the same for every seed. Raises UserError, and ValueError for sizes that are not three."""
+    lengths = dict(max_len=config.block_size, min_len=config.min_len or None)
+    return load_task(config.task, data_dir=config.data_dir, sizes=tuple(config.sizes) or None, **lengths)
 
 
-class Training:
-    """batch(step) of a split: every epoch has its own order, and leaves out a last batch that is not whole."""
+def rows_of(split: Split, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(idx, key_mask, labels) of some examples, each with the examples as the first dimension."""
+    idx, key_mask, labels = batch(split, which)
+    pair = split.others is not None
+    return (idx.transpose(0, 1), key_mask.transpose(0, 1), labels) if pair else (idx, key_mask, labels)
 
-    def __init__(self, split: Split, config: LRAConfig):
-        self.split, self.config, self.next = split, config, -1
 
-    def epoch(self, n: int) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.Generator().manual_seed(step_seed(self.config.seed, n))
-        return batches(self.split, self.config.batch_size, "cpu", order)
+def training(split: Split, config: LRAConfig) -> Callable[[int], tuple[Tensor, ...]]:
+    """batch(step): every epoch has an order of its own, and leaves out the examples that fill no batch."""
+    size = config.batch_size
+    if (per_epoch := len(split) // size) == 0:
+        raise UserError(f"{len(split)} training examples are fewer than --batch_size {size}")
 
-    def __call__(self, step: int) -> tuple[Tensor, ...]:
-        n, at = divmod(step, len(self.split) // self.config.batch_size)
-        if step != self.next or at == 0:
-            self.rest = islice(self.epoch(n), at, None)
-        self.next = step + 1
-        return next(self.rest)
+    @lru_cache(2)
+    def order(epoch: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step_seed(config.seed, epoch))
+        return torch.randperm(len(split), generator=rng).split(size)
+
+    return lambda step: rows_of(split, order(step // per_epoch)[step % per_epoch])
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, split: Split) -> dict[str, float]:
-    """Accuracy in % and loss in nats over every example of a split."""
-    device, right, loss, n = next(model.parameters()).device, 0, 0.0, 0
-    for idx, key_mask, labels in batches(split, model.config.batch_size, device, None):
+def accuracy(model: Classifier, split: Split, most: int = 0) -> dict[str, float]:
+    """Accuracy in % and loss in nats of the first `most` examples of a split; 0: of all."""
+    device, right, loss, n = next(model.parameters()).device, 0, 0.0, most or len(split)
+    for which in torch.arange(len(split))[:n].split(model.config.batch_size):
+        idx, key_mask, labels = (x.to(device) for x in rows_of(split, which))
         logits, mean = model(idx, key_mask, labels)
         right += (logits.argmax(-1) == labels).sum().item()
-        loss, n = loss + mean.item() * len(labels), n + len(labels)
+        loss += mean.item() * len(labels)
+    n = min(n, len(split))
     return {"accuracy": 100 * right / n, "nats": loss / n, "examples": n}
 
 
-def dev_error(model: Classifier, split: Split) -> dict:
+def dev_error(model: Classifier, split: Split, most: int) -> dict:
     """What chooses the checkpoint: the accuracy, since the loss is least before the accuracy is best."""
-    found = accuracy(model, split)
+    found = accuracy(model, split, most)
     return {**found, "loss": 1 - found["accuracy"] / 100, "loss_name": "dev error"}
 
 
@@ -242,11 +244,11 @@ def one_run(config: LRAConfig) -> dict:
     return train_one(
         config,
         build=Classifier,
-        batch=Training(task.train, config),
-        evaluate=lambda model: dev_error(model, task.dev),
+        batch=training(task.train, config),
+        evaluate=lambda model: dev_error(model, task.dev, config.dev_size),
         final=lambda model: {
             **accuracy(model, task.test),
-            "dev_accuracy": accuracy(model, task.dev)["accuracy"],
+            "dev_accuracy": accuracy(model, task.dev, config.dev_size)["accuracy"],
             "step_mib": mib,
         },
         tokenizer=task.name,
@@ -299,11 +301,8 @@ def configured() -> LRAConfig:
     check_machine(config)
     task = task_of(config)  # before workers want it
     config.vocab_size, config.n_classes, config.pair = task.vocab_size, task.n_classes, task.pair
-    stand_in = f" (a stand-in: {task.stand_in})" if task.stand_in else ""
     sizes = ", ".join(f"{len(getattr(task, name)):,} {name}" for name in ("train", "dev", "test"))
-    print(
-        f"{task.name}{stand_in}: {sizes} examples, at most {config.block_size} tokens, {task.n_classes} classes"
-    )
+    print(f"{task.name}: {sizes} examples, at most {config.block_size} tokens, {task.n_classes} classes")
     return config
 
 
