@@ -195,7 +195,8 @@ def recall(figure, groups: Groups) -> None:
         solved += [label(name)] if min(accuracy) > 99 else []
         dots = look | {"s": 90 if look["marker"] == "*" else 36, "alpha": 0.8, "label": label(name)}
         for axis, measure in zip(axes, ("entropy", "tau")):  # grey ones behind
-            axis.scatter(finals(groups[name], measure), accuracy, zorder=2 + (look["color"] != GREY), **dots)
+            found = [x for x in finals(groups[name], measure) if x is not None]  # some have no weights
+            axis.scatter(found, accuracy[: len(found)], zorder=2 + (look["color"] != GREY), **dots)
         over_seeds(axes[2], groups[name], 100, color=look["color"], linewidth=1.2)
     axes[0].set(xlabel="mean attention entropy (nats)", ylabel="recall accuracy, fresh sequences (%)")
     axes[1].set(xlabel="monotonicity: Kendall's tau")

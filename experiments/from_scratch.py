@@ -3,6 +3,7 @@
     python -m experiments.from_scratch                        train.py's GPT and data
     python -m experiments.from_scratch --dataset wikitext2    GPT-2's tokens; --data_dir: offline
     python -m experiments.from_scratch --setting paper        as published, without our additions
+    python -m experiments.from_scratch --attentions softmax hedgehog aft reformer h3 hyena    Tables 1 and 3
 
 Every attention has the same sweep: each of --lrs with the first seed, and, where maps are learned, each of
 --map_lr_scales with each of them. The trial with the least loss on the first half of the validation text is
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 
 import data
-from attention import attentions, learns_map
+from attention import learns_map
 from config import TrainConfig
 from experiments import figures
-from experiments.runs import check_machine, check_names, conclude, sweep_and_seeds, train_one
+from experiments.runs import check_attentions, check_machine, conclude, sweep_and_seeds, train_one
 from experiments.tables import Groups, finals, grouped, markdown, mean_sd
 from model import GPT
 from perplexity import perplexity
@@ -82,7 +83,7 @@ class CompareConfig(ScratchConfig):
 
     def check(self) -> None:
         super().check()
-        check_names("attentions", self.attentions, attentions())
+        check_attentions(self)
 
 
 def configured(default: ScratchConfig, description: str) -> ScratchConfig:

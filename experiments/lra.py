@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attentions, make_attention
 from config import FitConfig
 from data.lra import TASKS, Split, Task, batch, load_task
 from experiments import figures
-from experiments.runs import check_machine, check_names, conclude, finished, sweep_and_seeds, train_one
+from experiments.runs import check_attentions, check_machine, conclude, finished, sweep_and_seeds, train_one
 from experiments.tables import finals, grouped, markdown, mean_sd
 from model import GPT, GPTConfig
 from support import timing
@@ -127,11 +126,7 @@ class LRAConfig(GPTConfig, FitConfig):
 
     def check(self) -> None:
         super().check()
-        check_names("attentions", self.attentions, attentions())
-        for name in self.attentions:
-            made = dict(causal=False, max_len=self.block_size, **self.options)
-            with as_user_error():
-                make_attention(name, self.n_head, self.n_embd // self.n_head, **made)
+        check_attentions(self, causal=False)
 
 
 class Classifier(GPT):

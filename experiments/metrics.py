@@ -110,7 +110,10 @@ def measure(qk: list[tuple[Tensor, Tensor]], causal: bool, attends: list[dict[st
 
 @torch.no_grad()
 def spikiness_and_monotonicity(model: nn.Module, x: Tensor) -> dict:
-    """Entropy and tau of a causal model's own weights for token ids x (B, T), and the entropy of each head."""
+    """Entropy and tau of a causal model's own weights for token ids x (B, T), and the entropy of each head.
+    None for attentions that have no weights, such as AFT."""
+    if not all(getattr(attend, "has_weights", True) for attend in attends_in(model)):
+        return dict.fromkeys(("entropy", "tau", "entropy_by_head"))
     own = [{"own": attend} for attend in attends_in(model.cpu())]
     found = measure(queries_and_keys(model, x), True, own)["maps"]["own"]
     entropies = np.array(found["entropy"])  # (L, H)

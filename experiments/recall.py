@@ -4,12 +4,13 @@
     python -m experiments.recall --all            every attention, two learning rates: Fig. 5; 1 to 2 hours
     python -m experiments.recall --all --seeds 3  and two more seeds of each; another hour
     python -m experiments.recall --attentions elu taylor --seed 7
+    python -m experiments.recall --attentions aft reformer h3 hyena --lrs 2e-3 4e-3    any causal system by name
 
 A sequence is a list of pairs, a key and its value, and ends in a key that has been seen:
 `c 9 k 8 j 3 ... f 1 c` -> 9. There are 20 keys and 20 values. 63 pairs, the last key and its value make 128
 tokens (App. B). A GPT of 4 layers and 4 heads with RoPE learns to predict the value of every key that was
 seen before. The result is the accuracy of the last token over fresh sequences, beside the entropy and the
-monotonicity of the model's own attention weights.
+monotonicity of the model's own attention weights. (AFT, H3 and Hyena have no weights.)
 
 Training begins with sequences of 8 tokens; the length then doubles stage by stage. Without these stages not
 even softmax learns the task in this time. The same command goes on where it was interrupted.
@@ -30,7 +31,7 @@ from torch import Tensor
 from config import FitConfig
 from experiments import figures
 from experiments.metrics import rank_correlation, spikiness_and_monotonicity
-from experiments.runs import check_machine, check_names, conclude, sweep_and_seeds, train_one
+from experiments.runs import check_attentions, check_machine, conclude, sweep_and_seeds, train_one
 from experiments.tables import finals, grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
@@ -41,10 +42,13 @@ from support.plots import label
 
 N_KEYS = 20  # tokens 0 to 19 are keys, 20 to 39 values
 SHORTEST = 8  # tokens of the first stage's sequences
-SAID = (  # of a run that has ended
-    "accuracy {final[accuracy]:.1%} after {steps} steps, {minutes:.1f} minutes; "
-    "entropy {final[entropy]:.2f} nats, tau {final[tau]:.2f}"
-)
+
+
+def said(result: dict) -> str:
+    """About a run that has ended."""
+    final, text = result["final"], "accuracy {final[accuracy]:.1%} after {steps} steps, {minutes:.1f} minutes"
+    weights = "; entropy {entropy:.2f} nats, tau {tau:.2f}" if final["entropy"] is not None else ""
+    return text.format_map(result) + weights.format_map(final)
 
 
 @dataclass
@@ -79,7 +83,7 @@ class RecallConfig(GPTConfig, FitConfig):
 
     def check(self) -> None:
         super().check()
-        check_names("attentions", self.attentions, ["softmax", *FEATURE_MAPS])
+        check_attentions(self)
         if self.block_size % 2 or self.block_size < SHORTEST:
             raise UserError(f"block_size must be even and at least {SHORTEST}: pairs of key and value")
 
@@ -155,11 +159,14 @@ def table(results: list[dict]) -> str:
     groups, rows = by_attention(results), []
     for name, runs in groups.items():
         correct = mean_sd([100 * x for x in finals(runs, "accuracy")], ".1f")
-        measured = (mean_sd(finals(runs, key), ".2f") for key in ("entropy", "tau"))
+        measured = ("", "")
+        if runs[0]["final"]["entropy"] is not None:
+            measured = [mean_sd(finals(runs, key), ".2f") for key in ("entropy", "tau")]
         steps, minutes = (np.mean([r[key] for r in runs]) for key in ("steps", "minutes"))
         trained = f"{runs[0]['config']['lr']:g}", f"{steps:.0f}", f"{minutes:.1f}"
         rows.append([label(name), f"{correct} ({len(runs)})", *measured, *trained])
     text = markdown([*head, "lr", "steps", "minutes a run"], rows)
+    groups = {name: runs for name, runs in groups.items() if runs[0]["final"]["entropy"] is not None}
     if len(groups) <= 3:  # too few for a correlation
         return text
     found = []
@@ -185,7 +192,7 @@ def main() -> None:
     single = replace(config, attentions=[], all=False, seeds=1, lrs=[], jobs=0)
     configs = [replace(single, attention=name, out_dir=str(out / name)) for name in config.attentions]
     trials = [{"lr": lr} for lr in config.lrs or [config.lr]]
-    found = sweep_and_seeds(one_run, configs, lambda run: trials, config.seeds, config.jobs, SAID)
+    found = sweep_and_seeds(one_run, configs, lambda run: trials, config.seeds, config.jobs, said)
     facts = {"recall": 1, **provenance(), **found}
     picture = figures.recall(out / "recall.png", facts["command"], by_attention(facts["runs"]))
     conclude(out / "recall.json", facts, table(facts["runs"]), picture, began)

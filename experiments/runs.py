@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import fused
+from attention import attentions, make_attention
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
@@ -138,6 +139,16 @@ def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
         raise UserError(f"--{flag} takes {', '.join(known)}, not {', '.join(sorted(unknown))}")
 
 
+def check_attentions(config, causal: bool = True) -> None:
+    """Raise UserError unless every one of config.attentions is known, takes config.options and has this
+    direction."""
+    check_names("attentions", config.attentions, attentions())
+    options = {"max_len": config.block_size, **config.options}
+    for name in config.attentions:
+        with as_user_error():
+            make_attention(name, config.n_head, config.n_embd // config.n_head, causal=causal, **options)
+
+
 def one(work: Callable, config, threads: int) -> dict:
     """work(config), with its output in a file. A loss that is not finite is a result, too."""
     out = Path(config.out_dir)
@@ -170,16 +181,18 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def told(result: dict, said: str) -> str:
-    """The line about a run that has ended: `said` is filled in with its numbers."""
-    return f"{Path(result['config']['out_dir']).name}: {result.get('failed') or said.format_map(result)}"
+def told(result: dict, said: str | Callable[[dict], str]) -> str:
+    """The line about a run that has ended: `said` filled in with its numbers, or said(result)."""
+    text = result.get("failed") or (said.format_map(result) if isinstance(said, str) else said(result))
+    return f"{Path(result['config']['out_dir']).name}: {text}"
 
 
-def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
+def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> list[dict]:
     """The results of work(config) for every config, each with an out_dir of its own.
 
     work is imported by name. jobs: how many runs at a time; 0: one for each core. said: what to print when a
-    run ends, e.g. "loss {final[loss]}". A run whose loss is not finite has "failed"; other errors end all.
+    run ends, e.g. "loss {final[loss]}", or a function of the result. A run whose loss is not finite has
+    "failed"; other errors end all.
     """
     results = {c.out_dir: result for c in configs if (result := finished(c, say=print))}
     waiting = [c for c in configs if c.out_dir not in results]
@@ -222,7 +235,13 @@ def run_all(work: Callable, configs: list, jobs: int, said: str) -> list[dict]:
 
 
 def sweep_and_seeds(
-    work: Callable, configs: list, trials: Callable, seeds: int, jobs: int, said: str, sweep_steps: int = 0
+    work: Callable,
+    configs: list,
+    trials: Callable,
+    seeds: int,
+    jobs: int,
+    said: str | Callable,
+    sweep_steps: int = 0,
 ) -> dict[str, list]:
     """For each config: all trials(config) with its own seed, then `seeds` seeds of the best trial.
 
