@@ -21,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -62,6 +62,10 @@ PAPER = {  # Table 6 of the paper: accuracy in %
 ORDER = ("listops", "text", "retrieval", "image", "pathfinder")  # of its columns
 HEAD = 128  # hidden units between the pooled state and the classes
 INIT_STD = 0.07  # of matrices, about that of nn.Linear at this width
+COMMANDS = {  # for each task
+    task: f"python -m experiments.lra --task {task}{f' --data_dir {folder}' if folder else ''}"
+    for task, folder in zip(ORDER, ("", "imdb", "wikitext2", "cifar10", ""))
+}
 SAID = (  # of a run that has ended
     "test accuracy {final[accuracy]:.2f}%, dev {final[dev_accuracy]:.2f}%, {minutes:.1f} minutes"
 )
@@ -85,17 +89,13 @@ AS_PUBLISHED = dict(lrs=[1e-4], map_lr_scale=1.0, beta2=0.999, dev_size=0)
 
 
 @dataclass
-class LRAConfig(GPTConfig, FitConfig):
+class RunConfig(GPTConfig, FitConfig):
+    """One run."""
+
     # -- this command
     task: str = setting("listops", choices=list(TASKS))  # listops, text, retrieval, image or pathfinder
-    attentions: list[str] = setting(list(PAPER))  # which ones to compare: any that has a bidirectional form
-    seeds: int = 1  # how many seeds of each attention at its best learning rate, from --seed on
-    lrs: list[float] = setting([1e-3, 3e-3])  # learning rates that each attention tries
-    sweep_steps: int = 0  # steps of a trial; 0: max_steps, and the best is the first seed's run
-    jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
-    report: bool = False  # train nothing: the table of the runs that are finished
     # -- data
-    data_dir: str = ""  # lra_release, or the folder of one task; "": what needs no archive
+    data_dir: str = ""  # lra_release, or a folder with the files of the task; "": generated, or the hub
     min_len: int = setting(0, least=0)  # of a generated expression, in tokens; 0: a quarter of block_size
     sizes: list[int] = setting([])  # examples for training, dev and test; by default all, or the benchmark's
     dev_size: int = setting(1000, least=0)  # so many of the dev examples choose; 0: all
@@ -107,9 +107,10 @@ class LRAConfig(GPTConfig, FitConfig):
     dropout: float = 0.1
     position: str = "learned"  # how the model knows positions: learned, as in the benchmark, or rope
     attention: str = setting("hedgehog", hidden=True)
-    vocab_size: int = setting(256, hidden=True)
+    vocab_size: int = setting(257, hidden=True)  # this and the next three are the task's
     n_classes: int = setting(2, hidden=True)
-    pair: bool = setting(False, hidden=True)
+    pair: bool = setting(False, hidden=True)  # two texts an example
+    stand_in: bool = setting(False, hidden=True)  # not the benchmark's task, but a similar one
     causal = False
     mlp_ratio = 2
     # -- training
@@ -119,14 +120,28 @@ class LRAConfig(GPTConfig, FitConfig):
     beta2: float = 0.98
     eval_interval: int = 100  # steps between points of the learning curve
     save_interval: int = 100
+
+
+@dataclass
+class LRAConfig(RunConfig):
+    # -- this command
+    attentions: list[str] = setting(list(PAPER))  # which ones to compare: any that has a bidirectional form
+    seeds: int = 1  # how many seeds of each attention at its best learning rate, from --seed on
+    lrs: list[float] = setting([1e-3, 3e-3])  # learning rates that each attention tries
+    sweep_steps: int = 0  # steps of a trial; 0: max_steps, and the best is the first seed's run
+    jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
+    report: bool = False  # train nothing: the table of the runs that are finished
+    setting: str = setting("ours", choices=list(SETTINGS))  # ours, for 2 cores, or paper: as published
     # -- output
     out_dir: str = ""  # table, picture and a folder for each run; default out/lra-TASK-SETTING
-    # -- this command
-    setting: str = setting("ours", choices=list(SETTINGS))  # ours, for 2 cores, or paper: as published
 
     def check(self) -> None:
         super().check()
         check_attentions(self, causal=False)
+
+    def single(self) -> RunConfig:
+        """The configuration of a run, without what does not change it."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
 
 
 class Classifier(GPT):
@@ -138,7 +153,7 @@ class Classifier(GPT):
     changes nothing. GELU is GPT-2's, by tanh.
     """
 
-    def __init__(self, config: LRAConfig):
+    def __init__(self, config: RunConfig):
         super().__init__(config)
         del self.lm_head  # no token is predicted
         width = 4 * config.n_embd if config.pair else config.n_embd
@@ -171,7 +186,7 @@ class Classifier(GPT):
 # ---------------------------------------------------------------- one run
 
 
-def task_of(config: LRAConfig) -> Task:
+def task_of(config: RunConfig) -> Task:
     """The task, the same for every seed. Raises UserError, and ValueError for sizes that are not three."""
     lengths = dict(max_len=config.block_size, min_len=config.min_len or None)
     return load_task(config.task, data_dir=config.data_dir, sizes=tuple(config.sizes) or None, **lengths)
@@ -184,7 +199,7 @@ def rows_of(split: Split, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (idx.transpose(0, 1), key_mask.transpose(0, 1), labels) if pair else (idx, key_mask, labels)
 
 
-def training(split: Split, config: LRAConfig) -> Callable[[int], tuple[Tensor, ...]]:
+def training(split: Split, config: RunConfig) -> Callable[[int], tuple[Tensor, ...]]:
     """batch(step): every epoch has an order of its own, and leaves out the examples that fill no batch."""
     size = config.batch_size
     if (per_epoch := len(split) // size) == 0:
@@ -217,7 +232,7 @@ def dev_error(model: Classifier, split: Split, most: int) -> dict:
     return {**found, "loss": 1 - found["accuracy"] / 100, "loss_name": "dev error"}
 
 
-def step_mib(config: LRAConfig) -> float:
+def step_mib(config: RunConfig) -> float:
     """MiB that one training step of full length adds to the memory in use. Runs in a process of its own."""
     device = pick_device(config.device)
     model = Classifier(config).to(device)
@@ -233,7 +248,7 @@ def step_mib(config: LRAConfig) -> float:
     return [timing.extra_mib(partial(step, n), device) for n in (32, config.block_size)][1]
 
 
-def one_run(config: LRAConfig) -> dict:
+def one_run(config: RunConfig) -> dict:
     task = task_of(config)
     mib = timing.alone(step_mib, config)
     return train_one(
@@ -244,6 +259,7 @@ def one_run(config: LRAConfig) -> dict:
         final=lambda model: {
             **accuracy(model, task.test),
             "dev_accuracy": accuracy(model, task.dev, config.dev_size)["accuracy"],
+            "chance": 100 * task.chance,
             "step_mib": mib,
         },
         tokenizer=task.name,
@@ -257,16 +273,18 @@ by_attention = partial(grouped, key=lambda r: -r["final"]["accuracy"])
 
 
 def in_paper(name: str, task: str) -> str:
-    """The accuracy in Table 6."""
+    """The accuracy in Table 6, "" where there is none."""
     return f"{PAPER[name][ORDER.index(task)]:.2f}" if name in PAPER else ""
 
 
 def table(results: list[dict]) -> str:
     """The comparison, the most accurate first, beside Table 6."""
-    task = results[0]["config"]["task"]
+    groups = by_attention(results)
+    first, *_ = next(iter(groups.values()))
+    task, stand_in = first["config"]["task"], first["config"]["stand_in"]
     head = "attention, accuracy in % (seeds), Table 6, lr, parameters, tokens/s, step MiB, minutes a run"
     rows = []
-    for name, runs in by_attention(results).items():
+    for name, runs in groups.items():
         found = f"{mean_sd(finals(runs, 'accuracy'), '.2f')} ({len(runs)})"
         mib = runs[0]["final"]["step_mib"]
         cost = [
@@ -275,8 +293,33 @@ def table(results: list[dict]) -> str:
             "" if mib is None else f"{mib:,.0f}",
             f"{np.mean([r['minutes'] for r in runs]):.1f}",
         ]
-        rows.append([label(name), found, in_paper(name, task), f"{runs[0]['config']['lr']:g}", *cost])
-    return markdown(head.split(", "), rows)
+        beside = "" if stand_in else in_paper(name, task)
+        rows.append([label(name), found, beside, f"{runs[0]['config']['lr']:g}", *cost])
+    final = first["final"]
+    said = "A stand-in for the benchmark's task: no number of Table 6 belongs beside it. " if stand_in else ""
+    said += f"{final['examples']:,} test examples; a constant answer reaches {final['chance']:.1f}%."
+    return f"{markdown(head.split(', '), rows)}\n\n{said}"
+
+
+def overview(tasks: dict[str, list[dict]]) -> str:
+    """Every system on every task, ours / Table 6. tasks: {task: its runs}, without those that were not run."""
+    means = {
+        task: {name: np.mean(finals(runs, "accuracy")) for name, runs in by_attention(results).items()}
+        for task, results in tasks.items()
+    }
+    stand_ins = {task for task, results in tasks.items() if results[0]["config"]["stand_in"]}
+    rows = []
+    for name in [*PAPER, *sorted({name for of in means.values() for name in of} - set(PAPER))]:
+        ours = [f"{means[t][name]:.1f}" if name in means.get(t, {}) else "not run" for t in ORDER]
+        theirs = ["-" if t in stand_ins else in_paper(name, t) or "-" for t in ORDER]
+        found = [means[t][name] for t in means if name in means[t]]
+        complete = len(found) == len(means) > 0
+        average = np.mean(found) if complete else -1.0
+        cells = [f"{a} / {b}" for a, b in zip(ours, theirs)]
+        rows.append((average, [label(name), *cells, f"{average:.1f}" if complete else ""]))
+    heads = [f"{t} (stand-in)" if t in stand_ins else t for t in ORDER]
+    rows = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+    return markdown(["attention", *heads, f"our average ({len(means)} tasks)"], rows)
 
 
 def draw(path: Path, facts: dict) -> str:
@@ -296,38 +339,40 @@ def configured() -> LRAConfig:
     check_machine(config)
     task = task_of(config)  # before workers want it
     config.vocab_size, config.n_classes, config.pair = task.vocab_size, task.n_classes, task.pair
+    config.stand_in = task.stand_in
     sizes = ", ".join(f"{len(getattr(task, name)):,} {name}" for name in ("train", "dev", "test"))
     print(f"{task.name}: {sizes} examples, at most {config.block_size} tokens, {task.n_classes} classes")
     return config
 
 
-def made(base: LRAConfig, out: Path) -> list[dict]:
+def made(base: RunConfig, out: Path, lrs: list[float]) -> list[dict]:
     """The finished runs in a folder with the settings of `base`: of each attention those with the learning
-    rate that was best on dev data with the first seed."""
-    found, best = [], {}
+    rate, among lrs, that was best on dev data with the first seed."""
+    found, tried = [], {}
     for path in sorted(out.glob("*/result.json")):
         saved = json.loads(path.read_text())["config"]
         of_run = {name: saved[name] for name in ("attention", "lr", "seed")}
-        if (result := finished(replace(base, **of_run, out_dir=str(path.parent)))) and "failed" not in result:
-            found.append(result)
-            if saved["seed"] == base.seed:
-                best.setdefault(saved["attention"], []).append((result["dev_loss"], saved["lr"]))
-    best = {name: min(tried)[1] for name, tried in best.items()}
+        result = finished(replace(base, **of_run, out_dir=str(path.parent)))
+        if result is None or "failed" in result or saved["lr"] not in lrs:
+            continue
+        found.append(result)
+        if saved["seed"] == base.seed:
+            tried.setdefault(saved["attention"], []).append((result["dev_loss"], saved["lr"]))
+    best = {name: min(pairs)[1] for name, pairs in tried.items()}
     return [r for r in found if r["config"]["lr"] == best.get(r["config"]["attention"])]
 
 
 def main() -> None:
     config, began = configured(), time.perf_counter()
     out = Path(config.out_dir or f"out/lra-{config.task}-{config.setting}")
-    # a run's configuration leaves out what does not change it
-    base = replace(config, attentions=[], seeds=1, lrs=[], sweep_steps=0, jobs=0, report=False)
+    base = config.single()
     configs = [replace(base, attention=name, out_dir=str(out / name)) for name in config.attentions]
     trials = [{"lr": lr} for lr in config.lrs]
     facts = {"lra": 1, "task": config.task, "setting": config.setting, **provenance()}
     if not config.report:
         how = config.seeds, config.jobs, SAID, config.sweep_steps
         facts["sweep"] = sweep_and_seeds(one_run, configs, lambda _: trials, *how)["sweep"]
-    facts["runs"] = made(base, out)
+    facts["runs"] = made(base, out, config.lrs)
     if not facts["runs"]:
         raise UserError(f"no run with these settings is finished in {out}: leave out --report")
     conclude(out / "lra.json", facts, table(facts["runs"]), draw(out / "arena.png", facts), began)

@@ -18,7 +18,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
-from experiments import ablations, attention_maps, encoder_speed, figures, from_scratch, ladder, recall
+from experiments import ablations, attention_maps, encoder_speed, figures, from_scratch, ladder, lra, recall
 from experiments import finetuned_tables as finetuned
 from experiments.tables import Groups, finals, markdown, mean_sd
 from support.plots import label
@@ -257,6 +257,18 @@ def taylor() -> str:
     return f"{markdown(['tokens', *heads], rows)}\n\n{source(read('bench-taylor'))}"
 
 
+def arena() -> str:
+    """Every system on the tasks of the Long Range Arena that were run."""
+    return lra.overview({facts["task"]: facts["runs"] for facts in all_of("lra-*")})
+
+
+def arena_task(task: str) -> str:
+    """One task, or the command that runs it."""
+    if not (HERE / f"lra-{task}.json").exists():
+        return f"Not run: `{lra.COMMANDS[task]}`"
+    return experiment(f"lra-{task}", lra.table)
+
+
 TABLES: dict[str, Callable[[], str | list[str]]] = {
     "glance": glance,
     "gaps": gaps,
@@ -280,6 +292,12 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "taylor": taylor,
     "bfloat16": bfloat16,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
+    "lra": arena,
+    "lra-listops": lambda: arena_task("listops"),
+    "lra-text": lambda: arena_task("text"),
+    "lra-retrieval": lambda: arena_task("retrieval"),
+    "lra-image": lambda: arena_task("image"),
+    "lra-pathfinder": lambda: arena_task("pathfinder"),
 }
 MADE_BY = "python results/render.py"
 MARKED = re.compile(rf"<!-- ([\w-]+): {MADE_BY} -->.*?<!-- end of \1 -->", re.DOTALL)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from data.lra import Split
 from experiments import lra
-from experiments.lra import PAPER, Classifier, LRAConfig, accuracy, training
+from experiments.lra import PAPER, Classifier, RunConfig, accuracy, training
 from support.cli import UserError
 from support.log import Log
 
@@ -21,9 +21,9 @@ TINY = (
 ).split()
 
 
-def classifier(name: str = "hedgehog", **changes) -> tuple[Classifier, LRAConfig]:
+def classifier(name: str = "hedgehog", **changes) -> tuple[Classifier, RunConfig]:
     torch.manual_seed(0)
-    config = LRAConfig(attention=name, **{**SMALL, **changes})
+    config = RunConfig(attention=name, **{**SMALL, **changes})
     return Classifier(config).double().eval(), config
 
 
@@ -114,7 +114,7 @@ def split_of(n: int) -> Split:
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
     """Also when it is entered in the middle: a batch is a function of the step and the seed."""
-    split, config = split_of(22), LRAConfig(batch_size=5, seed=4)
+    split, config = split_of(22), RunConfig(batch_size=5, seed=4)
     batch = training(split, config)
     first = [batch(step)[2].tolist() for step in range(8)]
     assert all(len(labels) == 5 for labels in first)
@@ -185,8 +185,8 @@ def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_
 
 
 def run_of(name: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
-    config = {"attention": name, "seed": seed, "lr": lr, "task": "image"}
-    final = {"accuracy": accuracy, "step_mib": 100.0}
+    config = {"attention": name, "seed": seed, "lr": lr, "task": "image", "stand_in": False}
+    final = {"accuracy": accuracy, "step_mib": 100.0, "examples": 3000, "chance": 10.0}
     return {"config": config, "final": final, "parameters": 1234, "tokens_per_s": 5e4, "minutes": 2.0}
 
 
@@ -197,9 +197,22 @@ def test_the_table_is_beside_table_6():
     ]
     lines = lra.table(runs).splitlines()
     assert lines[2] == "| Hedgehog | 44.50 (1) | 40.15 | 0.001 | 1,234 | 50,000 | 100 | 2.0 |"
-    assert (
-        lines[3].startswith("| softmax | 42.00 ± 1.00 (3) | 42.44 |") and "| AFT | 30.00 (1) |  |" in lines[4]
-    )
+    assert lines[3].startswith("| softmax | 42.00 ± 1.00 (3) | 42.44 |")
+    assert "| AFT | 30.00 (1) |  |" in lines[4]
+    assert lines[-1] == "3,000 test examples; a constant answer reaches 10.0%."
+    for r in runs:
+        r["config"]["stand_in"] = True
+    assert "| Hedgehog | 44.50 (1) |  |" in lra.table(runs) and "A stand-in" in lra.table(runs)
+
+
+def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
+    runs = [run_of("softmax", s, 40.0 + s) for s in (1, 2)] + [run_of("hedgehog", 1, 44.5), run_of("aft", 1, 30)]
+    lines = lra.overview({"image": runs}).splitlines()
+    assert len(lines) == 2 + 15 + 1
+    first = "| Hedgehog | not run / 37.15 | not run / 64.60 | not run / 82.24 | 44.5 / 40.15 | not run / 74.16 |"
+    assert lines[2] == f"{first} 44.5 |" and lines[4].startswith("| AFT | not run / - |")
+    assert "| Local | not run / 15.82 |" in lra.overview({})
+    assert lra.overview({}).count("not run") == 75
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ NAMES = r"""
     (?:Tables?|Figs?\.|Eqs?\.|Sec\.)\ [\d, ]+(?:and\ \d+)?
     | WikiText-\d+ | GPT-2 | Llama-2 | T2R(?:-HH)? | 1\+ELU | 1\ \+\ x\ \+\ x²/2
     | ROUGE-[\d/L]+ | SST-2 | SmolLM2(?:-135M)? | A100 | H100 | ViT-B/16 | ImageNet-1k | Qwen\d
-    | ICLR\ 2024 | O\(1\) | exp\(2x\) | [Ss]eed\ 1 | F1 | \#Person\d\# | b?float\d\d | AVX512-BF16
+    | CIFAR-10 | H3 | ICLR\ 2024 | O\(1\) | exp\(2x\) | [Ss]eed\ 1 | F1 | \#Person\d\# | b?float\d\d | AVX512-BF16
 """
 
 
@@ -437,6 +437,7 @@ SAID = {
     "converting": converting,
     "finetuned": finetuned,
     "speed": speed,
+    "lra": lambda: [],
 }
 
 

@@ -24,7 +24,7 @@ from documents import (
 
 import convert_gpt2
 import data
-from experiments import ablations
+from experiments import ablations, lra
 from experiments.from_scratch import SETTINGS
 
 README = (ROOT / "README.md").read_text()
@@ -100,7 +100,9 @@ def test_a_command_on_the_pages_has_the_settings_that_ran(render, monkeypatch, p
     defaults, as the same settings: so it gives the numbers beside it."""
     facts = render.read(path.stem)
     config = understood(facts["command"], monkeypatch)[1]
-    settled = set(OF_A_RUN) | set(SETTINGS[facts["setting"]] if "setting" in facts else ())
+    settled = set(OF_A_RUN) | set(SETTINGS[facts["setting"]] if "compare" in facts else ())
+    if "lra" in facts:
+        settled |= {"n_classes", "pair", *lra.SETTINGS[facts["setting"]][facts["task"]], *lra.AS_PUBLISHED}
     if path.stem == "convert-stdlib":  # a run of train.py is converted by a recipe of its own
         config = replace(config, **convert_gpt2.OWN, dataset="stdlib", block_size=256)
     ran = [r["config"] for r in facts.get("runs", [facts])]
