@@ -18,13 +18,23 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
-from experiments import ablations, attention_maps, encoder_speed, figures, from_scratch, ladder, lra, recall
+from experiments import (
+    ablations,
+    attention_maps,
+    encoder_speed,
+    figures,
+    from_scratch,
+    ladder,
+    lra,
+    recall,
+    zoo_speed,
+)
 from experiments import finetuned_tables as finetuned
 from experiments.tables import Groups, finals, markdown, mean_sd
 from support.plots import label
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md", *sorted(HERE.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "zoo.md", *sorted(HERE.glob("*.md"))]
 
 SCRIPTS = {  # commands that were renamed since a result was made
     "analyze": "attention_maps", "bench_encoder": "encoder_speed", "compare": "from_scratch", "recall": "recall",
@@ -269,6 +279,12 @@ def arena_task(task: str) -> str:
     return experiment(f"lra-{task}", lra.table)
 
 
+def zoo() -> str:
+    if not (HERE / "bench-zoo.json").exists():
+        return "Not run: `python -m experiments.zoo_speed`"
+    return experiment("bench-zoo", zoo_speed.table)
+
+
 TABLES: dict[str, Callable[[], str | list[str]]] = {
     "glance": glance,
     "gaps": gaps,
@@ -292,6 +308,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "taylor": taylor,
     "bfloat16": bfloat16,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
+    "zoo": zoo,
     "lra": arena,
     "lra-listops": lambda: arena_task("listops"),
     "lra-text": lambda: arena_task("text"),

@@ -28,7 +28,10 @@ from experiments import ablations, lra
 from experiments.from_scratch import SETTINGS
 
 README = (ROOT / "README.md").read_text()
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]}
+PAGES = {
+    path: path.read_text()
+    for path in [ROOT / "README.md", ROOT / "docs" / "zoo.md", *sorted((ROOT / "results").glob("*.md"))]
+}
 COMMANDED = {**PAGES, **{p: p.read_text() for p in (ROOT / "experiments").glob("README.md")}}
 EXAMPLES = [code for language, code in blocks_of(README) if language == "python"]
 IDEA, OWN_MODEL, HUGGING_FACE = EXAMPLES
