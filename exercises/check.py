@@ -1,4 +1,4 @@
-"""The theorems for tasks 4 to 10. tests/test_exercises.py runs them.
+"""The theorems for tasks 4 to 11. tests/test_exercises.py runs them.
 
     pytest tests/test_exercises.py --attention exercises/my_overflow.py
 
@@ -302,3 +302,53 @@ def more_features_break_later_and_none_beyond_the_bound(my):
     assert found[64] < found[1024], f"first n with less than half right: {found}"
     for F, n in found.items():
         assert 8 < n / 2 < my.least_that_cannot_fit(F, 32), f"F = {F}: more than half right at n = {n // 2}"
+
+
+# ---------------- task 11: Longformer's window
+def banded(q, k, v, real, seen):
+    """Softmax attention to the keys that `seen` (T, T) and `real` (B, T) allow, with every score in memory."""
+    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~(seen & real[:, None, None]), -math.inf)
+    return scores.softmax(-1).nan_to_num() @ v  # a query without a key gives zeros
+
+
+def around(T: int, window: int) -> torch.Tensor:
+    i = torch.arange(T)
+    return (i[:, None] - i).abs() < window
+
+
+@of("window_part")
+def the_window_is_softmax_over_near_keys_at_odd_lengths_with_padding(my):
+    for T, window in ((13, 4), (16, 4), (5, 8), (9, 1)):
+        q, k, v = doubles(3, 2, 2, T, 8)
+        real = torch.arange(T) < torch.tensor([[T], [T - 3]])
+        for skip in (0, 2):
+            seen = around(T, window) & (torch.arange(T) >= skip)
+            assert_close(my.window_part(q, k, v, real, window, skip).y, banded(q, k, v, real, seen))
+
+
+@of("longformer")
+def longformer_counts_every_key_once(my):
+    for T, window, n in ((13, 4, 1), (21, 3, 5), (6, 9, 2)):
+        q, k, v = doubles(3, 2, 2, T, 8)
+        real = torch.arange(T) < torch.tensor([[T], [T - 3]])
+        some = torch.arange(T) < n
+        seen = around(T, window) | some | some[:, None]
+        assert_close(my.longformer(q, k, v, real, window, n), banded(q, k, v, real, seen))
+
+
+@of("first_changed", "predicted")
+def predicted_who_sees_a_token(my):
+    T, i, window = 32, 20, 4
+    q, k, v = doubles(3, 1, 2, T, 8)
+    options = {
+        "local": dict(window=window),
+        "longformer": dict(window=window),
+        "nystromformer": dict(n_landmarks=4),
+    }
+    attends = {
+        name: make_attention(name, 2, 8, causal=False, max_len=T, **options.get(name, {}))
+        for name in ("local", "longformer", "linformer", "nystromformer")
+    }
+    attends["causal local"] = make_attention("local", 2, 8, causal=True, window=window)
+    measured = {name: my.first_changed(attend, q, k, v, i) for name, attend in attends.items()}
+    assert my.predicted(i, window) == measured, f"measured: {measured}"
