@@ -14,7 +14,7 @@ The validation set, which no stage uses, gives the score.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from experiments import finetuned_tables, ladder, pretrained
 from experiments.ladder import ARMS, ConvertConfig, Subject, made_before, shapes_both
 from experiments.metrics import measure, queries_and_keys
+from experiments.runs import batches_of
 from hf.models import Tokenizer
 from model import map_parameters
 from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import UserError, setting
-from support.devices import pick_device, step_seed
+from support.devices import pick_device
 from support.log import provenance
 from swap import set_mode, sockets
 
@@ -100,25 +101,6 @@ def split_dev(rows: list, config: RecoverConfig) -> tuple[list, list]:
             f"{config.dev_rows}, --held_out {config.held_out} and --batch_size {config.batch_size}"
         )
     return [rows[i] for i in picks[n:]], [rows[i] for i in picks[:n]]
-
-
-def batches_of(rows: list, length: Callable, size: int, seed: int) -> Callable[[int], list]:
-    """batch(step): the examples of a step.
-
-    Every epoch has its own order and sees every example once, except fewer than `size` that are left over.
-    Examples of a batch have similar lengths, so that little of it is padding.
-    """
-    per_epoch = len(rows) // size
-
-    @lru_cache(2)
-    def epoch(n: int) -> np.ndarray:
-        rng = np.random.default_rng(step_seed(seed, n))
-        order = rng.permutation(len(rows))[: per_epoch * size]
-        pools = np.array_split(order, -(-per_epoch // 32))  # of about 32 batches each
-        pools = [sorted(pool, key=lambda i: length(rows[i])) for pool in pools]
-        return rng.permutation(np.concatenate(pools).reshape(per_epoch, size))
-
-    return lambda step: [rows[i] for i in epoch(step // per_epoch)[step % per_epoch]]
 
 
 def steps_of(epochs: float, task: Task, config: RecoverConfig) -> int:

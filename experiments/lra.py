@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,20 @@ from torch import Tensor, nn
 from config import FitConfig
 from data.lra import TASKS, Split, Task, batch, load_task
 from experiments import figures
-from experiments.runs import check_attentions, check_machine, conclude, finished, sweep_and_seeds, train_one
+from experiments.runs import (
+    batches_of,
+    check_attentions,
+    check_machine,
+    conclude,
+    finished,
+    sweep_and_seeds,
+    train_one,
+)
 from experiments.tables import finals, grouped, markdown, mean_sd
 from model import GPT, GPTConfig
 from support import timing
 from support.cli import UserError, as_user_error, parse, run, setting
-from support.devices import pick_device, step_seed
+from support.devices import pick_device
 from support.log import provenance
 from support.plots import label
 
@@ -79,7 +87,7 @@ SETTINGS: dict[str, dict[str, dict]] = {  # changes of LRAConfig's defaults for 
         "text": dict(block_size=1000, batch_size=16, max_steps=1000),
         "retrieval": dict(block_size=1000, batch_size=8, max_steps=1000),
         "image": dict(block_size=1024, batch_size=16, max_steps=1000),
-        "pathfinder": dict(block_size=1024, batch_size=16, max_steps=1000),
+        "pathfinder": dict(block_size=1024, sizes=[20000, 1000, 2000], batch_size=16, max_steps=1000),
     },
     "paper": {
         "listops": dict(block_size=2000, batch_size=32, max_steps=5000, warmup_steps=1000),
@@ -90,7 +98,13 @@ SETTINGS: dict[str, dict[str, dict]] = {  # changes of LRAConfig's defaults for 
     },
 }
 AS_PUBLISHED = dict(
-    lrs=[1e-4], map_lr_scale=1.0, beta2=0.999, grad_clip=0.0, dev_size=0, eval_interval=1000, save_interval=1000
+    lrs=[1e-4],
+    map_lr_scale=1.0,
+    beta2=0.999,
+    grad_clip=0.0,
+    dev_size=0,
+    eval_interval=1000,
+    save_interval=1000,
 )
 
 
@@ -124,6 +138,7 @@ class RunConfig(GPTConfig, FitConfig):
     map_lr_scale: float = 1.0
     weight_decay: float = 0.0
     beta2: float = 0.98
+    dtype: str = "float32"
     eval_interval: int = 100  # steps between points of the learning curve
     save_interval: int = 100
 
@@ -170,9 +185,8 @@ class Classifier(GPT):
 
     def pooled(self, idx: Tensor, key_mask: Tensor) -> Tensor:
         """The mean of the last states of real tokens: (N, T) -> (N, C). Zeros where there is none."""
-        x = self.hidden(
-            idx, key_mask=None if key_mask.all() else key_mask
-        )  # without a mask softmax is faster
+        some = None if key_mask.all() else key_mask  # without padding there is a faster softmax
+        x = self.hidden(idx, key_mask=some)
         x = x.masked_fill(~key_mask[..., None], 0.0)
         return x.sum(1) / key_mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -205,30 +219,30 @@ def rows_of(split: Split, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (idx.transpose(0, 1), key_mask.transpose(0, 1), labels) if pair else (idx, key_mask, labels)
 
 
+def length(split: Split, i: int) -> int:
+    """Tokens of an example, of both texts of a pair."""
+    return len(split.tokens[i]) + (0 if split.others is None else len(split.others[i]))
+
+
 def training(split: Split, config: RunConfig) -> Callable[[int], tuple[Tensor, ...]]:
-    """batch(step): every epoch has an order of its own, and leaves out the examples that fill no batch."""
-    size = config.batch_size
-    if (per_epoch := len(split) // size) == 0:
-        raise UserError(f"{len(split)} training examples are fewer than --batch_size {size}")
-
-    @lru_cache(2)
-    def order(epoch: int) -> Tensor:
-        rng = torch.Generator().manual_seed(step_seed(config.seed, epoch))
-        return torch.randperm(len(split), generator=rng).split(size)
-
-    return lambda step: rows_of(split, order(step // per_epoch)[step % per_epoch])
+    """batch(step): every example once an epoch, but those that fill no batch."""
+    if len(split) < config.batch_size:
+        raise UserError(f"{len(split)} training examples are fewer than --batch_size {config.batch_size}")
+    picked = batches_of(range(len(split)), partial(length, split), config.batch_size, config.seed)
+    return lambda step: rows_of(split, torch.tensor(picked(step)))
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, split: Split, most: int = 0) -> dict[str, float]:
     """Accuracy in % and loss in nats of the first `most` examples of a split; 0: of all."""
-    device, right, loss, n = next(model.parameters()).device, 0, 0.0, most or len(split)
-    for which in torch.arange(len(split))[:n].split(model.config.batch_size):
+    device, right, loss = next(model.parameters()).device, 0, 0.0
+    n = min(most or len(split), len(split))
+    order = torch.tensor(sorted(range(n), key=partial(length, split)))  # little padding
+    for which in order.split(model.config.batch_size):
         idx, key_mask, labels = (x.to(device) for x in rows_of(split, which))
         logits, mean = model(idx, key_mask, labels)
         right += (logits.argmax(-1) == labels).sum().item()
         loss += mean.item() * len(labels)
-    n = min(n, len(split))
     return {"accuracy": 100 * right / n, "nats": loss / n, "examples": n}
 
 

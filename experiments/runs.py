@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -28,7 +30,7 @@ from attention import attentions, make_attention
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
-from support.devices import World, pick_device, pick_dtype
+from support.devices import World, pick_device, pick_dtype, step_seed
 from support.earlier import changes, renewed
 from support.log import Log, provenance
 from train import fit
@@ -70,6 +72,25 @@ def train_one(
     }
     write_json(out / "result.json", result)
     return result
+
+
+def batches_of(rows: list, length: Callable, size: int, seed: int) -> Callable[[int], list]:
+    """batch(step): the examples of a step.
+
+    Every epoch has its own order and sees every example once, except fewer than `size` that are left over.
+    Examples of a batch have similar lengths, so that little of it is padding.
+    """
+    per_epoch = len(rows) // size
+
+    @lru_cache(2)
+    def epoch(n: int) -> np.ndarray:
+        rng = np.random.default_rng(step_seed(seed, n))
+        order = rng.permutation(len(rows))[: per_epoch * size]
+        pools = np.array_split(order, -(-per_epoch // 32))  # of about 32 batches each
+        pools = [sorted(pool, key=lambda i: length(rows[i])) for pool in pools]
+        return rng.permutation(np.concatenate(pools).reshape(per_epoch, size))
+
+    return lambda step: [rows[i] for i in epoch(step // per_epoch)[step % per_epoch]]
 
 
 GONE = {"embd_std": 0.02, "init_std": 0.02}  # settings of earlier versions, as they are today
