@@ -83,11 +83,11 @@ SAID = (  # of a run that has ended
 )
 SETTINGS: dict[str, dict[str, dict]] = {  # changes of LRAConfig's defaults for each task
     "ours": {
-        "listops": dict(block_size=500, sizes=[20000, 1000, 2000], batch_size=32, max_steps=1500),
-        "text": dict(block_size=1000, batch_size=16, max_steps=1000),
-        "retrieval": dict(block_size=1000, batch_size=8, max_steps=1000),
-        "image": dict(block_size=1024, batch_size=16, max_steps=1000),
-        "pathfinder": dict(block_size=1024, sizes=[20000, 1000, 2000], batch_size=16, max_steps=1000),
+        "listops": dict(block_size=500, sizes=[20000, 1000, 2000], batch_size=16, max_steps=2000),
+        "text": dict(block_size=1000, batch_size=8, max_steps=2000),
+        "retrieval": dict(block_size=1000, batch_size=4, max_steps=2000),
+        "image": dict(block_size=1024, batch_size=8, max_steps=2000),
+        "pathfinder": dict(block_size=1024, sizes=[20000, 1000, 2000], batch_size=8, max_steps=2000),
     },
     "paper": {
         "listops": dict(block_size=2000, batch_size=32, max_steps=5000, warmup_steps=1000),
@@ -139,8 +139,8 @@ class RunConfig(GPTConfig, FitConfig):
     weight_decay: float = 0.0
     beta2: float = 0.98
     dtype: str = "float32"
-    eval_interval: int = 100  # steps between points of the learning curve
-    save_interval: int = 100
+    eval_interval: int = 250  # steps between points of the learning curve
+    save_interval: int = 250
 
 
 @dataclass
