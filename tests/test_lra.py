@@ -12,7 +12,6 @@ from data.lra import Split
 from experiments import lra
 from experiments.lra import PAPER, Classifier, RunConfig, accuracy, training
 from support.cli import UserError
-from support.log import Log
 
 SMALL = dict(block_size=40, vocab_size=20, n_classes=3, dropout=0.0)
 TINY = (
@@ -167,17 +166,14 @@ def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_
     names = [(r["config"]["attention"], r["config"]["seed"]) for r in whole]
     assert sorted(names) == [("elu", 1), ("softmax", 1), ("softmax", 2)]
     assert "| 1+ELU |" in stdout and "| 16.13 |" in stdout and (tmp_path / "arena.png").exists()
-    assert {name: made[name] for name in made} == {
-        name: t for name, t in results_in(tmp_path).items() if name in made
-    }
+    assert made.items() <= results_in(tmp_path).items()  # kept: not written again
 
     last = next(r for r in whole if r["config"]["seed"] == 2)
     folder = Path(last["config"]["out_dir"])
     (folder / "result.json").unlink()
-    steps = [e.get("step") for e in Log(folder / "log.jsonl").read()]
     code, stdout, stderr = command("experiments.lra", *flags, "--attentions", "softmax", "--seeds", 2)
     assert code == 0, stderr
-    assert "resuming" in (folder / "output.txt").read_text() and steps
+    assert "resuming" in (folder / "output.txt").read_text()
     found = json.loads((folder / "result.json").read_text())
     assert found["final"]["accuracy"] == last["final"]["accuracy"]
 
