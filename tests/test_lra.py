@@ -203,10 +203,15 @@ def test_the_table_is_beside_table_6():
 
 
 def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
-    runs = [run_of("softmax", s, 40.0 + s) for s in (1, 2)] + [run_of("hedgehog", 1, 44.5), run_of("aft", 1, 30)]
+    runs = [run_of("softmax", s, 40.0 + s) for s in (1, 2)] + [
+        run_of("hedgehog", 1, 44.5),
+        run_of("aft", 1, 30),
+    ]
     lines = lra.overview({"image": runs}).splitlines()
     assert len(lines) == 2 + 15 + 1
-    first = "| Hedgehog | not run / 37.15 | not run / 64.60 | not run / 82.24 | 44.5 / 40.15 | not run / 74.16 |"
+    first = (
+        "| Hedgehog | not run / 37.15 | not run / 64.60 | not run / 82.24 | 44.5 / 40.15 | not run / 74.16 |"
+    )
     assert lines[2] == f"{first} 44.5 |" and lines[4].startswith("| AFT | not run / - |")
     assert "| Local | not run / 15.82 |" in lra.overview({})
     assert lra.overview({}).count("not run") == 75
