@@ -3,28 +3,56 @@
 # # From softmax to Hedgehog
 #
 # This notebook looks at the attention of a small softmax GPT, and then replaces the attention by linear
-# attention that mimics softmax. `python docs/notebook.py` runs all of it in 3 to 6 minutes on one CPU core,
-# without a download, and writes the pictures to `out/notebook/`. VS Code runs this file cell by cell. Jupyter
-# runs it with jupytext, or as the .ipynb that `python docs/render_notebook.py` writes. The letters are those
-# of [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
+# attention that mimics softmax. All of it takes 3 to 6 minutes on one CPU core. It needs no download of data.
+# There are three ways to run it:
+#
+# - `python docs/notebook.py` runs everything, and writes the pictures to `out/notebook/`.
+# - VS Code runs this file, docs/notebook.py, cell by cell.
+# - Jupyter, or a hosted notebook with or without a GPU, runs docs/notebook.ipynb. `python
+#   docs/render_notebook.py` writes it from this file.
+#
+# The letters are those of [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
+#
+# The first cell finds the repository. On a hosted machine it fetches the repository and installs the packages
+# that are missing.
 
 # %%
 import os
+import subprocess
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "feature_maps.py").exists())
-os.chdir(ROOT)  # Jupyter starts in docs/
+REPOSITORY = "https://github.com/OWNER/hedgehog"  # where to fetch it: put the address of your copy here
+
+places = (Path.cwd(), *Path.cwd().parents)  # Jupyter starts in the folder of the notebook
+ROOT = next((p for p in places if (p / "feature_maps.py").exists()), None)
+if ROOT is None:  # a hosted machine
+    ROOT = Path("hedgehog").resolve()
+    if not ROOT.exists():
+        subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "hedgehog"], check=True)
+    wanted = [*(ROOT / "requirements.txt").read_text().split(), "pytest"]
+    missing = [package for package in wanted if find_spec(package.split("==")[0]) is None]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
+os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
+
+# %% [markdown]
+# Models run on a GPU if there is one, and otherwise on the CPU. (On a Mac, write `pick_device("cpu")`.)
+
+# %%
+import time
 
 import torch
 
 from experiments import figures
+from support.devices import machine, pick_device
 from support.plots import picture
 
 OUT, COMMAND, began = Path("out/notebook"), "python docs/notebook.py", time.perf_counter()
+device = pick_device("auto")
 torch.manual_seed(1)
+print(f"PyTorch {torch.__version__} on {device}: {machine()}")
 
 
 class Picture:
@@ -61,9 +89,10 @@ if (run / "best.safetensors").exists():
 else:
     run = OUT / "softmax"
     print(f"there is no run in out/stdlib-softmax: a shorter run in {run} is the teacher")
-    small = TrainConfig(attention="softmax", max_steps=600, out_dir=str(run), resume=True)
+    how = dict(max_steps=600, device=str(device), out_dir=str(run), resume=True)
+    small = TrainConfig(attention="softmax", **how)
     finished(small) or one_run(small)
-teacher, _ = load_teacher(str(run))
+teacher = load_teacher(str(run))[0].to(device)
 shape = teacher.config
 T, H, D = shape.block_size, shape.n_head, shape.n_embd // shape.n_head
 tokens = data.prepare("stdlib")
@@ -93,13 +122,13 @@ from attention import softmax_weights
 from experiments.metrics import entropy, kendall_tau, queries_and_keys
 
 text = sched.__doc__
-idx = torch.tensor(list(text.encode()))[None, :T]  # (1, T)
+idx = torch.tensor(list(text.encode()), device=device)[None, :T]  # (1, T)
 qk = queries_and_keys(teacher, idx)  # for every layer: q and k (B, H, T, D)
 entropies = torch.stack([entropy(softmax_weights(q, k)[0]).mean(-1) for q, k in qk])  # (L, H)
 layer, head = divmod(int(entropies.argmin()), H)
 which = f"layer {layer}, head {head}"
 q, k = qk[layer]
-softmax, scores = softmax_weights(q, k), q @ k.mT / D**0.5
+softmax, scores = softmax_weights(q, k).cpu(), (q @ k.mT / D**0.5).cpu()  # pictures are drawn on the CPU
 
 
 def numbers(name: str, A) -> None:
@@ -109,7 +138,7 @@ def numbers(name: str, A) -> None:
 
 
 print(text[:84])
-print("entropies by layer and head:", entropies.double().round(decimals=2).tolist())
+print("entropies by layer and head:", entropies.cpu().double().round(decimals=2).tolist())
 print(f"the lowest: {which}")
 numbers("softmax", softmax)
 Picture("softmax.png", figures.one_head, {"softmax": softmax[0, head]}, list(text), which)
@@ -130,7 +159,7 @@ from feature_maps import make_feature_map
 @torch.no_grad()
 def weights_of(attend: LinearAttention):
     """phi(q).phi(k), normalised: (B, H, T, T)."""
-    return attend.weights(q, k)
+    return attend.to(device).weights(q, k).cpu()
 
 
 @picture
@@ -159,12 +188,12 @@ Picture("elu.png", against_scores, {"softmax": softmax, "1+ELU": elu})
 # those of 1+ELU, but still flat.
 
 # %%
-W, b = torch.eye(D), torch.zeros(D)
+W, b = torch.eye(D, device=device), torch.zeros(D, device=device)
 u = q @ W + b
 positive, negative = u.softmax(-1), (-u).softmax(-1)
 by_hand = torch.cat([positive, negative], dim=-1)  # (B, H, T, F), F = 2 D
 
-phi = make_feature_map("hedgehog", H, D)
+phi = make_feature_map("hedgehog", H, D).to(device)
 torch.testing.assert_close(by_hand, phi(q))
 untrained = weights_of(LinearAttention(phi))
 numbers("Hedgehog, untrained", untrained)
@@ -183,7 +212,7 @@ numbers("Hedgehog, untrained", untrained)
 from attention import linear_attention_chunked, linear_attention_quadratic, linear_attention_recurrent
 
 with torch.no_grad():
-    phi_q, phi_k, v = phi(q), phi(k), torch.randn(q.shape)
+    phi_q, phi_k, v = phi(q), phi(k), torch.randn_like(q)
     y = linear_attention_quadratic(phi_q, phi_k, v)
     by_token, state = linear_attention_recurrent(phi_q, phi_k, v)
     by_chunk, _ = linear_attention_chunked(phi_q, phi_k, v, chunk_size=64)
@@ -210,7 +239,7 @@ from support.log import Log
 from swap import set_mode
 
 pupil = pupil_of(teacher, "hedgehog")  # the teacher's weights, and a new map in every layer
-held_out = [(x[None],) for x in data.batch_of(validation, 0, 8, T, seed=0)[0]]
+held_out = [(x[None].to(device),) for x in data.batch_of(validation, 0, 8, T, seed=0)[0]]
 settings = DistillConfig(checkpoint=str(run), out_dir=str(OUT / "maps"), max_steps=300)
 
 
@@ -220,7 +249,7 @@ def batch(step: int) -> tuple:
 
 set_mode(pupil, "mimic")
 before = mimicry(pupil, held_out, call)["kl"].mean()
-world, meta = World(0, 1, torch.device("cpu")), {"config": asdict(settings)}
+world, meta = World(0, 1, device), {"config": asdict(settings)}
 after = distill(pupil, batch, held_out, call, settings, world, meta)["kl"].mean()
 print(f"mean KL(softmax, Hedgehog): {before:.2f} nats untrained, {after:.2f} distilled")
 
@@ -293,8 +322,8 @@ def memory(model, n: int) -> int:
 for n in (32, 64, 128, 256):
     a, b = memory(teacher, n), memory(pupil, n)
     print(f"after {n} tokens: softmax keeps {a:,} bytes, Hedgehog {b:,}")
-prompt = torch.tensor(list(b"class Queue:\n    def "))[None]
-seed = torch.Generator().manual_seed(1)
+prompt = torch.tensor(list(b"class Queue:\n    def "), device=device)[None]
+seed = torch.Generator(device).manual_seed(1)
 written = pupil.generate(prompt, 200, temperature=0.8, generator=seed)
 print(bytes(written[0].tolist()).decode(errors="replace"))
 

@@ -121,6 +121,137 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch):
     assert max(drawn.values()) < 150_000
 
 
+# ---------------------------------------------------------------- the glossary
+
+GLOSSARY = DOCS["glossary.md"]
+ROW = re.compile(r"^\| (.+?) \| (.+) \| (\[`.*\)) \|$", re.MULTILINE)  # term, meaning, link
+
+
+@pytest.fixture(scope="module")
+def glossary():
+    return load(ROOT / "docs" / "glossary.py")
+
+
+def test_every_link_of_the_glossary_leads_to_the_line_that_has_the_name(glossary):
+    """The line defines the name, where the file does."""
+    links = list(glossary.LINK.finditer(GLOSSARY))
+    assert len(links) == len(ROW.findall(GLOSSARY)) == GLOSSARY.count("](../") > 200
+    for link in links:
+        name, file, number = link[1], link[2], int(link[3])
+        line = (ROOT / file).read_text().splitlines()[number - 1]
+        where = f"{file}:{number}: {line}"
+        assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", line), f"{where} has no {name}: {STALE}"
+        defines = rf"^\s*(class|def) {re.escape(name)}\b"
+        if name.isidentifier() and re.search(defines, (ROOT / file).read_text(), re.MULTILINE):
+            assert re.search(defines, line), f"{where} does not define {name}: {STALE}"
+    assert glossary.renewed(GLOSSARY) == GLOSSARY, STALE
+
+
+STALE = "run python docs/glossary.py"
+
+
+def test_a_link_follows_its_name_and_a_name_that_is_gone_is_an_error(glossary, tmp_path, monkeypatch):
+    monkeypatch.setattr(glossary, "ROOT", tmp_path)
+    glossary.line_of.cache_clear()
+    (tmp_path / "a.py").write_text(
+        'x = Box(1)\n\n\nclass Box:\n    """x"""\n\n    def __init__(self, x):\n        if x:\n            y = x\n'
+        "\n    def open(self):\n        for y, z in []:\n            pass\n\n\ndef open():  # C = H D\n    pass\n"
+    )
+    try:
+        for link, number in {
+            "[`Box`](../a.py#L9)": 4,  # not its use in the first line
+            "[`x`](../a.py#L9)": 1,
+            '[`y`](../a.py#L1 "Box.__init__.y")': 9,
+            '[`z`](../a.py#L1 "Box.open.z")': 12,
+            '[`open`](../a.py#L1 "Box.open")': 11,
+            "[`open`](../a.py#L1)": 16,
+            "[`C = H D`](../a.py#L1)": 16,
+        }.items():
+            assert glossary.renewed(link) == re.sub(r"#L\d+", f"#L{number}", link)
+        for gone in ("[`Chest`](../a.py#L4)", '[`y`](../a.py#L9 "Box.open.gone")', "[`ox`](../a.py#L1)"):
+            with pytest.raises(ValueError, match="is not in a.py"):
+                glossary.renewed(gone)
+    finally:
+        glossary.line_of.cache_clear()
+
+
+def test_the_glossary_has_every_name_that_a_reader_can_type_and_every_letter(glossary):
+    """Feature maps, systems, arms, modes, kernels, settings; the letters of attention.py; the equations of the paper
+    and its symbols. No term has two lines in one table."""
+    import attention
+    from config import TrainConfig
+    from experiments.ladder import ARMS
+
+    tables = re.split(r"^#+ ", GLOSSARY, flags=re.MULTILINE)
+    firsts = [[row[0] for row in ROW.findall(table)] for table in tables]
+    assert not [first for of_table in firsts for first in of_table if of_table.count(first) > 1]
+    firsts = [first for of_table in firsts for first in of_table]
+    code = {name for first in firsts for name in re.findall(r"`([^`]+)`", first)}
+    wanted = {*attention.attentions(), *ARMS, *TrainConfig.__dataclass_fields__}
+    assert not wanted - code
+    letters = set(re.findall(r"\b([A-Z]) [a-z=]", attention.__doc__.split("\n\n")[1]))
+    assert letters == set("BTHDFCVLAS")
+    words = {word for first in firsts for word in re.split(r"[^\w'φΦκ]+", re.sub(r"[`*]", "", first))}
+    symbols = (
+        "B T H D F C V L A S z y q k v i j m n x W b u P N d U R G dR φ Φ κ d' t w_1 s_i z_i sim phi_q phi_k"
+    )
+    assert not {*symbols.split()} - words
+    assert [f"Eq. {n}" for n in range(1, 7)] == [first for first in firsts if first.startswith("Eq. ")]
+    text = GLOSSARY.lower()
+    for term in [*MODES_AND_KERNELS, *TERMS_OF_THE_PAPER]:
+        assert term.strip().lower() in text, term
+
+
+MODES_AND_KERNELS = "softmax mimic linear zero torch cpp triton".split()
+TERMS_OF_THE_PAPER = """
+spikiness; monotonicity; feature map; kernel; softmax attention; linear attention; training from scratch;
+finetuned conversion; pretrained conversion; distillation; cross-entropy; entropy; causal; bidirectional;
+T2R; T2R-HH; 1 + ELU; ReLU; Performer; cosFormer; Taylor; H3; Hyena; Reformer; AFT; negation mapping;
+recurrence; associative recall; LRA; GLUE; CoLA; Matthews correlation; perplexity; PPL; WikiText-103;
+AdamW; weight decay; early stopping; temperature; FlashAttention; RoPE; ListOps; Pathfinder; BERT; GPT-2;
+subquadratic; ROUGE; LoRA
+""".replace("\n", " ").split(";")
+
+
+# ---------------------------------------------------------------- the course
+
+COURSE = DOCS["course.md"]
+SESSIONS = re.split(r"^## Session \d: ", COURSE, flags=re.MULTILINE)[1:]
+
+
+def test_there_are_five_sessions_of_90_minutes():
+    assert len(SESSIONS) == 5
+    for session in SESSIONS:
+        rows = re.findall(r"^\| (\d+)–(\d+) \| (.+) \|$", session, re.MULTILINE)
+        starts, ends = ([int(row[i]) for row in rows] for i in (0, 1))
+        assert starts == [0, *ends[:-1]] and ends[-1] == 90 and starts == sorted(starts) and len(rows) > 4
+        assert "Exercise" in " ".join(row[2] for row in rows)
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_session_has_its_parts(number):
+    """Goal, demonstration (a command with its minutes), something to point at, an exercise with its notebook, and two
+    questions with answers."""
+    session = SESSIONS[number - 1]
+    parts = dict(re.findall(r"^\*\*([\w ]+)\.\*\* (.*?)(?=\n\n|\Z)", session, re.DOTALL | re.MULTILINE))
+    assert {"Goal", "Demonstration", "Point at", "Exercise"} <= set(parts)
+    assert session.count("**Question.**") == session.count("**Answer.**") == 2
+    commands = commands_in(
+        parts["Demonstration"] + session.split("**Demonstration.**")[1].split("**Point at")[0]
+    )
+    assert commands and "minute" in session.split("**Demonstration.**")[1].split("**Point at")[0]
+    figures = re.findall(r"\]\((figures/[\w-]+\.png)\)", parts["Point at"])
+    assert figures and all((ROOT / "docs" / figure).exists() for figure in figures)
+    stub, notebook = (
+        re.search(rf"\]\(\.\./(exercises/\w+\.{kind})\)", parts["Exercise"])[1] for kind in ("py", "ipynb")
+    )
+    assert notebook == stub.replace(".py", ".ipynb") and (ROOT / notebook).exists()
+    row = re.search(rf"^\| \[{number}\]\(#([\w-]+)\) \|.*\| (\d+)\b.* \|$", COURSE, re.MULTILINE)
+    assert int(row[2]) == int(stub.split("/")[1][:2])
+    heading = f"Session {number}: " + session.partition("\n")[0]
+    assert row[1] == re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
 TRAINED = (
