@@ -3,7 +3,8 @@
 # # From softmax to Hedgehog
 #
 # This notebook looks at the attention of a small softmax GPT, and then replaces the attention by linear
-# attention that mimics softmax. All of it takes 3 to 6 minutes on one CPU core. It needs no download of data.
+# attention that mimics softmax. All of it takes 2 to 6 minutes on one or two CPU cores, without a download of
+# data.
 # There are three ways to run it:
 #
 # - `python docs/notebook.py` runs everything, and writes the pictures to `out/notebook/`.

