@@ -3,9 +3,8 @@
 # # From softmax to Hedgehog
 #
 # This notebook looks at the attention of a small softmax GPT, and then replaces the attention by linear
-# attention that mimics softmax. All of it takes 2 to 6 minutes on one or two CPU cores, without a download of
-# data.
-# There are three ways to run it:
+# attention that mimics softmax. All of it takes 2 to 6 minutes on one or two CPU cores, and needs no download
+# of data. There are three ways to run it:
 #
 # - `python docs/notebook.py` runs everything, and writes the pictures to `out/notebook/`.
 # - VS Code runs this file, docs/notebook.py, cell by cell.
@@ -13,6 +12,7 @@
 #   docs/render_notebook.py` writes it from this file.
 #
 # The letters are those of [attention.py](../attention.py): B batch, T time, H heads, D head dim, F features.
+# Every other term is in the [glossary](glossary.md).
 #
 # The first cell finds the repository. On a hosted machine it fetches the repository and installs the packages
 # that are missing.

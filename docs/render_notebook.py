@@ -33,7 +33,7 @@ NotImplementedError` by your code. This cell does not run the code. It writes th
 below it checks the file. The check runs on the CPU. Whatever trains a model takes a GPU if there is one.
 
 The first cell finds the repository. On a hosted machine it fetches the repository and installs the packages
-that are missing."""
+that are missing. Every term is in the [glossary](../docs/glossary.md)."""
 LETTERS = """The next cell prints the introduction of attention.py, with the letters that all tasks use."""
 CODE = "## Your code\n\nEach time you run this cell, it writes `{path}` again."
 CHECK = "## Check\n\nThe check prints the first test that fails. If all is well, the last line says `passed`."
