@@ -60,5 +60,5 @@ def set_mode(model: nn.Module, mode: str | type[LinearAttention]) -> None:
     if not (found := sockets(model)):
         raise ValueError("this model has no linear attention whose mode could be set")
     for socket in found:
-        old = socket.attend
-        socket.attend = mode(old.phi, old.causal, old.chunk_size)
+        old, own = socket.attend, getattr(socket.attend.phi, "modes", {})  # a map may bring its own classes
+        socket.attend = own.get(mode, mode)(old.phi, old.causal, old.chunk_size)

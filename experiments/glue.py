@@ -25,7 +25,7 @@ from data import glue
 from experiments.finetuned import HELP, RecoverConfig, Task, recover, split_dev
 from experiments.ladder import shapes_both
 from experiments.pretrained import check_shape, is_taught, stacked
-from hf.convert import attention_modules, is_causal
+from hf.kinds import attention_modules, is_causal
 from hf.models import Classifier, Tokenizer, load, transformers
 from support.cli import UserError, as_user_error, parse, run
 

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from hf import linearize, save_linearized
-from hf.convert import attention_modules, check_plain
+from hf.kinds import convertible
 from hf.lora import merge_lora
 from hf.models import Tokenizer, read_config
 from support.cli import UserError, as_user_error
@@ -45,11 +45,7 @@ def check_shape(source: str, kind, what: str, text: bool = True) -> nn.Module:
     except ValueError as e:
         raise UserError(f"{source} is not {what} ({reason(e)}): give a hub name or a folder of one") from e
     try:
-        modules = attention_modules(model)
-        for module in modules:
-            check_plain(module)
-        if not modules:
-            raise ValueError(f"{of_model.model_type} has no attention of a known kind")
+        convertible(model)
     except ValueError as e:
         raise UserError(f"{source} cannot be converted: {e}") from e
     if text and (n := Tokenizer(source).vocab_size) > model.get_input_embeddings().weight.size(0):

@@ -6,9 +6,10 @@ transformers keeps the keys and values of all tokens in a Cache, with one layer 
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from torch.utils._pytree import tree_map_only
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
-from attention import LinearAttention, State
+from attention import LinearAttention
 from swap import SoftmaxTeacher, ZeroAttention
 
 NAME = "hedgehog"  # of the attention implementation in transformers, and of the sockets in a model
@@ -23,7 +24,7 @@ def shape_alone(which: int) -> property:
     def get(layer) -> Tensor | None:
         if "state" not in layer.state:
             return None
-        B, (_, groups, _, D) = layer.state["state"].S.size(0), layer.shapes[which]
+        B, (_, groups, _, D) = layer.state["state"][0].size(0), layer.shapes[which]
         return torch.empty(B, groups, layer.get_seq_length(), D, device="meta")
 
     return property(get, lambda layer, value: None)
@@ -37,7 +38,7 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.state: dict = {}  # as LinearAttention.extend keeps it: "state" and "length"
+        self.state: dict = {}  # as `extend` keeps it: "state", "length", and keys of heads with softmax
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -61,8 +62,7 @@ class StateLayer(CacheLayerMixin):
         self.state = {}
 
     def each(self, change) -> None:
-        if "state" in self.state:
-            self.state["state"] = State(*map(change, self.state["state"]))
+        self.state = tree_map_only(Tensor, change, self.state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.each(lambda x: x.repeat_interleave(repeats, 0))
@@ -88,7 +88,10 @@ def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     Raises ValueError for a cache that the mode cannot continue, and if another attention implementation has
     been set, which would ignore the sockets.
     """
-    attend, cache = getattr(module, NAME).attend, kwargs.get("past_key_values")
+    attend = getattr(module, NAME).attend
+    cache = next(
+        (x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None
+    )  # each class has its name
     if module.config._attn_implementation != NAME:
         raise ValueError(
             f"this linearized model has attention {module.config._attn_implementation!r} now: "
@@ -102,7 +105,7 @@ def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     layer = cache.layers[module.layer_idx]
     holds_state = isinstance(layer, StateLayer)
 
-    if type(attend) is not LinearAttention:
+    if not getattr(attend, "keeps_state", type(attend) is LinearAttention):
         # Softmax reads keys and values. Mimicry compares the weights of a whole text in one call.
         reads_keys = isinstance(attend, (SoftmaxTeacher, ZeroAttention))
         if holds_state or (layer.get_seq_length() and not reads_keys):

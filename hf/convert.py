@@ -9,6 +9,7 @@
 transformers calls `attention` in place of softmax attention, with queries and keys as they enter softmax
 (after RoPE). With grouped-query attention, keys and values are repeated first: each query head has one map,
 `hedgehog.attend.phi` in the attention module. No mode has attention dropout. Tested with transformers 5.23.0.
+Which attention modules are converted is in kinds.py; the proof that it is right for a model is in proof.py.
 
 The model's config says what was done, in its field `hedgehog`. A model that is made from such a config gets
 its maps at once (`post_init`), so transformers saves and loads them as it does all weights. The field
@@ -18,26 +19,25 @@ its maps at once (`post_init`), so transformers saves and loads them as it does 
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 import distill  # noqa: F401  adds mode "mimic" to those of set_mode
-from attention import LinearAttention, softmax_attention
-from feature_maps import make_feature_map
+from attention import LinearAttention, visible
 from hf.cache import NAME, StateLayer, prepare_cache
+from hf.hybrid import keep_softmax, make_attend, named
+from hf.kinds import convertible, heads_of, is_causal, remarks
+from hf.proof import prove, what_it_computes
 from support.checkpoints import unwrapped
 from swap import sockets
-
-KNOWN = (  # classes of attention modules that compute softmax(scale q.k) v, and nothing more
-    "LlamaAttention MistralAttention Qwen2Attention Qwen3Attention GPT2Attention BertSelfAttention "
-    "RobertaSelfAttention ElectraSelfAttention ViTAttention ViTSelfAttention"
-).split()
-
 
 # ---------------------------------------------------------------- linearize
 
@@ -55,15 +55,21 @@ def linearize(
     feature_map: str = "hedgehog",
     layers: list[int] | None = None,
     tie: bool = True,
+    keep: str | dict[int, list[int]] | list | None = None,
+    batches: Iterable | None = None,
     **options,
 ) -> nn.Module:
     """Give the attention modules of a transformers model linear attention, in place, and return the model.
 
-    feature_map: a name in FEATURE_MAPS.    options: further arguments of make_feature_map, such as init.
-    layers: the layers to convert, from 0; None converts all. The other layers keep softmax.
+    feature_map: a name in FEATURE_MAPS; with "_window" behind it, softmax over the last window=32 tokens and the
+    map before them (hybrid.py).    options: further arguments of make_feature_map, such as init.
+    layers: the layers to convert, from 0; None converts all that can be. The other layers keep softmax.
     tie: queries and keys have one map, not one each.
-    Raises ValueError for a model that has been linearized before, and for attention that is not known to
-    be softmax(scale q.k) v, or has a window or a cap, which a feature map would ignore without a word.
+    keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (hybrid.keep_softmax).
+    Of a model for images and text, the language part is converted. One line on stderr says what keeps softmax.
+    Raises ValueError for a model that has been linearized before, for attention that is more than
+    softmax(scale q.k) v, and for a model that on a few random tokens is not what it was (proof.py): then the
+    model is as it was.
     """
     if sockets(model):
         raise ValueError("this model has been linearized before: load it again, or use set_mode")
@@ -72,40 +78,61 @@ def linearize(
             "linearize a model before DDP or FSDP wraps it: they would not train its maps together"
         )
     inner = unwrapped(model)
-    layers = layers if layers is None else [int(i) for i in layers]
-    how = {"feature_map": feature_map, "layers": layers, "tie": tie, "options": options}
+    part, modules, softmax = convertible(inner, layers)
+    wanted = [i for i in range(len(modules)) if i not in softmax] if softmax and layers is None else layers
+    wanted = wanted if wanted is None else [int(i) for i in wanted]
+    how = {"feature_map": feature_map, "layers": wanted, "tie": tie, "options": options}
     json.dumps(how)  # it will be in config.json
-    plug(inner, **how)
-    shared, own = inner.config, copy.deepcopy(inner.config)  # two models may share a config
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-    own.hedgehog, own.attn_implementation = how, NAME
+    own = what_it_computes(part, modules)
+    handles = plug(inner, **how)
+    copies: dict = {}
+    config = copy.deepcopy(inner.config, copies)  # two models may share a config, or a part of one
+    before = [(m, m.config) for m in model.modules() if id(getattr(m, "config", None)) in copies]
+    for module, old in before:
+        module.config = copies[id(old)]
+    config.hedgehog, config.attn_implementation = how, NAME
     inner.set_attn_implementation(NAME)
-    name_after(model, getattr(inner, "source", own.name_or_path))
+    try:
+        prove(part, modules, own)
+    except BaseException:
+        for module, old in before:
+            module.config = old
+        for module, handle in handles:
+            handle.remove()
+            delattr(module, NAME)
+        raise
+    if keep is not None:
+        keep_heads(model, keep, batches)
+    name_after(model, getattr(inner, "source", config.name_or_path))
+    for line in remarks(inner, part, softmax if layers is None else {}):
+        print(line, file=sys.stderr, flush=True)
     return model
 
 
-def plug(model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool, options: dict) -> None:
-    """Add a map to each attention module, once all maps are made."""
-    modules = attention_modules(model)
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no attention of a known kind ({', '.join(KNOWN)})")
-    wanted = range(len(modules)) if layers is None else layers
-    if wrong := [i for i in wanted if i not in range(len(modules))]:
-        raise ValueError(f"layers must be in 0 .. {len(modules) - 1}, not {wrong}")
-    for module in modules:
-        check_plain(module)
-    made = {}
-    for module in (modules[i] for i in wanted):
-        config, n_head = module.config, module.config.num_attention_heads
-        head_dim = getattr(module, "head_dim", None) or config.hidden_size // n_head
-        phi = make_feature_map(feature_map, n_head, head_dim, tie=tie, **options)
-        made[module] = LinearAttention(phi.to(device_of(module)).float(), causal=is_causal(module))
+def keep_heads(model: nn.Module, keep: str | dict | list, batches: Iterable | None = None) -> None:
+    """hybrid.keep_softmax, remembered in the model's config."""
+    found = keep_softmax(model, keep, batches)
+    unwrapped(model).config.hedgehog["keep"] = {str(layer): heads for layer, heads in found.items() if heads}
+
+
+def plug(
+    model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool, options: dict,
+    keep: dict[str, list[int]] | None = None,
+) -> list:  # fmt: skip
+    """Add a map to each attention module, once all maps are made: [(module, handle of its hook)]."""
+    _, modules, _ = convertible(model, layers)
+    made, chosen = {}, modules if layers is None else [modules[i] for i in layers]
+    kept = named(keep or {}, [heads_of(module)[0] for module in chosen])
+    for i, module in enumerate(chosen):
+        shape = (*heads_of(module), is_causal(module), kept.get(i, []))
+        attend = make_attend(feature_map, *shape, {"tie": tie, **options})
+        made[module] = attend.to(device_of(module)).float()
+    handles = []
     for module, attend in made.items():
         module.add_module(NAME, Socket(attend))
-        module.register_forward_pre_hook(prepare_cache, with_kwargs=True)
+        handles.append((module, module.register_forward_pre_hook(prepare_cache, with_kwargs=True)))
     model._keep_in_fp32_modules_strict.add(NAME)  # maps stay float32 in models of any dtype
+    return handles
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -150,7 +177,7 @@ def post_init(model: PreTrainedModel) -> None:
     how = getattr(model.config, NAME, None)
     if how is None or sockets(model):  # the maps of a model's inner model are its own
         return
-    if not isinstance(how, dict) or set(how) != {"feature_map", "layers", "tie", "options"}:
+    if not isinstance(how, dict) or set(how) - {"keep"} != {"feature_map", "layers", "tie", "options"}:
         raise ValueError(f"{NAME} in a config must have feature_map, layers, tie and options, not {how!r}")
     plug(model, **how)
     model.config.attn_implementation = NAME
@@ -158,43 +185,6 @@ def post_init(model: PreTrainedModel) -> None:
 
 
 PreTrainedModel.post_init = post_init
-
-
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of a model, by layer. Raises ValueError for one of an unknown kind."""
-    found = [m for m in model.modules() if type(m).__name__ in KNOWN]
-    parts = {part for m in found for part in m.modules()}
-    for m in model.modules():  # one that is inside or around a known one shares parts with it
-        if "attention" in type(m).__name__.lower() and parts.isdisjoint(m.modules()):
-            name = type(m).__name__
-            raise ValueError(f"{name} is attention of a kind that is not known here ({', '.join(KNOWN)})")
-    return found
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether an attention module is a decoder's."""
-    return bool(
-        getattr(module, "is_causal", False) and getattr(module.config, "is_causal", None) is not False
-    )
-
-
-def check_plain(module: nn.Module) -> None:
-    """Raise ValueError if a module does more than softmax(scale q.k) v, causal or not."""
-    config, name = module.config, type(module).__name__
-    window = getattr(config if name == "MistralAttention" else module, "sliding_window", None)
-    if window is not None:
-        raise ValueError(
-            f"{name} has a sliding window of {window} tokens, which linear attention would ignore: "
-            "set it to None in the model's config if your texts are shorter"
-        )
-    for where in (module, config):
-        for cap in ("attn_logit_softcapping", "attn_logit_softcap", "sinks"):
-            if getattr(where, cap, None) is not None:
-                raise ValueError(
-                    f"{name} has {cap}, which linear attention would ignore: it cannot be converted"
-                )
-    if getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{name} belongs to a model with cross-attention, which is not converted here")
 
 
 # ---------------------------------------------------------------- what transformers calls
@@ -213,32 +203,33 @@ def attention(
     """transformers' attention function: (y (B, T, H, D), None in place of the attention weights).
 
     query (B, H, T, D); key and value (B, groups, T, D), where a group of heads shares its keys.
-    attention_mask: (B, T) from padding_mask.    state_layer: from prepare_cache.
-    Raises ValueError for a window, a soft cap or a mask of another shape.
+    attention_mask: from `masks`.    state_layer: from prepare_cache.
+    Raises ValueError for a window, a soft cap, a bias or a mask that is not (B, T).
     """
-    for name in ("sliding_window", "softcap", "s_aux"):
+    socket = getattr(module, NAME, None)
+    if socket is None:
+        return unconverted(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"attention with {name} cannot be linear: {type(module).__name__} passes {kwargs[name]}"
-            )
+            raise ValueError(f"attention with {name} cannot be linear: {type(module).__name__} passes it")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"give a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}")
+        raise ValueError(
+            f"linear attention takes a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}"
+        )
     groups = query.size(1) // key.size(1)  # query heads that share one key head
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))  # (B, H, T, D)
     factor = 1.0 if scaling is None else scaling * query.size(-1) ** 0.5
     if abs(factor - 1) > 1e-6:  # softmax_attention divides by sqrt(D)
         query = query * factor
-    mask = None
-    if attention_mask is not None:
-        mask = attention_mask[:, -key.size(2) :]  # the state holds the tokens before these keys
-        mask = None if is_full(mask) else mask
-
-    socket = getattr(module, NAME, None)
-    if socket is None:  # a layer that keeps softmax
-        y = softmax_attention(query, key, value, causal=is_causal(module), key_mask=mask)
-        return y.transpose(1, 2), None
     with in_place(socket):
+        if is_packed(attention_mask):
+            y = one_by_one(socket.attend, query, key, value, attention_mask)
+            return y.transpose(1, 2), None
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[:, -key.size(2) :]  # the state holds the tokens before these keys
+            mask = None if is_full(mask) else mask
         if state_layer is not None:
             y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
         else:
@@ -246,43 +237,114 @@ def attention(
     return y.transpose(1, 2), None
 
 
+def unconverted(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention by transformers' own function, for a layer that keeps it. With a soft cap or sinks this
+    is the function of the layer's file."""
+    Tq, Tk = query.size(2), key.size(2)
+    if mask is not None and mask.dim() == 2:
+        here = mask[:, -Tk:]
+        mask = visible(query, key, is_causal(module), None) & here.bool()[:, None, None, :]  # (B, 1, Tq, Tk)
+        if is_packed(here):
+            mask = mask & (here[:, None, :, None] == here[:, None, None, :])
+    elif mask is None and is_causal(module) and 1 < Tq < Tk:
+        mask = visible(query, key, True, None)[None, None]
+    if all(kwargs.get(name) is None for name in ("softcap", "s_aux")):
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+    if mask is None:
+        mask = visible(query, key, is_causal(module), None)[None, None]
+    if mask.dtype == torch.bool:  # what the plain form adds to its scores
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    theirs = sys.modules[type(module).__module__].eager_attention_forward
+    return theirs(module, query, key, value, mask, **kwargs)
+
+
+def is_packed(mask: Tensor | None) -> bool:
+    """Whether a mask from `masks` numbers several sequences in a row."""
+    return mask is not None and mask.dim() == 2 and mask.dtype == torch.int64
+
+
+def one_by_one(attend: LinearAttention, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+    """Attention inside each of several sequences that are packed into rows: every one begins with state 0.
+
+    numbers (B, T): neighbours with the same number are of one sequence. The sequences become a batch, padded to the
+    longest one.
+    """
+    B, T = numbers.shape
+    begins = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=True).flatten()  # (B T)
+    starts = begins.nonzero().flatten()
+    lengths = F.pad(starts, (0, 1), value=B * T).diff()
+    place = torch.arange(int(lengths.max()), device=q.device)
+    real = place < lengths[:, None]  # (sequences, longest)
+    index = (starts[:, None] + place).clamp(max=B * T - 1)
+    rows = (x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))  # each (n, H, t, D)
+    y = attend(*rows, key_mask=real).transpose(1, 2)[real]  # (B T, H, D): in the order of the tokens
+    return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
 def is_full(mask: Tensor) -> bool:
     """Whether a mask hides nothing. A tracer or compiler must not ask: the answer would be its for ever."""
     return not is_tracing(mask) and bool(mask.all())
 
 
-def padding_mask(
+def masks(
     batch_size: int = 0,
     q_length: int = 0,
+    kv_length: int = 0,
     mask_function=None,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
+    local_size: int | None = None,
     device=None,
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask function: the padding mask (B, T), True at real tokens, or None.
+    """transformers' mask function.
 
-    Raises ValueError for other masks.
+    Of plain attention, causal or not: the padding mask (B, T), True at real tokens, or None. Of several sequences
+    that are packed into each row: their numbers (B, T). Of anything else, as a window: the mask (B, 1, Tq, Tk),
+    for layers that keep softmax.
     """
+    sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, device=device)
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
-        message = (
-            "linear attention is causal or bidirectional: packed sequences and other masks cannot be kept"
-        )
-        if use_vmap or not is_tracing(attention_mask):
-            raise ValueError(message)
-        if torch.jit.is_tracing():
-            what = "so that no sequences are packed"
-            raise ValueError(
-                f"torch.jit.trace needs an attention_mask, of ones where nothing is padded, {what}"
-            )
-        # compiled or exported, without a mask: transformers cannot know yet, so the program checks when it runs
-        rows = torch.arange(batch_size, device=device)
-        last, first = torch.full_like(rows, q_length - 1), torch.zeros_like(rows)
-        torch._assert_async(mask_function(rows, first, last, first).all(), message)  # the last sees the first
+        whole = partial(
+            sdpa_mask, **sizes, mask_function=mask_function, attention_mask=attention_mask,
+            use_vmap=use_vmap, allow_is_causal_skip=False, **kwargs,
+        )  # fmt: skip
+        if use_vmap or local_size is not None:
+            return whole()
+        if is_tracing(attention_mask):
+            check_when_run(mask_function, batch_size, q_length, device)
+        else:
+            return numbered(whole())
     if attention_mask is None or is_full(attention_mask):
         return None
     return attention_mask.bool()
 
 
+def numbered(mask: Tensor) -> Tensor:
+    """The numbers (B, T) of sequences in a block-diagonal causal mask (B, 1, T, T); any other mask as it is."""
+    if mask.size(2) != mask.size(3):
+        return mask
+    sees_the_one_before = mask[:, 0].diagonal(-1, 1, 2)
+    numbers = F.pad(~sees_the_one_before, (1, 0), value=True).cumsum(1)  # (B, T), from 1
+    packed = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril()
+    return numbers if torch.equal(packed, mask.expand_as(packed)) else mask
+
+
+def check_when_run(mask_function, batch_size: int, q_length: int, device) -> None:
+    """Have a program that is compiled or exported without a mask check that its rows are one sequence each.
+
+    transformers cannot know yet whether sequences will be packed.
+    """
+    message = "this program was compiled or exported for one sequence in each row, and got packed sequences"
+    if torch.jit.is_tracing():
+        what = "so that no sequences are packed"
+        raise ValueError(f"torch.jit.trace needs an attention_mask, of ones where nothing is padded, {what}")
+    rows = torch.arange(batch_size, device=device)
+    last, first = torch.full_like(rows, q_length - 1), torch.zeros_like(rows)
+    torch._assert_async(mask_function(rows, first, last, first).all(), message)  # the last sees the first
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, padding_mask)
+AttentionMaskInterface.register(NAME, masks)

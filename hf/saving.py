@@ -10,7 +10,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from hf.convert import KNOWN, NAME, linearize, name_after
+from hf.convert import NAME, linearize, name_after
 from hf.models import load, load_with_report, read_config
 from support.checkpoints import (
     checksum,
@@ -24,8 +24,6 @@ from support.checkpoints import (
 from support.cli import UserError
 from support.hub import one_line
 from swap import sockets
-
-FAMILIES = tuple({name.split("Self")[0].split("Attention")[0] for name in KNOWN})  # Llama, Bert ...
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
@@ -130,7 +128,9 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     check_fit(tensors, like, path)
     if given:
         how = like.config.hedgehog
-        model = linearize(unwrapped(model), how["feature_map"], how["layers"], how["tie"], **how["options"])
+        model = linearize(
+            unwrapped(model), **{n: x for n, x in how.items() if n != "options"}, **how["options"]
+        )
         check_fit(tensors, model, path)
     else:
         model, _ = with_weights(like, source, tensors)
@@ -158,8 +158,8 @@ def check_fit(tensors: dict[str, Tensor], model: nn.Module, path: str | Path) ->
 
 
 def model_class(name: str) -> type[nn.Module]:
-    """A class of transformers by its name in a file: a model of a known family, or a UserError."""
-    kind = getattr(transformers, name, None) if str(name).startswith(FAMILIES) else None
+    """A class of transformers by its name in a file: a model, or a UserError."""
+    kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise UserError(f"{name!r} is no model of transformers with attention of a known kind")
     return kind
@@ -171,8 +171,11 @@ def skeleton(about: dict, path: str | Path) -> nn.Module:
     with one_line("transformers", f"build the model of {path}", advice, Exception), torch.device("meta"):
         kind, dtype = model_class(about["class"]), getattr(torch, about["dtype"])
         config = kind.config_class.from_dict(dict(about["config"]))
-        if not isinstance(dtype, torch.dtype) or not 0 < config.num_hidden_layers < 10_000:
-            raise ValueError(f"dtype {dtype}, {config.num_hidden_layers} layers")
+        n_layer = config.get_text_config().num_hidden_layers
+        if not isinstance(dtype, torch.dtype) or not 0 < n_layer < 10_000:
+            raise ValueError(f"dtype {dtype}, {n_layer} layers")
+        if used := [name for name, value in about["config"].items() if "backbone" in name and value]:
+            raise ValueError(f"{used[0]} would fetch another model")
         return kind(config).to(dtype)
 
 
