@@ -21,7 +21,8 @@ import copy
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,24 +31,43 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
-import distill  # noqa: F401  adds mode "mimic" to those of set_mode
+import distill  # adds mode "mimic" to those of set_mode
 from attention import LinearAttention, visible
 from hf.cache import NAME, StateLayer, prepare_cache
-from hf.hybrid import keep_softmax, make_attend, named
+from hf.card import write_card
+from hf.hybrid import keep_heads, make_attend, named
 from hf.kinds import convertible, heads_of, is_causal, remarks
 from hf.proof import prove, what_it_computes
 from support.checkpoints import unwrapped
+from support.threads import PerThread
 from swap import sockets
 
 # ---------------------------------------------------------------- linearize
 
 
 class Socket(nn.Module):
-    """The attention of one module; `set_mode` exchanges it."""
+    """The attention of one module; `set_mode` exchanges it.
 
-    def __init__(self, attend: LinearAttention):
+    shared: the module stands for several layers, as in ALBERT. They share one map, whose loss in mode "mimic" is the
+    mean over the calls of a pass.
+    """
+
+    seen = PerThread()  # [(loss, entropy)] of this pass
+
+    def __init__(self, attend: LinearAttention, shared: bool = False):
         super().__init__()
-        self.attend = attend
+        self.attend, self.shared = attend, shared
+
+    def collect(self) -> None:
+        """After a call of a shared module that mimics: the mean over this pass so far."""
+        self.seen = [*self.seen, (self.attend.loss, self.attend.entropy)]
+        self.attend.loss, self.attend.entropy = (torch.stack(x).mean(0) for x in zip(*self.seen))
+
+
+def begin_pass(model: nn.Module, args: tuple) -> None:
+    """A forward pre-hook of a model whose layers share modules."""
+    for socket in sockets(model):
+        socket.seen = []
 
 
 def linearize(
@@ -65,7 +85,7 @@ def linearize(
     map before them (hybrid.py).    options: further arguments of make_feature_map, such as init.
     layers: the layers to convert, from 0; None converts all that can be. The other layers keep softmax.
     tie: queries and keys have one map, not one each.
-    keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (hybrid.keep_softmax).
+    keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (keep_softmax).
     Of a model for images and text, the language part is converted. One line on stderr says what keeps softmax.
     Raises ValueError for a model that has been linearized before, for attention that is more than
     softmax(scale q.k) v, and for a model that on a few random tokens is not what it was (proof.py): then the
@@ -99,28 +119,34 @@ def linearize(
             module.config = old
         for module, handle in handles:
             handle.remove()
-            delattr(module, NAME)
+            if hasattr(module, NAME):
+                delattr(module, NAME)
         raise
     if keep is not None:
-        keep_heads(model, keep, batches)
+        keep_softmax(model, keep, batches)
     name_after(model, getattr(inner, "source", config.name_or_path))
     for line in remarks(inner, part, softmax if layers is None else {}):
         print(line, file=sys.stderr, flush=True)
     return model
 
 
-def keep_heads(model: nn.Module, keep: str | dict | list, batches: Iterable | None = None) -> None:
-    """hybrid.keep_softmax, remembered in the model's config."""
-    found = keep_softmax(model, keep, batches)
+def keep_softmax(model: nn.Module, keep: str | dict | list, batches: Iterable | None = None) -> None:
+    """Let some heads of a linearized model keep softmax, in place. After distillation it measures trained maps.
+
+    keep: {layer: heads}; a list of layers or of pairs (layer, head); or "worst 10%": the heads with the largest
+    KL(softmax || linear) on batches, each a dict of the model's inputs. Layers are counted among those that were
+    converted. Raises ValueError for heads that do not exist, and for "worst" without batches.
+    """
+    found = keep_heads(model, keep, batches)
     unwrapped(model).config.hedgehog["keep"] = {str(layer): heads for layer, heads in found.items() if heads}
 
 
 def plug(
     model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool, options: dict,
-    keep: dict[str, list[int]] | None = None,
+    keep: dict[str, list[int]] | None = None, kl: list[float] | None = None,
 ) -> list:  # fmt: skip
     """Add a map to each attention module, once all maps are made: [(module, handle of its hook)]."""
-    _, modules, _ = convertible(model, layers)
+    part, modules, _ = convertible(model, layers)
     made, chosen = {}, modules if layers is None else [modules[i] for i in layers]
     kept = named(keep or {}, [heads_of(module)[0] for module in chosen])
     for i, module in enumerate(chosen):
@@ -128,8 +154,13 @@ def plug(
         attend = make_attend(feature_map, *shape, {"tie": tie, **options})
         made[module] = attend.to(device_of(module)).float()
     handles = []
+    shared = len(modules) < getattr(part.config, "num_hidden_layers", 0) and hasattr(
+        part.config, "num_hidden_groups"
+    )
+    if shared:
+        handles.append((part, part.base_model.register_forward_pre_hook(begin_pass)))
     for module, attend in made.items():
-        module.add_module(NAME, Socket(attend))
+        module.add_module(NAME, Socket(attend, shared))
         handles.append((module, module.register_forward_pre_hook(prepare_cache, with_kwargs=True)))
     model._keep_in_fp32_modules_strict.add(NAME)  # maps stay float32 in models of any dtype
     return handles
@@ -168,7 +199,8 @@ def name_after(model: nn.Module, base: str) -> None:
         adapter.base_model_name_or_path = name
 
 
-their_post_init = PreTrainedModel.post_init
+their_post_init, their_save = PreTrainedModel.post_init, PreTrainedModel.save_pretrained
+their_upload = PreTrainedModel._upload_modified_files
 
 
 def post_init(model: PreTrainedModel) -> None:
@@ -177,14 +209,32 @@ def post_init(model: PreTrainedModel) -> None:
     how = getattr(model.config, NAME, None)
     if how is None or sockets(model):  # the maps of a model's inner model are its own
         return
-    if not isinstance(how, dict) or set(how) - {"keep"} != {"feature_map", "layers", "tie", "options"}:
+    if not isinstance(how, dict) or set(how) - {"keep", "kl"} != {"feature_map", "layers", "tie", "options"}:
         raise ValueError(f"{NAME} in a config must have feature_map, layers, tie and options, not {how!r}")
     plug(model, **how)
     model.config.attn_implementation = NAME
     model.set_attn_implementation(NAME)
 
 
-PreTrainedModel.post_init = post_init
+@wraps(their_save)
+def save_pretrained(model: PreTrainedModel, save_directory, *args, **kwargs):
+    """As transformers does it; a linearized model gets its card, too."""
+    found = their_save(model, save_directory, *args, **kwargs)
+    if hasattr(model.config, NAME) and Path(save_directory).is_dir():
+        write_card(model, save_directory)
+    return found
+
+
+@wraps(their_upload)
+def upload(model: PreTrainedModel, working_dir, *args, **kwargs):
+    """The end of push_to_hub, which has put a card of its own into the folder."""
+    if hasattr(model.config, NAME):
+        write_card(model, working_dir)
+    return their_upload(model, working_dir, *args, **kwargs)
+
+
+PreTrainedModel.post_init, PreTrainedModel.save_pretrained = post_init, save_pretrained
+PreTrainedModel._upload_modified_files = upload
 
 
 # ---------------------------------------------------------------- what transformers calls
@@ -234,6 +284,8 @@ def attention(
             y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
         else:
             y = socket.attend(query, key, value, key_mask=mask)
+        if socket.shared and isinstance(socket.attend, distill.MimicAttention):
+            socket.collect()
     return y.transpose(1, 2), None
 
 
@@ -307,10 +359,8 @@ def masks(
     """
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, device=device)
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
-        whole = partial(
-            sdpa_mask, **sizes, mask_function=mask_function, attention_mask=attention_mask,
-            use_vmap=use_vmap, allow_is_causal_skip=False, **kwargs,
-        )  # fmt: skip
+        kwargs |= dict(mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap)
+        whole = partial(sdpa_mask, **sizes, **{**kwargs, "allow_is_causal_skip": False})
         if use_vmap or local_size is not None:
             return whole()
         if is_tracing(attention_mask):

@@ -175,16 +175,10 @@ def make_attend(
 # ---------------------------------------------------------------- heads that keep softmax
 
 
-def keep_softmax(
+def keep_heads(
     model: nn.Module, keep: str | dict[int, list[int]] | list, batches: Iterable | None = None
 ) -> dict[int, list[int]]:
-    """Let some heads of a linearized model keep softmax, in place. Returns {layer: heads}.
-
-    keep: {layer: heads}; a list of layers or of pairs (layer, head); or "worst 10%": the heads with the largest
-    KL(softmax || linear) on batches, each a dict of the model's inputs. Layers are counted among those that were
-    converted. Calling it after distillation measures trained maps.
-    Raises ValueError for heads that do not exist, and for "worst" without batches.
-    """
+    """What convert.keep_softmax does, without the config: {layer: heads that keep softmax}."""
     found = sockets(model)
     maps = [socket.attend.phi for socket in found]
     n_heads = [phi.n_head if isinstance(phi, Hybrid) else phi.query.n_head for phi in maps]

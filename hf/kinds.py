@@ -23,6 +23,11 @@ PROVEN = {  # architecture: its attention module
     "Starcoder2": "Starcoder2Attention", "ViT": "ViTAttention", "XLM-RoBERTa": "XLMRobertaSelfAttention",
 }  # fmt: skip
 
+MORE = (  # fields of a module, or of its config, that say it is more than softmax(scale q.k) v
+    "attn_logit_softcapping", "attn_logit_softcap", "sinks",
+    "use_relative_position_bias", "use_shared_relative_position_bias",
+)  # fmt: skip
+
 REFUSED = {  # how the class names of a family begin: what stands against it
     "Bloom": "ALiBi, a bias of the scores by distance",
     "Deberta": "relative positions in the scores",
@@ -30,7 +35,8 @@ REFUSED = {  # how the class names of a family begin: what stands against it
     "DebertaV2": "relative positions in the scores",
     "Falcon": "attention code of its own",
     "GPTJ": "attention code of its own",
-    "GPTNeoS": "attention code of its own",
+    "GPTNeoAttention": "attention code of its own",
+    "GPTNeoSelf": "attention code of its own",
     "MPNet": "a relative bias in the scores",
     "MT5": "a relative bias in the scores",
     "Swin": "a relative bias in the scores, and windows",
@@ -135,8 +141,8 @@ def check_plain(module: nn.Module) -> None:
             "set it to None in the model's config if your texts are shorter"
         )
     for where in (module, config):
-        for cap in ("attn_logit_softcapping", "attn_logit_softcap", "sinks"):
-            if getattr(where, cap, None) is not None:
+        for cap in MORE:
+            if (value := getattr(where, cap, None)) is not None and value is not False:
                 raise ValueError(
                     f"{name} has {cap}, which linear attention would ignore: it cannot be converted"
                 )

@@ -30,6 +30,19 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
     return added
 
 
+def lora_config(train_maps: bool = True, **options):
+    """A LoraConfig of peft for a linearized model: get_peft_model freezes all weights but those of the adapter, the
+    maps too. With train_maps they train beside it, and are saved and loaded with the adapter.
+
+    options: those of LoraConfig; by default the projections of q, k, v and o are adapted.
+    """
+    from peft import LoraConfig
+
+    maps = ["phi"] if train_maps else []
+    options["modules_to_save"] = [*(options.get("modules_to_save") or []), *maps] or None
+    return LoraConfig(**{"target_modules": ATTENTION, **options})
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """Add the update of LoRA to the weights, remove the adapters, and return the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer

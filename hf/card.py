@@ -1,0 +1,69 @@
+"""The model card of a linearized model: README.md in the folder of save_pretrained, and on the hub.
+
+It says what the model was made of, by which call and command, how to load it, and how far the maps are from softmax,
+if that was measured: `kl_of_heads`, `keep_softmax` and `remember_kl` leave the KL in the model's config.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from support.checkpoints import unwrapped
+from support.log import command
+
+OURS = "<!-- written by hf/card.py -->"
+GENERATED = "This model card has been automatically generated"  # what transformers puts where no card is
+
+
+def remember_kl(model: nn.Module, kl: Tensor | list[list[float]]) -> None:
+    """Keep the KL (layers, heads) in nats, as distill.distill and kl_of_heads return it, for the card: its mean in
+    each layer that was converted."""
+    means = [round(float(sum(row) / len(row)), 4) for row in (kl.tolist() if isinstance(kl, Tensor) else kl)]
+    unwrapped(model).config.hedgehog["kl"] = means
+
+
+def the_call(how: dict) -> str:
+    """The call of linearize that a config remembers."""
+    options = {name: value for name, value in how.items() if name in ("layers", "keep") and value is not None}
+    if "keep" in options:
+        options["keep"] = {int(layer): heads for layer, heads in options["keep"].items()}
+    if not how["tie"]:
+        options["tie"] = False
+    given = "".join(f", {name}={value!r}" for name, value in {**options, **how["options"]}.items())
+    return f'linearize(model, "{how["feature_map"]}"{given})'
+
+
+def model_card(model: nn.Module) -> str:
+    """The card of a linearized model, in Markdown with the header of the hub."""
+    config = model.config
+    how, base = config.hedgehog, str(getattr(model, "source", "") or "")
+    on_hub = base and not Path(base).exists() and base.count("/") <= 1  # the hub refuses other names here
+    kinds = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
+    auto = next((a for end, a in kinds.items() if type(model).__name__.endswith(end)), type(model).__name__)
+    lines = [
+        "---", "library_name: transformers", "tags:", "- hedgehog", "- linear-attention",
+        *([f"base_model: {base}"] if on_hub else []), "---", OURS, "",
+        f"# {type(model).__name__} with linear attention (Hedgehog)", "",
+        f"- base: {base or 'made in memory, without a name'}",
+        f"- made by: `{the_call(how)}`",
+        f"- in the command: `{command()}`", "",
+        "Load it in a process that has imported `hf` of the Hedgehog repository:", "",
+        "```python", "import hf", f"from transformers import {auto}", "",
+        f'model = {auto}.from_pretrained("this folder, or its name on the hub")', "```", "",
+        "## How far the attention weights are from softmax", "",
+    ]  # fmt: skip
+    kl = how.get("kl")
+    if kl is None:
+        return "\n".join([*lines, "Not measured: `hf.remember_kl(model, kl)` would keep it.", ""])
+    layers = how["layers"] or range(len(kl))
+    rows = [f"| {layer} | {x:.4f} |" for layer, x in zip(layers, kl)]
+    head = ["| layer | KL(softmax, linear), nats, mean over heads |", "|---|---|"]
+    return "\n".join([*lines, *head, *rows, f"| all | {sum(kl) / len(kl):.4f} |", ""])
+
+
+def write_card(model: nn.Module, folder: str | Path) -> None:
+    """Write README.md into a folder; a card that somebody has written stays."""
+    path = Path(folder) / "README.md"
+    old = path.read_text(encoding="utf-8") if path.exists() else OURS
+    if OURS in old or GENERATED in old:
+        path.write_text(model_card(model), encoding="utf-8")
