@@ -33,6 +33,7 @@ from transformers.utils.import_utils import is_tracing
 
 import distill  # adds mode "mimic" to those of set_mode
 from attention import LinearAttention, visible
+from attention import attend as plain_form
 from hf.cache import NAME, StateLayer, prepare_cache
 from hf.card import write_card
 from hf.hybrid import keep_heads, make_attend, named
@@ -282,6 +283,10 @@ def attention(
             mask = None if is_full(mask) else mask
         if state_layer is not None:
             y = socket.attend.extend(query, key, value, state_layer.state, key_mask=mask)
+        elif in_transform() and type(socket.attend) is LinearAttention:
+            y, _ = plain_form(
+                socket.attend.phi, query, key, value, causal=socket.attend.causal, key_mask=mask
+            )
         else:
             y = socket.attend(query, key, value, key_mask=mask)
         if socket.shared and isinstance(socket.attend, distill.MimicAttention):
@@ -310,6 +315,11 @@ def unconverted(
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     theirs = sys.modules[type(module).__module__].eager_attention_forward
     return theirs(module, query, key, value, mask, **kwargs)
+
+
+def in_transform() -> bool:
+    """Whether torch.func differentiates or batches this call: the fast forms cannot be."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_packed(mask: Tensor | None) -> bool:

@@ -62,6 +62,12 @@ def save_linearized(model: nn.Module, path: str | Path) -> None:
     model = unwrapped(model)
     if not sockets(model):
         raise ValueError("there is nothing to save: linearize(model) first")
+    kinds = {type(x).__module__.split(".")[0] for p in model.parameters() for x in (p, p.data)}
+    if found := kinds & {"bitsandbytes", "torchao"}:
+        raise ValueError(
+            f"the weights are quantized by {found.pop()}, and one file cannot keep that: "
+            "model.save_pretrained(folder) saves such models"
+        )
     about = {
         "class": type(model).__name__.removeprefix("FSDP"),
         "base": str(getattr(model, "source", model.config.name_or_path)),
