@@ -115,6 +115,8 @@ def linearize(
     inner.set_attn_implementation(NAME)
     try:
         prove(part, modules, own)
+        if keep is not None:
+            keep_softmax(model, keep, batches)
     except BaseException:
         for module, old in before:
             module.config = old
@@ -123,8 +125,6 @@ def linearize(
             if hasattr(module, NAME):
                 delattr(module, NAME)
         raise
-    if keep is not None:
-        keep_softmax(model, keep, batches)
     name_after(model, getattr(inner, "source", config.name_or_path))
     for line in remarks(inner, part, softmax if layers is None else {}):
         print(line, file=sys.stderr, flush=True)

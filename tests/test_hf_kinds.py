@@ -3,8 +3,11 @@
 Everything here is a tiny random model, made from a config. The tables of hf/README.md are made of the lists here.
 """
 
+import re
+
 import pytest
 import torch
+from conftest import ROOT
 
 transformers = pytest.importorskip("transformers")
 
@@ -12,7 +15,7 @@ from test_hf import SMALL, WIDTHS, build, close, padded_batch  # noqa: E402
 
 from hf import linearize  # noqa: E402
 from hf.cache import StateLayer  # noqa: E402
-from hf.kinds import PROVEN, attention_modules, language_part  # noqa: E402  # noqa: E402
+from hf.kinds import PROVEN, REFUSED, attention_modules, language_part  # noqa: E402  # noqa: E402
 from model import map_parameters  # noqa: E402
 from swap import set_mode, sockets  # noqa: E402
 
@@ -127,3 +130,289 @@ def test_mimicry_trains_the_maps(name):
     model(**inputs, **(dict(use_cache=False) if name in DECODERS else {}))
     torch.stack([s.attend.loss for s in sockets(model)]).mean().backward()
     assert all(p.grad.abs().max() > 0 for p in map_parameters(model))
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def llama():
+    return build("Llama", LM, GQA)
+
+
+def broken(forward):
+    """A Llama whose first attention module is changed."""
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    theirs = attention.forward
+    attention.forward = lambda *args, **kwargs: forward(theirs, attention, *args, **kwargs)
+    return model
+
+
+def adds_a_bias(theirs, module, hidden_states, attention_mask=None, **kwargs):
+    """As ALiBi does, in a mask of its own."""
+    T = hidden_states.size(1)
+    distance = torch.arange(T) - torch.arange(T)[:, None]
+    bias = (0.1 * distance).masked_fill(distance > 0, -1e9)[None, None]
+    return theirs(hidden_states, attention_mask=bias, **kwargs)
+
+
+def looks_ahead(theirs, module, hidden_states, **kwargs):
+    return theirs(hidden_states + hidden_states.mean(1, keepdim=True), **kwargs)
+
+
+def forgets(theirs, module, hidden_states, past_key_values=None, **kwargs):
+    """Without its cache."""
+    return theirs(hidden_states, past_key_values=None, **kwargs)
+
+
+def has_its_own_softmax(theirs, module, hidden_states, **kwargs):
+    """Sees that it has been converted, as code with a list of implementations does."""
+    factor = 1.0 if module.config._attn_implementation == "sdpa" else 1.1
+    out, weights = theirs(hidden_states, **kwargs)
+    return factor * out, weights
+
+
+FAULTS = {
+    adds_a_bias: "takes a padding mask",
+    looks_ahead: "a later token changes earlier outputs, by",
+    forgets: "with a cache the outputs differ, by",
+    has_its_own_softmax: r"in softmax mode the output of layer 0 \(LlamaAttention\) differs, by",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_would_not_be_what_it_was_is_refused_and_left_alone(fault):
+    model, ids = broken(fault), torch.arange(3, 12)[None]
+    wanted, config = model(ids).logits, model.config
+    with pytest.raises(ValueError, match=FAULTS[fault]) as e:
+        linearize(model)
+    assert "\n" not in str(e.value) and str(e.value).startswith("LlamaForCausalLM cannot be converted: ")
+    assert not sockets(model) and model.config is config and not hasattr(config, "hedgehog")
+    assert torch.equal(model(ids).logits, wanted)
+
+
+def test_a_proof_leaves_no_trace():
+    model = llama().train()
+    model.model.norm.eval()
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    linearize(model)
+    assert torch.equal(torch.rand(1), wanted) and model.training and not model.model.norm.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_every_precision_are_proven(dtype):
+    assert len(sockets(linearize(llama().to(dtype)))) == 2
+
+
+def test_what_cannot_be_tried_is_taken_by_name():
+    with torch.device("meta"):
+        known, unknown = llama(), build("Olmo", LM, GQA)
+    assert len(sockets(linearize(known))) == 2
+    with pytest.raises(ValueError, match="OlmoAttention is not in the list of proven kinds.*meta") as e:
+        linearize(unknown)
+    assert "\n" not in str(e.value)
+    assert len(sockets(linearize(build("Olmo", LM, GQA)))) == 2  # with weights it is proven
+
+
+# ---------------------------------------------------------------- what is refused, and why
+
+CONV = dict(conv_dim=[8], conv_stride=[2], conv_kernel=[2], num_feat_extract_layers=1)
+CONV |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+SEQ2SEQ = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
+T5 = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+NO = {  # what: (class, options, what the line says)
+    "BART, and other models with cross-attention": (
+        ("Bart", "Model"), dict(vocab_size=50, encoder_attention_heads=4, decoder_attention_heads=4, **SEQ2SEQ),
+        "a model with cross-attention"),
+    "BEiT with relative positions": (
+        ("Beit", "Model"), dict(use_relative_position_bias=True, **IMAGE), "has use_relative_position_bias"),
+    "Bloom": (
+        ("Bloom", LM), dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "has ALiBi"),
+    "CLIP's text tower": (
+        ("CLIPText", "Model"), dict(vocab_size=50, **WIDTHS), "in softmax mode the output of layer 0"),
+    "DeBERTa": (("DebertaV2", "Model"), SMALL, "relative positions in the scores"),
+    "Falcon": (("Falcon", LM), SMALL, "attention code of its own"),
+    "Gemma 2 with its soft cap": (
+        ("Gemma2", LM), dict(head_dim=8, sliding_window=4, **GQA), "has attn_logit_softcapping"),
+    "gpt-oss": (
+        ("GptOss", LM), dict(head_dim=8, num_local_experts=4, sliding_window=4, **GQA), "has sinks"),
+    "GPT-J": (
+        ("GPTJ", LM), dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+        "attention code of its own"),
+    "GPT-Neo": (
+        ("GPTNeo", LM),
+        dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+        "attention code of its own"),
+    "Mamba": (
+        ("Mamba", "Model"), dict(vocab_size=50, hidden_size=16, num_hidden_layers=1),
+        "no attention of a known kind"),
+    "Mistral v0.1": (("Mistral", LM), dict(sliding_window=8, **GQA), "a sliding window of 8 tokens"),
+    "MPNet": (("MPNet", "Model"), SMALL, "a relative bias in the scores"),
+    "Swin": (
+        ("Swin", "Model"),
+        dict(image_size=16, patch_size=2, num_channels=1, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        "a relative bias in the scores, and windows"),
+    "T5": (("T5", "EncoderModel"), T5, "a relative bias in the scores"),
+    "wav2vec 2.0": (("Wav2Vec2", "Model"), dict(**CONV, **WIDTHS), "takes input_values, not tokens or images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO)
+def test_what_is_more_than_softmax_of_products_is_refused_in_one_line(name):
+    (family, kind), options, message = NO[name]
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
+        linearize(build(family, kind, options))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+# ---------------------------------------------------------------- some layers have a window
+
+
+def gemma3():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    options = {**GQA, "num_hidden_layers": 4}
+    config = transformers.Gemma3TextConfig(head_dim=8, sliding_window=4, layer_types=kinds, **options)
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+WINDOWS = {"num_hidden_layers": 4, "pad_token_id": 0}
+ALTERNATE = {
+    "Gemma 2 without its soft cap": lambda: build(
+        "Gemma2",
+        LM,
+        {**GQA, **WINDOWS, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": None},
+    ),
+    "Gemma 3": gemma3,
+    "ModernBERT": lambda: build(
+        "ModernBert",
+        "Model",
+        {**SMALL, **WINDOWS, "local_attention": 4, "global_attn_every_n_layers": 2},
+    ),
+    "Qwen2 with windows": lambda: build(
+        "Qwen2",
+        LM,
+        {**GQA, **WINDOWS, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALTERNATE)
+def test_of_a_model_that_alternates_the_layers_without_a_window_are_converted(name, capsys):
+    """The others keep softmax and their window, with padding and with a cache; layers= checks its own."""
+    model = ALTERNATE[name]()
+    inputs, real = inputs_of(model, left=name != "ModernBERT")
+    wanted = model(**inputs)[0]
+    windows = [getattr(m, "sliding_window", None) for m in attention_modules(model)]
+    linearize(model)
+    line = capsys.readouterr().err
+    kept = [i for i, window in enumerate(windows) if window is not None]
+    assert line.count("\n") == 1 and len(kept) == 2
+    assert f"layers {', '.join(map(str, kept))} keep softmax: sliding window of" in line
+    modules = attention_modules(model)
+    assert [hasattr(m, "hedgehog") for m in modules] == [window is None for window in windows]
+    set_mode(model, "softmax")
+    close(model(**inputs)[0][real], wanted[real], 1e-4)
+    set_mode(model, "linear")
+    whole = model(**inputs)[0]
+    assert (whole - wanted)[real].abs().max() > 1e-3
+    if name != "ModernBERT":
+        cache, parts = transformers.DynamicCache(config=model.config), []
+        for start, end in ((0, 8), (8, 9), (9, 14)):
+            part = inputs["input_ids"][:, start:end]
+            mask = inputs["attention_mask"][:, :end]
+            parts.append(model(part, attention_mask=mask, past_key_values=cache).logits)
+        close(torch.cat(parts, 1)[real], whole[real], 1e-4)
+    full, window = windows.index(None), kept[0]
+    assert len(sockets(linearize(ALTERNATE[name](), layers=[full]))) == 1
+    assert capsys.readouterr().err == ""  # the user has said which layers
+    with pytest.raises(ValueError, match="a sliding window of"):
+        linearize(ALTERNATE[name](), layers=[full, window])
+
+
+# ---------------------------------------------------------------- parts, and shared layers
+
+
+def llava():
+    text = transformers.LlamaConfig(**{**GQA, "vocab_size": 60})
+    vision = transformers.CLIPVisionConfig(**IMAGE)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=55)
+    config.vision_feature_layer = -1
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_of_a_model_for_images_and_text_the_language_part_is_converted_and_named(capsys, tmp_path):
+    model = llava()
+    pixels = (
+        torch.randn(1, 3, 12, 12)
+        if model.config.vision_config.num_channels == 3
+        else torch.randn(1, 1, 12, 12)
+    )
+    ids = torch.cat([torch.full((1, 8), 55), torch.arange(3, 9)[None]], 1)
+    inputs = dict(input_ids=ids, pixel_values=pixels)
+    wanted = model(**inputs).logits
+    linearize(model, init="random")
+    line = "linearize: the language part is converted (model.language_model); the rest keeps softmax\n"
+    assert (
+        capsys.readouterr().err == line
+        and len(sockets(model)) == len(sockets(model.model.language_model)) == 2
+    )
+    set_mode(model, "softmax")
+    close(model(**inputs).logits, wanted, 1e-4)
+    set_mode(model, "linear")
+    found = model(**inputs).logits
+    assert (found - wanted).abs().max() > 1e-3
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    made = model.generate(**inputs, **options)
+    assert torch.equal(made, model.generate(**inputs, use_cache=False, **options))
+    model.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, found)
+
+
+def test_albert_has_one_map_for_all_its_layers_and_mimics_the_mean_of_them():
+    model = build("Albert", "Model", dict(embedding_size=16, **{**SMALL, "num_hidden_layers": 3}))
+    ids = torch.randint(3, 50, (2, 9))
+    wanted = model(ids).last_hidden_state
+    (socket,) = sockets(linearize(model))
+    set_mode(model, "softmax")
+    close(model(ids).last_hidden_state, wanted, 1e-4)
+    set_mode(model, "mimic")
+    losses, theirs = [], type(socket.attend).forward
+
+    def watch(self, *args, **kwargs):
+        y = theirs(self, *args, **kwargs)
+        losses.append(self.loss)
+        return y
+
+    socket.attend.forward = watch.__get__(socket.attend)
+    for _ in range(2):  # a second pass begins anew
+        losses.clear()
+        model(ids)
+        assert len(losses) == 3
+        close(socket.attend.loss, torch.stack(losses).mean(0), 1e-6)
+    socket.attend.loss.mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in map_parameters(model))
+
+
+# ---------------------------------------------------------------- the page says this
+
+
+def test_the_page_lists_what_is_proven_and_refused_here():
+    page = (ROOT / "hf" / "README.md").read_text()
+    shared = {"ALBERT"}
+    assert set(PROVEN) == set(MODELS) | shared
+    for name, module in PROVEN.items():
+        assert f"| {name} | `{module}` |" in page
+    for name, (_, _, message) in NO.items():
+        assert f"| {name} | {message} |" in page
+    for name in ALTERNATE:
+        assert f"| {name} |" in page
+    assert all(why in page for why in REFUSED.values())
