@@ -15,7 +15,7 @@ from test_hf import SMALL, WIDTHS, build, close, padded_batch  # noqa: E402
 
 from hf import linearize  # noqa: E402
 from hf.cache import StateLayer  # noqa: E402
-from hf.kinds import PROVEN, REFUSED, attention_modules, language_part  # noqa: E402  # noqa: E402
+from hf.kinds import PROVEN, REFUSED, attention_modules, language_part  # noqa: E402
 from model import map_parameters  # noqa: E402
 from swap import set_mode, sockets  # noqa: E402
 
@@ -160,9 +160,9 @@ def looks_ahead(theirs, module, hidden_states, **kwargs):
     return theirs(hidden_states + hidden_states.mean(1, keepdim=True), **kwargs)
 
 
-def forgets(theirs, module, hidden_states, past_key_values=None, **kwargs):
-    """Without its cache."""
-    return theirs(hidden_states, past_key_values=None, **kwargs)
+def forgets(theirs, module, hidden_states, state_layer=None, **kwargs):
+    """The state of the tokens before."""
+    return theirs(hidden_states, **kwargs)
 
 
 def has_its_own_softmax(theirs, module, hidden_states, **kwargs):
@@ -355,7 +355,7 @@ def test_of_a_model_for_images_and_text_the_language_part_is_converted_and_named
         if model.config.vision_config.num_channels == 3
         else torch.randn(1, 1, 12, 12)
     )
-    ids = torch.cat([torch.full((1, 8), 55), torch.arange(3, 9)[None]], 1)
+    ids = torch.cat([torch.full((1, 9), 55), torch.arange(3, 9)[None]], 1)
     inputs = dict(input_ids=ids, pixel_values=pixels)
     wanted = model(**inputs).logits
     linearize(model, init="random")
