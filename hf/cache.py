@@ -89,9 +89,8 @@ def prepare_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     been set, which would ignore the sockets.
     """
     attend = getattr(module, NAME).attend
-    cache = next(
-        (x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None
-    )  # each class has its name
+    caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]  # each class has its name for it
+    cache = caches[0] if caches else None
     if module.config._attn_implementation != NAME:
         raise ValueError(
             f"this linearized model has attention {module.config._attn_implementation!r} now: "

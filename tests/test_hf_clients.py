@@ -256,9 +256,10 @@ POSITIONS = [[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3]]
 TEXTS = [(0, 0, 3), (0, 3, 7), (0, 7, 9), (1, 0, 5), (1, 5, 9)]  # row, start, end
 
 
-@pytest.mark.parametrize(
-    "how", [{}, dict(layers=[1]), dict(feature_map="hedgehog_window", window=2), dict(keep={0: [1]})]
-)
+PACKED = [{}, dict(layers=[1]), dict(feature_map="hedgehog_window", window=2), dict(keep={0: [1]})]
+
+
+@pytest.mark.parametrize("how", PACKED)
 @pytest.mark.parametrize("mode", ["softmax", "linear", "mimic"])
 def test_packed(how, mode):
     """Each sequence of a row gives what it gives alone, in outputs, in gradients and in the loss of mimicry."""
