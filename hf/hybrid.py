@@ -46,7 +46,7 @@ class Hybrid(feature_maps.FeatureMap):
     def __init__(self, phi: nn.Module, window: int = 0, linear: bool = True, kept: list[int] | None = None):
         of_heads = phi.query
         super().__init__(of_heads.n_head, of_heads.head_dim)
-        self.phi, self.feature_dim, self.window, self.linear = phi, phi.feature_dim, window, linear
+        self.inner, self.feature_dim, self.window, self.linear = phi, phi.feature_dim, window, linear
         self.log_gain = None
         if window:
             start = torch.full((self.n_head,), math.log(2 / self.head_dim))
@@ -54,13 +54,13 @@ class Hybrid(feature_maps.FeatureMap):
         self.kept = sorted(kept or [])
 
     def features(self, x: Tensor, offset: int) -> Tensor:
-        return self.phi(x, offset)
+        return self.inner(x, offset)
 
     def query(self, x: Tensor, offset: int = 0) -> Tensor:
-        return self.phi.query(x, offset)
+        return self.inner.query(x, offset)
 
     def key(self, x: Tensor, offset: int = 0) -> Tensor:
-        phi_k = self.phi.key(x, offset)
+        phi_k = self.inner.key(x, offset)
         return phi_k if self.linear else torch.zeros_like(phi_k)
 
 

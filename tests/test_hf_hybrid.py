@@ -39,7 +39,7 @@ def shaken(model):
 def wanted(attend, q, k, v, causal, key_mask=None):
     """Plain loops: softmax in kept heads, and zoo/window.py's formula with |i - j| < w in the others."""
     phi = attend.phi
-    maps = [dict(weight=phi.phi.weight[h], bias=phi.phi.bias[h, 0]) for h in range(q.size(1))]
+    maps = [dict(weight=phi.inner.weight[h], bias=phi.inner.bias[h, 0]) for h in range(q.size(1))]
     phi_q, phi_k = (reference.features("hedgehog", x, maps) for x in (q, k))
     heads = iter(list(range(q.size(1))) * q.size(0))
 
@@ -118,7 +118,7 @@ def test_mimicry_compares_the_weights_that_the_layer_has(causal):
 
 def test_the_bidirectional_window_is_one_class_for_all():
     attend, inputs = example(causal=False, kept=())
-    same = WindowAttention(attend.phi.phi, 3, 4, window=3, causal=False).double()
+    same = WindowAttention(attend.phi.inner, 3, 4, window=3, causal=False).double()
     same.log_gain.data = attend.phi.log_gain.data
     torch.testing.assert_close(same(*inputs), attend(*inputs))
     with pytest.raises(ValueError, match="no cache"):
