@@ -7,6 +7,7 @@ requirements (bitsandbytes, torchao, onnx, trl, lm_eval) is tried where it is in
 import io
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,11 +108,13 @@ def test_the_page(tiny, tmp_path, monkeypatch):
     """All its code, from top to bottom, with a tiny model; trainer, adapter, upload and harness leave what they
     should."""
     hub, evaluated = Hub(), []
-    theirs = types.SimpleNamespace(
-        save=lambda path: open(path, "w").write("This model card has been automatically generated")
-    )
+
+    def theirs(*args, **options):  # the card on the hub, or a new one
+        card = hub.files.get("README.md", b"This model card has been automatically generated")
+        return types.SimpleNamespace(save=lambda path: Path(path).write_bytes(card))
+
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
-    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *a, **k: theirs)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", theirs)
     harness = types.ModuleType("lm_eval.models.huggingface")
     harness.HFLM = lambda **how: how
     package = types.ModuleType("lm_eval")
@@ -133,7 +136,6 @@ def test_the_page(tiny, tmp_path, monkeypatch):
     kept = space["model"].config.hedgehog["keep"]
     assert sum(len(heads) for heads in kept.values()) == 1  # 10% of 8
     card = hub.files["README.md"].decode()
-    print(card)
     assert f"keep={{{next(iter(kept))}: [" in card and "| all | " in card
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
     assert evaluated[0][1] == ["wikitext"] and evaluated[0][0]["model"] is space["model"]
