@@ -138,7 +138,7 @@ def test_the_page(tiny, tmp_path, monkeypatch):
     card = hub.files["README.md"].decode()
     assert f"keep={{{next(iter(kept))}: [" in card and "| all | " in card
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
-    assert evaluated[0][1] == ["wikitext"] and evaluated[0][0]["model"] is space["model"]
+    assert evaluated[0][1] == ["wikitext"] and evaluated[0][0]["pretrained"] is space["model"]
 
 
 def test_a_card_that_somebody_wrote_stays(model, tmp_path):
