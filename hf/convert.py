@@ -112,8 +112,8 @@ def linearize(
     for module, old in before:
         module.config = copies[id(old)]
     config.hedgehog, config.attn_implementation = how, NAME
-    inner.set_attn_implementation(NAME)
     try:
+        inner.set_attn_implementation(NAME)
         prove(part, modules, own)
         if keep is not None:
             keep_softmax(model, keep, batches)
@@ -155,10 +155,7 @@ def plug(
         attend = make_attend(feature_map, *shape, {"tie": tie, **options})
         made[module] = attend.to(device_of(module)).float()
     handles = []
-    shared = len(modules) < getattr(part.config, "num_hidden_layers", 0) and hasattr(
-        part.config, "num_hidden_groups"
-    )
-    if shared:
+    if shared := hasattr(part.config, "num_hidden_groups"):  # ALBERT
         handles.append((part, part.base_model.register_forward_pre_hook(begin_pass)))
     for module, attend in made.items():
         module.add_module(NAME, Socket(attend, shared))
@@ -221,7 +218,8 @@ def post_init(model: PreTrainedModel) -> None:
 def save_pretrained(model: PreTrainedModel, save_directory, *args, **kwargs):
     """As transformers does it; a linearized model gets its card, too."""
     found = their_save(model, save_directory, *args, **kwargs)
-    if hasattr(model.config, NAME) and Path(save_directory).is_dir():
+    writes = args[0] if args else kwargs.get("is_main_process", True)
+    if hasattr(model.config, NAME) and writes and Path(save_directory).is_dir():
         write_card(model, save_directory)
     return found
 

@@ -232,7 +232,8 @@ def worst(model: nn.Module, keep: str, n_heads: list[int], batches: Iterable | N
 
 @torch.no_grad()
 def kl_of_heads(model: nn.Module, batches: Iterable) -> list[list[float]]:
-    """KL(softmax || linear) in nats of each head, by layer, averaged over batches of inputs for the model."""
+    """KL(softmax || linear) in nats of each head, by layer, averaged over batches of inputs for the model.
+    It ends in mode "linear"."""
     was, found = {m: m.training for m in model.modules()}, []
     model.eval()
     set_mode(model, "mimic")
