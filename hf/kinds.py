@@ -1,7 +1,7 @@
 """Which attention can be converted: what calls transformers' attention interface with plain q, k and v.
 
 A module that calls the interface hands over its queries, keys and values as they enter softmax, whatever its
-class. PROVEN names the classes that tests/test_hf_kinds.py holds to be right; any other is tried in proof.py.
+class. PROVEN names the classes that tests/test_hf_kinds.py proves to be right; any other is tried in proof.py.
 REFUSED says for others what a feature map would ignore.
 """
 
@@ -15,9 +15,10 @@ PROVEN = {  # architecture: its attention module
     "CLIP, the vision tower": "CLIPAttention", "Cohere": "CohereAttention",
     "DeepSeek-V3": "DeepseekV3Attention", "DeiT": "DeiTAttention", "DINOv2": "Dinov2Attention",
     "DistilBERT": "DistilBertSelfAttention", "ELECTRA": "ElectraSelfAttention", "Gemma": "GemmaAttention",
+    "Gemma 2 without its soft cap": "Gemma2Attention", "Gemma 3": "Gemma3Attention",
     "GPT-2": "GPT2Attention", "GPT-NeoX, Pythia": "GPTNeoXAttention", "Granite": "GraniteAttention",
     "Llama, SmolLM2": "LlamaAttention", "Mistral": "MistralAttention", "Mixtral": "MixtralAttention",
-    "OLMo2": "Olmo2Attention", "OPT": "OPTAttention", "Phi": "PhiAttention", "Phi3": "Phi3Attention",
+    "ModernBERT": "ModernBertAttention", "OLMo2": "Olmo2Attention", "OPT": "OPTAttention", "Phi": "PhiAttention", "Phi3": "Phi3Attention",
     "Qwen2": "Qwen2Attention", "Qwen3": "Qwen3Attention", "Qwen3-MoE": "Qwen3MoeAttention",
     "RoBERTa": "RobertaSelfAttention", "SmolLM3": "SmolLM3Attention", "StableLM": "StableLmAttention",
     "Starcoder2": "Starcoder2Attention", "ViT": "ViTAttention", "XLM-RoBERTa": "XLMRobertaSelfAttention",
