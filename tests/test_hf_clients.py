@@ -33,6 +33,7 @@ CLIENTS = {  # client: (the test here, what the table says)
     "Trainer": ("the_page", "works; its checkpoints are linear"),
     "peft: LoRA with merge, DoRA, IA3, prompt tuning": (
         "adapters", "works; `lora_config` also trains the maps, which `get_peft_model` freezes"),
+    "peft: prefix tuning": ("keys", "refused: \"linear attention cannot continue a DynamicLayer\", whose keys it adds"),
     "generate: batches padded on the left, beams, sampling, streamers": ("generate", "works"),
     "a cache that is continued (prefix caches)": ("prefix", "works; each copy continues by itself"),
     "pipeline": ("pipeline", "works"),
@@ -194,6 +195,12 @@ def test_adapters(model, config, tmp_path):
     close(loaded.eval()(IDS).logits, wanted)
     if not isinstance(config, peft.PromptTuningConfig):
         close(adapted.merge_and_unload()(IDS).logits, wanted, 1e-4)
+
+
+def test_keys(model):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="linear attention cannot continue a DynamicLayer"):
+        peft.get_peft_model(model, config)(IDS)
 
 
 # ---------------------------------------------------------------- generation
