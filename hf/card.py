@@ -1,7 +1,7 @@
 """The model card of a linearized model: README.md in the folder of save_pretrained, and on the hub.
 
-It says what the model was made of, by which call and command, how to load it, and how far the maps are from softmax,
-if that was measured: `kl_of_heads`, `keep_softmax` and `remember_kl` leave the KL in the model's config.
+It says what the model was made of, by which call and command, how to load it, and how far the maps are
+from softmax, if `remember_kl` was told: it leaves the KL in the model's config.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ GENERATED = "This model card has been automatically generated"  # what transform
 
 
 def remember_kl(model: nn.Module, kl: Tensor | list[list[float]]) -> None:
-    """Keep the KL (layers, heads) in nats, as distill.distill and kl_of_heads return it, for the card: its mean in
-    each layer that was converted."""
+    """Keep the KL (layers, heads) in nats, as distill.distill and kl_of_heads return it, for the card: its
+    mean in each layer that was converted."""
     means = [round(float(sum(row) / len(row)), 4) for row in (kl.tolist() if isinstance(kl, Tensor) else kl)]
     unwrapped(model).config.hedgehog["kl"] = means
 

@@ -4,7 +4,7 @@
     linearize(model)                    # Hedgehog maps with W = I, in place; distil them next
     set_mode(model, "mimic")            # softmax outside, Eq. 3 inside: train map_parameters(model)
     set_mode(model, "linear")           # model.generate() now has a state of constant size
-    model.save_pretrained("folder")     # and, after `import hf`, AutoModelForCausalLM.from_pretrained("folder")
+    model.save_pretrained("folder")     # after `import hf`: AutoModelForCausalLM.from_pretrained("folder")
 
 transformers calls `attention` in place of softmax attention, with queries and keys as they enter softmax
 (after RoPE). With grouped-query attention, keys and values are repeated first: each query head has one map,
@@ -49,8 +49,8 @@ from swap import sockets
 class Socket(nn.Module):
     """The attention of one module; `set_mode` exchanges it.
 
-    shared: the module stands for several layers, as in ALBERT. They share one map, whose loss in mode "mimic" is the
-    mean over the calls of a pass.
+    shared: the module stands for several layers, as in ALBERT. They share one map, whose loss in mode
+    "mimic" is the mean over the calls of a pass.
     """
 
     seen = PerThread()  # [(loss, entropy)] of this pass
@@ -82,12 +82,13 @@ def linearize(
 ) -> nn.Module:
     """Give the attention modules of a transformers model linear attention, in place, and return the model.
 
-    feature_map: a name in FEATURE_MAPS; with "_window" behind it, softmax over the last window=32 tokens and the
-    map before them (hybrid.py).    options: further arguments of make_feature_map, such as init.
+    feature_map: a name in FEATURE_MAPS; with "_window" behind it, softmax over the last window=32 tokens
+    and the map before them (hybrid.py).    options: further arguments of make_feature_map, such as init.
     layers: the layers to convert, from 0; None converts all that can be. The other layers keep softmax.
     tie: queries and keys have one map, not one each.
     keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (keep_softmax).
-    Of a model for images and text, the language part is converted. One line on stderr says what keeps softmax.
+    Of a model for images and text, the language part is converted. One line on stderr says what keeps
+    softmax.
     Raises ValueError for a model that has been linearized before, for attention that is more than
     softmax(scale q.k) v, and for a model that on a few random tokens is not what it was (proof.py): then the
     model is as it was.
@@ -132,11 +133,12 @@ def linearize(
 
 
 def keep_softmax(model: nn.Module, keep: str | dict | list, batches: Iterable | None = None) -> None:
-    """Let some heads of a linearized model keep softmax, in place. After distillation it measures trained maps.
+    """Let some heads of a linearized model keep softmax, in place. After distillation it measures trained
+    maps.
 
-    keep: {layer: heads}; a list of layers or of pairs (layer, head); or "worst 10%": the heads with the largest
-    KL(softmax || linear) on batches, each a dict of the model's inputs. Layers are counted among those that were
-    converted. Raises ValueError for heads that do not exist, and for "worst" without batches.
+    keep: {layer: heads}; a list of layers or of pairs (layer, head); or "worst 10%": the heads with the
+    largest KL(softmax || linear) on batches, each a dict of the model's inputs. Layers are counted among
+    those that were converted. Raises ValueError for heads that do not exist, and for "worst" without batches.
     """
     found = keep_heads(model, keep, batches)
     unwrapped(model).config.hedgehog["keep"] = {str(layer): heads for layer, heads in found.items() if heads}
@@ -295,8 +297,8 @@ def attention(
 def unconverted(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention by transformers' own function, for a layer that keeps it. With a soft cap or sinks this
-    is the function of the layer's file."""
+    """Softmax attention by transformers' own function, for a layer that keeps it. With a soft cap or sinks
+    this is the function of the layer's file."""
     Tq, Tk = query.size(2), key.size(2)
     if mask is not None and mask.dim() == 2:
         here = mask[:, -Tk:]
@@ -328,8 +330,8 @@ def is_packed(mask: Tensor | None) -> bool:
 def one_by_one(attend: LinearAttention, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
     """Attention inside each of several sequences that are packed into rows: every one begins with state 0.
 
-    numbers (B, T): neighbours with the same number are of one sequence. The sequences become a batch, padded to the
-    longest one.
+    numbers (B, T): neighbours with the same number are of one sequence. The sequences become a batch,
+    padded to the longest one.
     """
     B, T = numbers.shape
     begins = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=True).flatten()  # (B T)
@@ -361,9 +363,9 @@ def masks(
 ) -> Tensor | None:
     """transformers' mask function.
 
-    Of plain attention, causal or not: the padding mask (B, T), True at real tokens, or None. Of several sequences
-    that are packed into each row: their numbers (B, T). Of anything else, as a window: the mask (B, 1, Tq, Tk),
-    for layers that keep softmax.
+    Of plain attention, causal or not: the padding mask (B, T), True at real tokens, or None. Of several
+    sequences that are packed into each row: their numbers (B, T). Of anything else, as a window: the mask
+    (B, 1, Tq, Tk), for layers that keep softmax.
     """
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, device=device)
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
@@ -381,7 +383,8 @@ def masks(
 
 
 def numbered(mask: Tensor) -> Tensor:
-    """The numbers (B, T) of sequences in a block-diagonal causal mask (B, 1, T, T); any other mask as it is."""
+    """The numbers (B, T) of sequences in a block-diagonal causal mask (B, 1, T, T); any other mask as it
+    is."""
     if mask.size(2) != mask.size(3):
         return mask
     sees_the_one_before = mask[:, 0].diagonal(-1, 1, 2)

@@ -5,9 +5,9 @@
     linearize(model, keep={3: [0, 2]})                  two heads of layer 3
     keep_softmax(model, "worst 10%", batches)           the heads with the largest KL on some text
 
-The window's formula is in zoo/window.py. Heads with softmax have their keys and values in the cache, beside the
-states of the others. A layer of either kind has a Hybrid map, which brings the attention of modes "linear" and
-"mimic" with it.
+The window's formula is in zoo/window.py. Heads with softmax have their keys and values in the cache,
+beside the states of the others. A layer of either kind has a Hybrid map, which brings the attention of
+modes "linear" and "mimic" with it.
 """
 
 import math
@@ -40,7 +40,8 @@ class Hybrid(feature_maps.FeatureMap):
     """A feature map of all heads, and what the layer has beside it.
 
     window: tokens that softmax sees, 0 for none; log_gain (H,) is its weight (zoo/window.py).
-    linear: False for the control, softmax in the window and nothing else.    kept: the heads that keep softmax.
+    linear: False for the control, softmax in the window and nothing else.    kept: the heads that keep
+    softmax.
     """
 
     def __init__(self, phi: nn.Module, window: int = 0, linear: bool = True, kept: list[int] | None = None):
@@ -73,8 +74,8 @@ class HybridAttention(LinearAttention):
         return self.continued(q, k, v, {}, key_mask)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, cache: dict, key_mask: Tensor | None = None) -> Tensor:
-        """Attend from new tokens to the cache and to each other. It has the state of linear heads, and keys "k",
-        values "v" and the mask of those with softmax."""
+        """Attend from new tokens to the cache and to each other. It has the state of linear heads, and
+        keys "k", values "v" and the mask of those with softmax."""
         refuse_cache_unless(self.causal)
         y = self.continued(q, k, v, cache, key_mask)
         cache["length"] = cache.get("length", 0) + q.size(2)
@@ -118,7 +119,8 @@ class HybridAttention(LinearAttention):
 
 
 class HybridMimic(MimicAttention):
-    """Softmax for the model, and beside it Eq. 3 for the weights of a Hybrid map, window included. T x T numbers."""
+    """Softmax for the model, and beside it Eq. 3 for the weights of a Hybrid map, window included. T x T
+    numbers."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         options = dict(causal=self.causal, key_mask=key_mask)
@@ -157,8 +159,8 @@ Hybrid.modes = {LinearAttention: HybridAttention, MimicAttention: HybridMimic}  
 def make_attend(
     feature_map: str, n_head: int, head_dim: int, causal: bool, kept: list[int], options: dict
 ) -> LinearAttention:
-    """The attention of one layer. feature_map: a name in FEATURE_MAPS, one with "_window" behind it, or the control
-    "softmax_window"."""
+    """The attention of one layer. feature_map: a name in FEATURE_MAPS, one with "_window" behind it, or
+    the control "softmax_window"."""
     base, windowed = feature_map.removesuffix("_window"), feature_map.endswith("_window")
     options = dict(options)
     window = options.pop("window", WINDOW) if windowed else 0

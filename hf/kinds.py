@@ -1,7 +1,8 @@
 """Which attention can be converted: what calls transformers' attention interface with plain q, k and v.
 
 A module that calls the interface hands over its queries, keys and values as they enter softmax, whatever its
-class. PROVEN names the classes that tests/test_hf_kinds.py proves to be right; any other is tried in proof.py.
+class. PROVEN names the classes that tests/test_hf_kinds.py proves to be right; any other is tried in
+proof.py.
 REFUSED says for others what a feature map would ignore.
 """
 
@@ -85,8 +86,8 @@ def convertible(
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of a model, by layer. Raises ValueError if there are none, or one that does not call
-    the attention interface."""
+    """The attention modules of a model, by layer. Raises ValueError if there are none, or one that does
+    not call the attention interface."""
     found = [m for m in model.modules() if calls_interface(m)]
     parts = {part for m in found for part in m.modules()}
     for m in model.modules():  # one that is inside or around a known one shares parts with it

@@ -31,8 +31,8 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
 
 
 def lora_config(train_maps: bool = True, **options):
-    """A LoraConfig of peft for a linearized model: get_peft_model freezes all weights but those of the adapter, the
-    maps too. With train_maps they train beside it, and are saved and loaded with the adapter.
+    """A LoraConfig of peft for a linearized model: get_peft_model freezes all weights but those of the
+    adapter, the maps too. With train_maps they train beside it, and are saved and loaded with the adapter.
 
     options: those of LoraConfig; by default the projections of q, k, v and o are adapted.
     """

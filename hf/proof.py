@@ -4,8 +4,8 @@
     softmax    in mode "softmax" every attention module, and the model, give their own outputs, with padding
     causal     in mode "linear" a later token that is changed changes nothing before it
     cached     in mode "linear" a text in two parts, with a cache, gives what the whole text gives
-The passes see 2 x 9 tokens, or 2 random images. Models without numbers at hand (on meta, offloaded) or with more
-than LARGE parameters are taken by name: their attention must be in kinds.PROVEN.
+The passes see 2 x 9 tokens, or 2 random images. Models without numbers at hand (on meta, offloaded) or
+with more than LARGE parameters are taken by name: their attention must be in kinds.PROVEN.
 """
 
 import contextlib

@@ -39,8 +39,8 @@ def window_attention(
     """q, k, v (B, H, T, D), features (B, H, T, F), log_gain (H,) -> (y (B, H, T, D), state).
 
     A query sees the keys of its own chunk and of w tokens before it one by one, M, and all others through R;
-    bidirectional, also those of w tokens after it, and all later ones through R. Scores and features are divided
-    by exp(m), m the row's largest score if that is positive: it cancels in the row's denominator.
+    bidirectional, also those of w tokens after it, and all later ones through R. Scores and features are
+    divided by exp(m), m the row's largest score if that is positive: it cancels in the row's denominator.
     key_mask (B, T): as everywhere, of the new tokens. Bidirectional attention has no state.
     """
     with without_autocast(v):
