@@ -101,7 +101,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             )
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no attention of a known kind: none of its modules calls "
+            f"{model.config.model_type} has no attention of a known kind: none of its modules calls "
             "transformers' attention interface"
         )
     return found
