@@ -1,32 +1,40 @@
-"""Causal linear attention for CUDA, in Triton: attention.py's chunks, forward, backward and decode.
+"""Causal linear attention with Hedgehog's map for NVIDIA GPUs, in Triton: forward, backward and decode. Other maps
+go to features_triton.py.
 
-Letters are attention.py's glossary; C tokens are a chunk, E is the dim of the values. As there, the
-denominator is the numerator of a value that is always 1: rows [V w] with w = 1 carry both (w = 0, V = 0
-for a masked key). For one chunk of Q, K = phi(q), phi(k), with the state [S z] before it:
+Letters are attention.py's glossary. The sequence is cut twice: C tokens are a chunk, the tile of one program; L
+chunks are a segment. In the kernels Q, K are the features phi(q), phi(k) of a chunk, V its values and w = 1 (w = 0,
+K = V = 0 for a masked key), and [S z] is the state before the chunk. Eq. 6 for a whole chunk is
 
-    [N d]  =  tril(Q K^T) [V w]  +  Q [S z],        y = N / d
-    [S z] <-  [S z] + K^T [V w]
+    [N d]  =  tril(Q K^T) [V w]  +  Q [S z],      y = N / d,      [S z] <- [S z] + K^T [V w]
 
-N and d are sums of products, so their gradients are the same sums with time reversed. From dN = dy / d and
-dd = -dN.y, with [dS dz] the gradient of the state after the chunk:
+N and d are sums of products, so their gradients are sums of products too, with time reversed. From dN = dy / d and
+dd = -dN.y, with G = tril(dN V^T + dd w^T) and [dS dz] the gradient of the state after the chunk:
 
-    dV     =  triu(K Q^T) dN            +  K dS               N with q and k exchanged, from the end
-    dQ     =  tril(dN V^T + dd w^T) K   +  [dN dd] [S z]^T
-    dK     =  triu(V dN^T + w dd^T) Q   +  [V w] [dS dz]^T    dQ with q and k exchanged, from the end
-    [dS dz] <- [dS dz] + Q^T [dN dd]                          the state, from the end
+    dQ  =  G K    +  [dN dd] [S z]^T                  dV  =  tril(Q K^T)^T dN  +  K dS
+    dK  =  G^T Q  +  [V w] [dS dz]^T                  [dS dz] <- [dS dz] + Q^T [dN dd]
 
-So there are four kernels, each used in both directions of time:
+Then through the map: u = x W + b, phi(x) = [softmax(u), softmax(-u)] + 1e-15, du, dx = du W^T, dW = x^T du,
+db = sum of du. Two launches are the forward pass, four are the backward pass:
 
-    sums      phi(x)^T [R w] of each chunk                     programs: chunks        (k, [V w])    (q, [dN dd])
-    scan      exclusive cumulative sum over chunks             programs: entries       [S z]         [dS dz]
-    mix       mask(phi(x) phi(y)^T) R + phi(x) S, and w, z     programs: tiles         y, d          dV
-    grads     mask([R w] [R2 w2]^T) phi(y) + [R w] [S z]^T     programs: tiles         dq            dk
+    states     S, z inside each segment, and their sum over it     a program: a segment    from k, v
+    output     y, d                                                a program: a chunk
+    states     the same from the end: dS, dz, and dd               a program: a segment    from q, dy, y, d
+    queries    dq, and dW, db of each segment                      a program: a segment
+    keys       dk, dv, and dW, db of each segment                  a program: a segment
+    weights    dW, db: their sums over segments and sequences      a program: a part of W
 
-and `decode`, one token of every head. Hedgehog's features are made in the kernels, from u = x W + b, and
-never reach memory; u does (in float32: as large as float32 queries), and the state before each chunk (F / C
-times float32 values). A chunk is made of tiles of BT tokens, features come in blocks of BF, values in
-blocks of BE: powers of two, padded with zeros. Small blocks, since a product of two tiles keeps both in
-registers; `python -m fused.resources` prints what each kernel takes, without a GPU.
+What is read and written: x and values once a launch, in their dtype; W once a program; features never. The state
+before a chunk is not scanned through memory. It is the sum of two parts: what the chunks before it in its segment
+added, and the sums of the segments before. There are few segments (SEGMENTS at most), and their sums are read at
+once, not one after the other.
+
+Precision. If q, k and v are bfloat16, the factors of all products are rounded to bfloat16 and their sums are
+float32. W keeps 16 bits: it is the sum of two bfloat16 numbers. Softmax, d, z and the sums of segments are
+float32. Otherwise everything is float32, and a product is three products of tensor cores (tf32x3).
+
+A row of features is two halves of D numbers, softmax(u) and softmax(-u): names end with p and n. D and E, the size
+of values, are padded to powers of two; values go in blocks of BE. `python -m fused.resources` prints what each
+kernel takes, without a GPU.
 """
 
 from typing import NamedTuple
@@ -37,410 +45,570 @@ import triton.language as tl
 from torch import Tensor
 
 import feature_maps
-from feature_maps import without_autocast
+from fused import features_triton
+from fused.features_triton import head, rows
 
-PRECISION = (
-    "ieee"  # of float32 products. "tf32" is an order faster and breaks the tests' 1e-5 (it costs 1e-3)
-)
-HALF_PRECISION = "tf32"  # when queries come in half precision
-CHUNK = 128  # tokens from state to state, C; a multiple of 64
-MAX_DIM = 128  # D of the map: softmax takes a whole row of u
+CHUNK = 64  # tokens, C
+SEGMENTS = 16  # of a sequence, at most: each chunk adds up the sums of the segments before it
+PROGRAMS = 512  # of a launch over segments, about: an H100 has 132 processors
+MAX_DIM = 128  # D: a program holds whole rows of u
+CONFIGS = [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=2), dict(num_warps=8, num_stages=3)]
 
-FLOOR, CEIL = tl.constexpr(feature_maps.FLOOR), feature_maps.CEIL
+FLOOR, CEIL = tl.constexpr(feature_maps.FLOOR), tl.constexpr(feature_maps.CEIL)
 
 
 class Sizes(NamedTuple):
     """Compile-time constants of the kernels."""
 
     H: int
-    D: int  # of u, or of features
-    E: int
-    F: int
+    D: int  # of u
+    E: int  # of values
     C: int
-    BT: int
     BD: int  # D padded
-    BF: int
-    NF: int  # blocks of features, of both halves
-    BE: int
-    MAP: bool  # Hedgehog's, of u; otherwise rows are features
-    P: str  # precision
+    BE: int  # values of a block
+    NE: int  # blocks of values
+    HALF: bool  # factors of products are bfloat16
 
 
-# ---------------------------------------------------------------- tiles
-
-
-@triton.jit
-def tile(base, stride, rows, cols, n_rows, n_cols):
-    """Pointers to base[rows, cols], and which of them exist."""
-    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    return base + rows[:, None].to(tl.int64) * stride + cols[None, :], inside
+# ---------------------------------------------------------------- a chunk: its tokens, features and products
 
 
 @triton.jit
-def load(base, stride, rows, cols, n_rows, n_cols):
-    """base[rows, cols] in float32, zeros outside."""
-    at, inside = tile(base, stride, rows, cols, n_rows, n_cols)
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def head(x, bh, s: tl.constexpr):
-    """Pointer to x[b, h] and the stride of its rows, for x = (pointer, strides of b, h and rows)."""
-    ptr, of_b, of_h, of_row = x
-    return ptr + (bh // s.H).to(tl.int64) * of_b + (bh % s.H).to(tl.int64) * of_h, of_row
-
-
-@triton.jit
-def load_rows(x, bh, rows, cols, T, n_cols, s: tl.constexpr):
-    base, stride = head(x, bh, s)
-    return load(base, stride, rows, cols, T, n_cols)
-
-
-@triton.jit
-def rounded(x):
-    """x to the nearest number with 10 bits of fraction: a tensor core would cut the other bits off."""
-    near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, near, x)  # NaN stays NaN
+def operand(x, s: tl.constexpr):
+    """x as a factor of a product."""
+    return x.to(tl.bfloat16) if s.HALF else x.to(tl.float32)
 
 
 @triton.jit
 def product(a, b, c, s: tl.constexpr):
-    """a b + c in the precision s.P."""
-    if s.P == "tf32":
-        a, b = rounded(a), rounded(b)
-    return tl.dot(a, b, c, input_precision=s.P)
+    """a b + c, the sum in float32."""
+    return tl.dot(operand(a, s), operand(b, s), c, input_precision="tf32x3")
 
 
 @triton.jit
-def extremes(u, bh, rows, T, s: tl.constexpr):
-    """What softmax(u) and softmax(-u) need of a row: its maximum and sum of exp(u - max), its minimum and
-    sum of exp(min - u)."""
-    if s.MAP:
-        inside = tl.arange(0, s.BD)[None, :] < s.D
-        U = load_rows(u, bh, rows, tl.arange(0, s.BD), T, s.D, s)
-        high = tl.max(tl.where(inside, U, float("-inf")), 1)
-        low = tl.min(tl.where(inside, U, float("inf")), 1)
-        over = tl.sum(tl.where(inside, tl.exp(U - high[:, None]), 0.0), 1)
-        under = tl.sum(tl.where(inside, tl.exp(low[:, None] - U), 0.0), 1)
-    else:
-        high = tl.full([rows.shape[0]], 0.0, tl.float32)
-        low, over, under = high, high, high
-    return high, over, low, under
+def real_keys(mask, bh, rows, T, s: tl.constexpr):
+    """Which of the tokens exist and are not masked."""
+    real = rows < T
+    if mask is not None:
+        real = tl.load(mask + (bh // s.H).to(tl.int64) * T + rows, mask=real, other=0) != 0
+    return real
 
 
 @triton.jit
-def softmax(u, row, half, cols, bh, rows, T, s: tl.constexpr):
-    """softmax(u)[:, cols] for half = 0, softmax(-u)[:, cols] for half = 1; zeros in padding."""
-    high, over, low, under = row
-    U = load_rows(u, bh, rows, cols, T, s.D, s)
-    e = tl.exp(tl.where(half == 0, U - high[:, None], low[:, None] - U))
-    return tl.where(cols[None, :] < s.D, e / tl.where(half == 0, over, under)[:, None], 0.0)
+def block(x, bh, rows, real, cols, n_cols, s: tl.constexpr):
+    """x[b, h, rows, cols] of x = (pointer, strides of b, h, rows), zeros for tokens that are not real."""
+    base, stride = head(x, bh, s)
+    at = base + rows[:, None].to(tl.int64) * stride + cols[None, :]
+    return tl.load(at, mask=real[:, None] & (cols < n_cols)[None, :], other=0.0)
 
 
 @triton.jit
-def features(x, row, i, bh, rows, T, s: tl.constexpr):
-    """Block i of NF of phi(x), (BT, BF); `row` from extremes()."""
-    cols = tl.arange(0, s.BF)
-    if s.MAP:
-        cols = i % (s.NF // 2) * s.BF + cols
-        phi = softmax(x, row, i // (s.NF // 2), cols, bh, rows, T, s) + tl.where(
-            cols[None, :] < s.D, FLOOR, 0.0
-        )
-    else:
-        phi = load_rows(x, bh, rows, i * s.BF + cols, T, s.D, s)
-    return phi
+def store_block(x, bh, rows, T, cols, n_cols, value):
+    """The same for a dense result x (B, H, T, n_cols)."""
+    at = x + (bh.to(tl.int64) * T + rows[:, None]) * n_cols + cols[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=(rows < T)[:, None] & (cols < n_cols)[None, :])
 
 
 @triton.jit
-def block(i, s: tl.constexpr):
-    """Where block i is in the state's F rows; F for padding."""
-    if s.MAP:
-        cols = i % (s.NF // 2) * s.BF + tl.arange(0, s.BF)
-        at = tl.where(cols < s.D, i // (s.NF // 2) * s.D + cols, s.F)
-    else:
-        at = i * s.BF + tl.arange(0, s.BF)
-    return at
+def values(j, s: tl.constexpr):
+    """Columns of block j of the values."""
+    return j * s.BE + tl.arange(0, s.BE)
+
+
+@triton.jit
+def weights(W, b, bh, s: tl.constexpr):
+    """W of a head as the sum of two bfloat16 matrices, and b. The rest is not used in float32."""
+    cols, h = tl.arange(0, s.BD), bh % s.H
+    inside = (cols < s.D)[:, None] & (cols < s.D)[None, :]
+    exact = tl.load(W + (h * s.D + cols[:, None]) * s.D + cols[None, :], mask=inside, other=0.0)
+    near = operand(exact, s)
+    rest = operand(exact - near.to(tl.float32), s)
+    return near, rest, tl.load(b + h * s.D + cols, mask=cols < s.D, other=0.0)
+
+
+@triton.jit
+def clamped(x, bh, rows, real, s: tl.constexpr):
+    """x within +-CEIL (NaN stays), and where it was inside before: elsewhere its gradient is 0."""
+    X = block(x, bh, rows, real, tl.arange(0, s.BD), s.D, s).to(tl.float32)
+    inside = (X < CEIL) & (X > -CEIL)
+    return operand(tl.where(X >= CEIL, CEIL, tl.where(X <= -CEIL, -CEIL, X)), s), inside
+
+
+@triton.jit
+def softmaxes(X, near, rest, bias, s: tl.constexpr):
+    """softmax(u) and softmax(-u) of u = X W + b, (C, BD) each."""
+    u = product(X, near, tl.full([s.C, s.BD], 0.0, tl.float32), s)
+    if s.HALF:
+        u = product(X, rest, u, s)
+    u += bias[None, :]
+    inside = (tl.arange(0, s.BD) < s.D)[None, :]
+    high = tl.max(tl.where(inside, u, float("-inf")), 1)
+    low = tl.min(tl.where(inside, u, float("inf")), 1)
+    p = tl.where(inside, tl.exp(u - high[:, None]), 0.0)
+    n = tl.where(inside, tl.exp(low[:, None] - u), 0.0)
+    return p * (1.0 / tl.sum(p, 1))[:, None], n * (1.0 / tl.sum(n, 1))[:, None]
+
+
+@triton.jit
+def floored(p, real, s: tl.constexpr):
+    """Features of a softmax: 1e-15 more, and zeros for tokens that are not real."""
+    there = real[:, None] & (tl.arange(0, s.BD) < s.D)[None, :]
+    return tl.where(there, p + FLOOR, 0.0)
+
+
+@triton.jit
+def features(x, near, rest, bias, bh, rows, real, s: tl.constexpr):
+    """phi(x): its two halves, (C, BD) each, float32."""
+    X, _ = clamped(x, bh, rows, real, s)
+    p, n = softmaxes(X, near, rest, bias, s)
+    return floored(p, real, s), floored(n, real, s)
+
+
+@triton.jit
+def inverse(d):
+    """1 / d. A row that sees no key has d = 0, and y = 0 (attention.normalise)."""
+    return 1.0 / tl.where(d > 0, d, 1.0)
+
+
+@triton.jit
+def gradient_of_numerator(dy, d, bh, rows, T, j, s: tl.constexpr):
+    """Block j of dN = dy / d."""
+    real = rows < T
+    d_i = tl.load(d + bh.to(tl.int64) * T + rows, mask=real, other=1.0)
+    inv = tl.where(d_i == 0, 0.0, inverse(d_i))
+    return block(dy, bh, rows, real, values(j, s), s.E, s).to(tl.float32) * inv[:, None]
+
+
+# ---------------------------------------------------------------- states: of chunks (n = chunk) and of segments
+# S (B, H, n, 2, D, E) and z (B, H, n, 2, D); half = 0, 1.
+
+
+@triton.jit
+def at_S(S, bh, n, count, half, j, s: tl.constexpr):
+    f, e = tl.arange(0, s.BD), values(j, s)
+    base = S + ((bh.to(tl.int64) * count + n) * 2 + half) * (s.D * s.E)
+    return base + f[:, None] * s.E + e[None, :], (f < s.D)[:, None] & (e < s.E)[None, :]
+
+
+@triton.jit
+def at_z(z, bh, n, count, half, s: tl.constexpr):
+    f = tl.arange(0, s.BD)
+    return z + ((bh.to(tl.int64) * count + n) * 2 + half) * s.D + f, f < s.D
+
+
+@triton.jit
+def save(S, z, bh, n, count, j, Sp, Sn, zp, zn, here, s: tl.constexpr):
+    """Write both halves of a state, if `here`."""
+    at, inside = at_S(S, bh, n, count, 0, j, s)
+    tl.store(at, Sp.to(S.dtype.element_ty), mask=inside & here)
+    at, inside = at_S(S, bh, n, count, 1, j, s)
+    tl.store(at, Sn.to(S.dtype.element_ty), mask=inside & here)
+    at, inside = at_z(z, bh, n, count, 0, s)
+    tl.store(at, zp, mask=inside & here & (j == 0))
+    at, inside = at_z(z, bh, n, count, 1, s)
+    tl.store(at, zn, mask=inside & here & (j == 0))
+
+
+@triton.jit
+def S_before(S, S_sum, bh, c, half, j, N, G, first, last, here, s: tl.constexpr):
+    """Block j of the S before chunk c: the sums of segments first ... last - 1, and, if `here`, what was kept for
+    the chunk."""
+    at, inside = at_S(S, bh, c, N, half, j, s)
+    total = tl.load(at, mask=inside & here, other=0.0).to(tl.float32)
+    for i in range(first, last):
+        of_segment, _ = at_S(S_sum, bh, i, G, half, j, s)
+        total += tl.load(of_segment, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def z_before(z, z_sum, bh, c, half, N, G, first, last, here, s: tl.constexpr):
+    """The same for z."""
+    at, inside = at_z(z, bh, c, N, half, s)
+    total = tl.load(at, mask=inside & here, other=0.0)
+    for i in range(first, last):
+        of_segment, _ = at_z(z_sum, bh, i, G, half, s)
+        total += tl.load(of_segment, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def store_final(S, z, S_sum, z_sum, S_end, z_end, bh, N, G, s: tl.constexpr):
+    """The state after all chunks: the sum of all segments."""
+    for half in range(2):
+        for j in range(s.NE):
+            at, inside = at_S(S_end, bh, 0, 1, half, j, s)
+            tl.store(at, S_before(S, S_sum, bh, 0, half, j, N, G, 0, G, False, s), mask=inside)
+        at, inside = at_z(z_end, bh, 0, 1, half, s)
+        tl.store(at, z_before(z, z_sum, bh, 0, half, N, G, 0, G, False, s), mask=inside)
 
 
 # ---------------------------------------------------------------- kernels
-# x, y (u or features), R, R2, w, w2 (columns) are (pointer, strides of b, h, t); R2, w2 belong to y.
 
 
 @triton.jit
-def sums_kernel(x, R, w, S, z, T, s: tl.constexpr):
-    """S, z[b, h, chunk] = phi(x)^T [R w] of the chunk."""
-    bh, chunk, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2) % s.NF, tl.program_id(2) // s.NF
-    es, one = j * s.BE + tl.arange(0, s.BE), tl.arange(0, 1)
-    S_ij, z_i = tl.full([s.BF, s.BE], 0.0, tl.float32), tl.full([s.BF], 0.0, tl.float32)
-    for t in range(s.C // s.BT):
-        rows = chunk * s.C + t * s.BT + tl.arange(0, s.BT)
-        X = features(x, extremes(x, bh, rows, T, s), i, bh, rows, T, s)
-        S_ij = product(tl.trans(X), load_rows(R, bh, rows, es, T, s.E, s), S_ij, s)
-        z_i += tl.sum(X * load_rows(w, bh, rows, one, T, 1, s), 0)
-    n, fs = bh.to(tl.int64) * tl.num_programs(1) + chunk, block(i, s)
-    at, inside = tile(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
-    tl.store(at, S_ij, mask=inside)
-    if j == 0:
-        tl.store(z + n * s.F + fs, z_i, mask=fs < s.F)
-
-
-@triton.jit
-def scan_kernel(x, first, last, N, M, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """x[bh] (N, M) becomes `first` plus the sum of the rows before (REVERSE: after); last: plus all rows."""
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bh = tl.program_id(0).to(tl.int64)
-    total = (
-        tl.load(first + bh * M + at, mask=at < M) if first is not None else tl.full([BLOCK], 0.0, tl.float32)
-    )
-    for i in range(N):
-        to = x + (bh * N + (N - 1 - i if REVERSE else i)) * M + at
-        row = tl.load(to, mask=at < M)
-        tl.store(to, total, mask=at < M)
-        total += row
-    tl.store(last + bh * M + at, total, mask=at < M)
-
-
-@triton.jit
-def mix_kernel(x, y, R2, w2, S, z, out, d, T, REVERSE: tl.constexpr, s: tl.constexpr):
-    """out = N = mask(phi(x) phi(y)^T) R2 + phi(x) S; with w2, d = mask(phi(x) phi(y)^T) w2 + phi(x) z and
-    out = N / d. Row i sees rows j <= i; REVERSE: j >= i."""
-    bh, m, es, one = (
-        tl.program_id(0),
-        tl.program_id(1),
-        tl.program_id(2) * s.BE + tl.arange(0, s.BE),
-        tl.arange(0, 1),
-    )
-    chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
-    n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
-    row = extremes(x, bh, rows, T, s)
-    N, d_m = tl.full([s.BT, s.BE], 0.0, tl.float32), tl.full([s.BT], 0.0, tl.float32)
-    for i in range(s.NF):  # the state
-        X, fs = features(x, row, i, bh, rows, T, s), block(i, s)
-        N = product(X, load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E), N, s)
-        if w2 is not None:
-            d_m += tl.sum(X * load(z + n * s.F, s.F, one, fs, 1, s.F), 1)
-    start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
-    for t in range(start, stop):  # tiles of the chunk
-        rows2 = t * s.BT + tl.arange(0, s.BT)
-        row2 = extremes(y, bh, rows2, T, s)
-        A = tl.full([s.BT, s.BT], 0.0, tl.float32)
-        for i in range(s.NF):
-            X = features(x, row, i, bh, rows, T, s)
-            Y = features(y, row2, i, bh, rows2, T, s)
-            A = product(X, tl.trans(Y), A, s)
-        seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
-        A = tl.where(seen, A, 0.0)
-        N = product(A, load_rows(R2, bh, rows2, es, T, s.E, s), N, s)
-        if w2 is not None:
-            d_m += tl.sum(A * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s)), 1)
-    if w2 is not None:
-        N = N / tl.where(d_m > 0, d_m, 1.0)[:, None]  # attention.normalise
-        if tl.program_id(2) == 0:
-            tl.store(d + bh.to(tl.int64) * T + rows, d_m, mask=rows < T)
-    at, inside = tile(out + bh.to(tl.int64) * T * s.E, s.E, rows, es, T, s.E)
-    tl.store(at, N, mask=inside)
-
-
-@triton.jit
-def grads_kernel(x, y, R, w, R2, w2, S, z, out, T, REVERSE: tl.constexpr, s: tl.constexpr):
-    """dX = mask([R w] [R2 w2]^T) phi(y) + [R w] [S z]^T. out = dX; of a map, du: blocks are its halves."""
-    bh, m, one = tl.program_id(0), tl.program_id(1), tl.arange(0, 1)
-    chunk, rows = m // (s.C // s.BT), m * s.BT + tl.arange(0, s.BT)
-    n = bh.to(tl.int64) * tl.cdiv(T, s.C) + chunk
-    w_m = load_rows(w, bh, rows, one, T, 1, s)
-    start, stop = (m, (chunk + 1) * (s.C // s.BT)) if REVERSE else (chunk * (s.C // s.BT), m + 1)
-    du = tl.full([s.BT, s.BF], 0.0, tl.float32)
-    for i in range(s.NF):
-        fs = block(i, s)
-        dX = w_m * load(z + n * s.F, s.F, one, fs, 1, s.F)
-        for j in range(0, s.E, s.BE):
-            es = j + tl.arange(0, s.BE)
-            S_ij = load(S + n * s.F * s.E, s.E, fs, es, s.F, s.E)
-            dX = product(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(S_ij), dX, s)
-        for t in range(start, stop):
-            rows2 = t * s.BT + tl.arange(0, s.BT)
-            G = w_m * tl.trans(load_rows(w2, bh, rows2, one, T, 1, s))
-            for j in range(0, s.E, s.BE):
-                es = j + tl.arange(0, s.BE)
-                R2_j = load_rows(R2, bh, rows2, es, T, s.E, s)
-                G = product(load_rows(R, bh, rows, es, T, s.E, s), tl.trans(R2_j), G, s)
-            seen = rows[:, None] <= rows2[None, :] if REVERSE else rows[:, None] >= rows2[None, :]
-            row2 = extremes(y, bh, rows2, T, s)
-            Y = features(y, row2, i, bh, rows2, T, s)
-            dX = product(tl.where(seen, G, 0.0), Y, dX, s)
-        if s.MAP:
-            p = softmax(x, extremes(x, bh, rows, T, s), i, tl.arange(0, s.BF), bh, rows, T, s)
-            du += p * (dX - tl.sum(p * dX, 1)[:, None]) * (1 - 2 * i)
+def states_kernel(
+    x, v, dy, y, d, dd, mask, W, b, S0, z0, S, z, S_sum, z_sum, T, L, BACKWARD: tl.constexpr, s: tl.constexpr
+):
+    """Of a segment: S, z before each chunk, counted from the start of the segment, and S_sum, z_sum after it. The
+    first segment starts from S0, z0. BACKWARD: queries and [dN dd] instead of keys and [V w], and from the end;
+    writes dd."""
+    bh, g, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    N = tl.cdiv(T, s.C)
+    G = tl.cdiv(N, L)
+    first = g == (G - 1 if BACKWARD else 0)
+    near, rest, bias = weights(W, b, bh, s)
+    Sp, Sn = tl.full([s.BD, s.BE], 0.0, tl.float32), tl.full([s.BD, s.BE], 0.0, tl.float32)
+    zp, zn = tl.full([s.BD], 0.0, tl.float32), tl.full([s.BD], 0.0, tl.float32)
+    if S0 is not None:
+        Sp = S_before(S0, S_sum, bh, 0, 0, j, 1, G, 0, 0, first, s)
+        Sn = S_before(S0, S_sum, bh, 0, 1, j, 1, G, 0, 0, first, s)
+        zp = z_before(z0, z_sum, bh, 0, 0, 1, G, 0, 0, first, s)
+        zn = z_before(z0, z_sum, bh, 0, 1, 1, G, 0, 0, first, s)
+    for i in range(L):
+        c = g * L + (L - 1 - i if BACKWARD else i)
+        rows = c * s.C + tl.arange(0, s.C)
+        save(S, z, bh, c, N, j, Sp, Sn, zp, zn, (c < N) & ((i > 0) | first), s)
+        if BACKWARD:
+            real = rows < T
+            V = gradient_of_numerator(dy, d, bh, rows, T, j, s)
+            w = tl.full([s.C], 0.0, tl.float32)
+            for e in range(s.NE):  # dd = -dN.y
+                dN = gradient_of_numerator(dy, d, bh, rows, T, e, s)
+                w -= tl.sum(dN * block(y, bh, rows, real, values(e, s), s.E, s).to(tl.float32), 1)
+            tl.store(dd + bh.to(tl.int64) * T + rows, w, mask=real & (j == 0))
         else:
-            at, inside = tile(out + bh.to(tl.int64) * T * s.D, s.D, rows, fs, T, s.D)
-            tl.store(at, dX, mask=inside)
-    if s.MAP:
-        at, inside = tile(out + bh.to(tl.int64) * T * s.D, s.D, rows, tl.arange(0, s.BF), T, s.D)
-        tl.store(at, du, mask=inside)
+            real = real_keys(mask, bh, rows, T, s)
+            V = block(v, bh, rows, real, values(j, s), s.E, s)
+            w = tl.where(real, 1.0, 0.0)
+        p, n = features(x, near, rest, bias, bh, rows, real, s)
+        Sp = product(tl.trans(p), V, Sp, s)
+        Sn = product(tl.trans(n), V, Sn, s)
+        zp += tl.sum(p * w[:, None], 0)
+        zn += tl.sum(n * w[:, None], 0)
+    save(S_sum, z_sum, bh, g, G, j, Sp, Sn, zp, zn, True, s)
 
 
 @triton.jit
-def decode_kernel(q, k, v, S, z, S_after, z_after, out, s: tl.constexpr):
-    """One token of one head: S += phi(k) v^T, z += phi(k), out = phi(q) S / phi(q).z  (Eq. 6). The new state
-    goes to other memory: otherwise a warp could read what another warp has already written."""
-    bh, one = tl.program_id(0), tl.arange(0, 1)
-    row, row2 = extremes(q, bh, one, 1, s), extremes(k, bh, one, 1, s)
-    base, of_f = head(z, bh, s)
-    d = tl.full([1], 0.0, tl.float32)
-    for i in range(s.NF):
-        Q, K = features(q, row, i, bh, one, 1, s), features(k, row2, i, bh, one, 1, s)
-        at, inside = tile(base, of_f, block(i, s), one, s.F, 1)
-        z_i = tl.load(at, mask=inside, other=0.0) + tl.trans(K)
-        to, _ = tile(z_after + bh.to(tl.int64) * s.F, 1, block(i, s), one, s.F, 1)
-        tl.store(to, z_i, mask=inside)
-        d += tl.sum(tl.trans(Q) * z_i, 0)
-    base, of_f = head(S, bh, s)
-    for j in range(0, s.E, s.BE):
-        es, N = j + tl.arange(0, s.BE), tl.full([s.BE], 0.0, tl.float32)
-        v_j = load_rows(v, bh, one, es, 1, s.E, s)
-        for i in range(s.NF):
-            Q = features(q, row, i, bh, one, 1, s)
-            K = features(k, row2, i, bh, one, 1, s)
-            at, inside = tile(base, of_f, block(i, s), es, s.F, s.E)
-            S_ij = tl.load(at, mask=inside, other=0.0) + tl.trans(K) * v_j
-            to, _ = tile(S_after + bh.to(tl.int64) * s.F * s.E, s.E, block(i, s), es, s.F, s.E)
-            tl.store(to, S_ij, mask=inside)
-            N += tl.sum(tl.trans(Q) * S_ij, 0)
-        at, inside = tile(out + bh.to(tl.int64) * s.E, s.E, one, es, 1, s.E)
-        tl.store(at, (N / tl.where(d > 0, d, 1.0))[None, :], mask=inside)
+def output_kernel(
+    q, k, v, mask, Wq, bq, Wk, bk, S, z, S_sum, z_sum, y, d, S_end, z_end, T, L, s: tl.constexpr
+):
+    """y and d of a chunk. The program after the last chunk writes the state after all of them."""
+    bh, c = tl.program_id(0), tl.program_id(1)
+    N = tl.cdiv(T, s.C)
+    G = tl.cdiv(N, L)
+    if c == N:
+        store_final(S, z, S_sum, z_sum, S_end, z_end, bh, N, G, s)
+    else:
+        g, here = c // L, (c % L > 0) | (c < L)
+        rows = c * s.C + tl.arange(0, s.C)
+        exists, real = rows < T, real_keys(mask, bh, rows, T, s)
+        near, rest, bias = weights(Wk, bk, bh, s)
+        Kp, Kn = features(k, near, rest, bias, bh, rows, real, s)
+        Kp, Kn = operand(Kp, s), operand(Kn, s)
+        near, rest, bias = weights(Wq, bq, bh, s)
+        Qp, Qn = features(q, near, rest, bias, bh, rows, exists, s)
+        # d: the keys before the chunk ...
+        d_i = tl.sum(Qp * z_before(z, z_sum, bh, c, 0, N, G, 0, g, here, s)[None, :], 1)
+        d_i += tl.sum(Qn * z_before(z, z_sum, bh, c, 1, N, G, 0, g, here, s)[None, :], 1)
+        Qp, Qn = operand(Qp, s), operand(Qn, s)
+        # ... and the keys of the chunk up to the query
+        A = product(Qp, tl.trans(Kp), tl.full([s.C, s.C], 0.0, tl.float32), s)
+        A = product(Qn, tl.trans(Kn), A, s)
+        A = tl.where(rows[:, None] >= rows[None, :], A, 0.0)
+        d_i += tl.sum(A, 1)
+        tl.store(d + bh.to(tl.int64) * T + rows, d_i, mask=exists)
+        for j in range(s.NE):
+            V = block(v, bh, rows, real, values(j, s), s.E, s)
+            num = product(A, V, tl.full([s.C, s.BE], 0.0, tl.float32), s)
+            num = product(Qp, S_before(S, S_sum, bh, c, 0, j, N, G, 0, g, here, s), num, s)
+            num = product(Qn, S_before(S, S_sum, bh, c, 1, j, N, G, 0, g, here, s), num, s)
+            store_block(y, bh, rows, T, values(j, s), s.E, num * inverse(d_i)[:, None])
+
+
+@triton.jit
+def gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s: tl.constexpr):
+    """G = tril(dN V^T + dd w^T) of a chunk, and dd."""
+    dd_i = tl.load(dd + bh.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    G = tl.full([s.C, s.C], 0.0, tl.float32) + dd_i[:, None]
+    for j in range(s.NE):
+        V = block(v, bh, rows, real, values(j, s), s.E, s)
+        G = product(gradient_of_numerator(dy, d, bh, rows, T, j, s), tl.trans(V), G, s)
+    return tl.where((rows[:, None] >= rows[None, :]) & real[None, :], G, 0.0), dd_i
+
+
+@triton.jit
+def gradient_of_map(dp, dn, p, n):
+    """du of dp, dn, the gradients of p = softmax(u) and n = softmax(-u)."""
+    return p * (dp - tl.sum(p * dp, 1)[:, None]) - n * (dn - tl.sum(n * dn, 1)[:, None])
+
+
+@triton.jit
+def store_dx(dx, du, inside, near, bh, rows, T, s: tl.constexpr):
+    """dx = du W^T, and 0 where x was clamped."""
+    gradient = product(du, tl.trans(near), tl.full([s.C, s.BD], 0.0, tl.float32), s)
+    store_block(dx, bh, rows, T, tl.arange(0, s.BD), s.D, tl.where(inside, gradient, 0.0))
+
+
+@triton.jit
+def store_weights(parts, side, bh, BH, g, G, dW, db, s: tl.constexpr):
+    """dW, db of a segment: rows 0 ... D - 1 and row D of parts[side, b, h, g]. Side 0: queries, side 1: keys."""
+    f, cols = tl.arange(0, s.BD), tl.arange(0, s.BD)
+    to = parts + ((side * BH + bh).to(tl.int64) * G + g) * ((s.D + 1) * s.D)
+    inside = (f < s.D)[:, None] & (cols < s.D)[None, :]
+    tl.store(to + f[:, None] * s.D + cols[None, :], dW, mask=inside)
+    tl.store(to + s.D * s.D + cols, db, mask=cols < s.D)
+
+
+@triton.jit
+def queries_kernel(
+    q, k, v, dy, mask, Wq, bq, Wk, bk, d, dd, S, z, S_sum, z_sum, dq, parts, T, L, s: tl.constexpr
+):
+    """dQ = G K + [dN dd] [S z]^T of each chunk of a segment, through the map: dq, and the parts of dW and db."""
+    bh, g = tl.program_id(0), tl.program_id(1)
+    N = tl.cdiv(T, s.C)
+    G = tl.cdiv(N, L)
+    near, rest, bias = weights(Wq, bq, bh, s)
+    near_k, rest_k, bias_k = weights(Wk, bk, bh, s)
+    dW, db = tl.full([s.BD, s.BD], 0.0, tl.float32), tl.full([s.BD], 0.0, tl.float32)
+    for i in range(L):
+        c = g * L + i
+        rows, here = c * s.C + tl.arange(0, s.C), (c < N) & ((i > 0) | (g == 0))
+        exists, real = rows < T, real_keys(mask, bh, rows, T, s)
+        scores, dd_i = gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s)
+        Kp, Kn = features(k, near_k, rest_k, bias_k, bh, rows, real, s)
+        dp = dd_i[:, None] * z_before(z, z_sum, bh, c, 0, N, G, 0, g, here, s)[None, :]
+        dn = dd_i[:, None] * z_before(z, z_sum, bh, c, 1, N, G, 0, g, here, s)[None, :]
+        dp, dn = product(scores, Kp, dp, s), product(scores, Kn, dn, s)
+        for j in range(s.NE):
+            dN = gradient_of_numerator(dy, d, bh, rows, T, j, s)
+            dp = product(dN, tl.trans(S_before(S, S_sum, bh, c, 0, j, N, G, 0, g, here, s)), dp, s)
+            dn = product(dN, tl.trans(S_before(S, S_sum, bh, c, 1, j, N, G, 0, g, here, s)), dn, s)
+        Q, inside = clamped(q, bh, rows, exists, s)
+        p, n = softmaxes(Q, near, rest, bias, s)
+        du = gradient_of_map(dp, dn, p, n)
+        store_dx(dq, du, inside, near, bh, rows, T, s)
+        dW, db = product(tl.trans(Q), du, dW, s), db + tl.sum(du, 0)
+    store_weights(parts, 0, bh, tl.num_programs(0), g, G, dW, db, s)
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, dy, mask, Wq, bq, Wk, bk, d, dd, dS, dz, dS_sum, dz_sum, dk, dv, parts, dS0, dz0, T, L,
+    s: tl.constexpr
+):  # fmt: skip
+    """dK = G^T Q + [V w] [dS dz]^T of each chunk of a segment, through the map: dk, and the parts of dW and db; and
+    dV = tril(Q K^T)^T dN + K dS. The program after the last segment writes the gradient of the first state."""
+    bh, g = tl.program_id(0), tl.program_id(1)
+    N = tl.cdiv(T, s.C)
+    G = tl.cdiv(N, L)
+    if g == G:
+        store_final(dS, dz, dS_sum, dz_sum, dS0, dz0, bh, N, G, s)
+    else:
+        near, rest, bias = weights(Wk, bk, bh, s)
+        near_q, rest_q, bias_q = weights(Wq, bq, bh, s)
+        dW, db = tl.full([s.BD, s.BD], 0.0, tl.float32), tl.full([s.BD], 0.0, tl.float32)
+        for i in range(L):
+            c = g * L + i
+            rows, here = c * s.C + tl.arange(0, s.C), (c < N) & ((i < L - 1) | (g == G - 1))
+            exists, real = rows < T, real_keys(mask, bh, rows, T, s)
+            Qp, Qn = features(q, near_q, rest_q, bias_q, bh, rows, exists, s)
+            Qp, Qn = operand(Qp, s), operand(Qn, s)
+            K, inside = clamped(k, bh, rows, real, s)
+            p, n = softmaxes(K, near, rest, bias, s)
+            Kp, Kn = operand(floored(p, real, s), s), operand(floored(n, real, s), s)
+            A = product(Qp, tl.trans(Kp), tl.full([s.C, s.C], 0.0, tl.float32), s)
+            A = product(Qn, tl.trans(Kn), A, s)
+            A = operand(tl.where(rows[:, None] >= rows[None, :], A, 0.0), s)
+            scores, _ = gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s)
+            scores, w = operand(scores, s), tl.where(real, 1.0, 0.0)[:, None]
+            dp = w * z_before(dz, dz_sum, bh, c, 0, N, G, g + 1, G, here, s)[None, :]
+            dn = w * z_before(dz, dz_sum, bh, c, 1, N, G, g + 1, G, here, s)[None, :]
+            dp, dn = product(tl.trans(scores), Qp, dp, s), product(tl.trans(scores), Qn, dn, s)
+            for j in range(s.NE):
+                V = block(v, bh, rows, real, values(j, s), s.E, s)
+                dN = gradient_of_numerator(dy, d, bh, rows, T, j, s)
+                dV = product(tl.trans(A), dN, tl.full([s.C, s.BE], 0.0, tl.float32), s)
+                dS_j = operand(S_before(dS, dS_sum, bh, c, 0, j, N, G, g + 1, G, here, s), s)
+                dp, dV = product(V, tl.trans(dS_j), dp, s), product(Kp, dS_j, dV, s)
+                dS_j = operand(S_before(dS, dS_sum, bh, c, 1, j, N, G, g + 1, G, here, s), s)
+                dn, dV = product(V, tl.trans(dS_j), dn, s), product(Kn, dS_j, dV, s)
+                store_block(dv, bh, rows, T, values(j, s), s.E, dV)
+            du = gradient_of_map(dp, dn, p, n)
+            store_dx(dk, du, inside, near, bh, rows, T, s)
+            dW, db = product(tl.trans(K), du, dW, s), db + tl.sum(du, 0)
+        store_weights(parts, 1, bh, tl.num_programs(0), g, G, dW, db, s)
+
+
+@triton.jit
+def weights_kernel(parts, dWq, dbq, dWk, dbk, B, G, BLOCK: tl.constexpr, ROWS: tl.constexpr, s: tl.constexpr):
+    """dW, db of a head: the sums of their parts over sequences and segments, ROWS of them at once."""
+    side, h = tl.program_id(0) // s.H, tl.program_id(0) % s.H
+    m, M = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), (s.D + 1) * s.D
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    for i in range(0, B * G, ROWS):
+        r = i + tl.arange(0, ROWS)
+        part = ((side * B + r // G) * s.H + h).to(tl.int64) * G + r % G
+        inside = (r < B * G)[:, None] & (m < M)[None, :]
+        total += tl.sum(tl.load(parts + part[:, None] * M + m[None, :], mask=inside, other=0.0), 0)
+    of_W, of_b = m < s.D * s.D, (m >= s.D * s.D) & (m < M)
+    if side == 0:
+        tl.store(dWq + h * s.D * s.D + m, total, mask=of_W)
+        tl.store(dbq + h * s.D + m - s.D * s.D, total, mask=of_b)
+    else:
+        tl.store(dWk + h * s.D * s.D + m, total, mask=of_W)
+        tl.store(dbk + h * s.D + m - s.D * s.D, total, mask=of_b)
+
+
+@triton.jit
+def features_of_token(x, W, b, bh, BLOCK: tl.constexpr, s: tl.constexpr):
+    """Both halves of phi(x), (BD,), of one token: u = x W + b is a sum over rows of W, all in float32."""
+    base, _ = head(x, bh, s)
+    cols, h = tl.arange(0, s.BD), bh % s.H
+    u = tl.load(b + h * s.D + cols, mask=cols < s.D, other=0.0)
+    for i in range(0, s.BD, BLOCK):
+        f = i + tl.arange(0, BLOCK)
+        X = tl.load(base + f, mask=f < s.D, other=0.0).to(tl.float32)
+        X = tl.where(X >= CEIL, CEIL, tl.where(X <= -CEIL, -CEIL, X))
+        inside = (f < s.D)[:, None] & (cols < s.D)[None, :]
+        u += tl.sum(
+            X[:, None] * tl.load(W + (h * s.D + f[:, None]) * s.D + cols[None, :], mask=inside, other=0.0), 0
+        )
+    inside = cols < s.D
+    p = tl.where(inside, tl.exp(u - tl.max(tl.where(inside, u, float("-inf")), 0)), 0.0)
+    n = tl.where(inside, tl.exp(tl.min(tl.where(inside, u, float("inf")), 0) - u), 0.0)
+    return tl.where(inside, p / tl.sum(p, 0) + FLOOR, 0.0), tl.where(inside, n / tl.sum(n, 0) + FLOOR, 0.0)
+
+
+@triton.jit
+def decode_kernel(q, k, v, Wq, bq, Wk, bk, S, z, S_after, z_after, y, BLOCK: tl.constexpr, s: tl.constexpr):
+    """One token of one head and one block of values: S += phi(k) v^T, z += phi(k), y = phi(q) S / phi(q).z (Eq. 6).
+    The new state goes to other memory: otherwise a warp could read what another warp has already written."""
+    bh, j = tl.program_id(0), tl.program_id(1)
+    Qp, Qn = features_of_token(q, Wq, bq, bh, BLOCK, s)
+    Kp, Kn = features_of_token(k, Wk, bk, bh, BLOCK, s)
+    at, inside = at_z(z, bh, 0, 1, 0, s)
+    zp = tl.load(at, mask=inside, other=0.0) + Kp
+    at, inside = at_z(z, bh, 0, 1, 1, s)
+    zn = tl.load(at, mask=inside, other=0.0) + Kn
+    base, _ = head(v, bh, s)
+    V = tl.load(base + values(j, s), mask=values(j, s) < s.E, other=0.0).to(tl.float32)
+    at, inside = at_S(S, bh, 0, 1, 0, j, s)
+    Sp = tl.load(at, mask=inside, other=0.0) + Kp[:, None] * V[None, :]
+    at, inside = at_S(S, bh, 0, 1, 1, j, s)
+    Sn = tl.load(at, mask=inside, other=0.0) + Kn[:, None] * V[None, :]
+    save(S_after, z_after, bh, 0, 1, j, Sp, Sn, zp, zn, True, s)
+    d = tl.sum(Qp * zp + Qn * zn, 0)
+    num = tl.sum(Qp[:, None] * Sp, 0) + tl.sum(Qn[:, None] * Sn, 0)
+    to = y + bh.to(tl.int64) * s.E + values(j, s)
+    tl.store(to, (num * inverse(d)).to(y.dtype.element_ty), mask=values(j, s) < s.E)
 
 
 # ---------------------------------------------------------------- launches
 
 
-def launch(kernel, grid: tuple, x, *args, **constants) -> None:
-    s = constants.get("s")
-    with torch.cuda.device_of(x[0] if isinstance(x, tuple) else x):
-        kernel[grid](
-            x, *args, **constants, num_warps=8 if s and s.MAP and s.BT * s.BD >= 4096 else 4, num_stages=1
-        )
-
-
-def rows(x: Tensor) -> tuple:
-    """x (B, H, T, .) as kernels take it: pointer, strides of b, h, t."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return (x, *x.stride()[:3])
-
-
-def sizes(q: Tensor, v: Tensor, W: Tensor | None) -> Sizes:
-    D, E, fused = q.size(-1), v.size(-1), W is not None
-    if fused and D > MAX_DIM:
+def sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    D, E = q.size(-1), v.size(-1)
+    if D > MAX_DIM:
         raise ValueError(f"the fused map takes head dims up to {MAX_DIM}, got {D}: pass features instead")
-    BD, BE = (max(16, triton.next_power_of_2(n)) for n in (D, E))  # tl.dot takes 16 at least
-    BF, half = min(BD, 32), q.dtype in (torch.bfloat16, torch.float16)
-    return Sizes(
-        H=q.size(1), D=D, E=E, F=2 * D if fused else D, C=CHUNK, BT=64 if half else 32, BD=BD, BF=BF,
-        NF=triton.cdiv(D, BF) * (2 if fused else 1), BE=min(BE, 64), MAP=fused, P=HALF_PRECISION if half else PRECISION,
-    )  # fmt: skip
+    BD, padded = (max(16, triton.next_power_of_2(n)) for n in (D, E))  # tl.dot takes 16 at least
+    half, BE = q.dtype == k.dtype == v.dtype == torch.bfloat16, min(padded, 64 if BD < 128 else 32)
+    C = chunk(q, k, v)
+    return Sizes(H=q.size(1), D=D, E=E, C=C, BD=BD, BE=BE, NE=triton.cdiv(E, BE), HALF=half)
 
 
-def sums(x: Tensor, R: Tensor, w: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
-    (B, H, T), N = x.shape[:3], triton.cdiv(x.size(2), s.C)
-    S, z = x.new_empty(B, H, N, s.F, s.E, dtype=torch.float32), x.new_empty(B, H, N, s.F, dtype=torch.float32)
-    grid = B * H, N, s.NF * triton.cdiv(s.E, s.BE)
-    launch(sums_kernel, grid, rows(x), rows(R), rows(w), S, z, T, s=s)
-    return S, z
+def chunk(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """C: float32 takes twice the registers."""
+    return CHUNK if q.dtype == k.dtype == v.dtype == torch.bfloat16 else CHUNK // 2
 
 
-def scan(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
-    """x (B, H, N, ...) becomes its exclusive cumulative sum, in place. Returns the sum of all."""
-    (B, H, N), M = x.shape[:3], x.shape[3:].numel()
-    last = x.new_empty(B, H, *x.shape[3:])
-    first = None if first is None else first.float().contiguous()
-    launch(scan_kernel, (B * H, triton.cdiv(M, 256)), x, first, last, N, M, REVERSE=reverse, BLOCK=256)
-    return last
+def cuts(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
+    """Chunks N, segments G, and chunks of a segment L."""
+    (B, H, T), C = q.shape[:3], chunk(q, k, v)
+    N = (T + C - 1) // C
+    L = (N + (most := max(1, min(SEGMENTS, PROGRAMS // max(1, B * H)))) - 1) // most
+    return N, (N + L - 1) // L if T else 0, L
 
 
-def mix(
-    x: Tensor, y: Tensor, R2: Tensor, w2: Tensor | None, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False
-):
-    B, H, T = x.shape[:3]
-    out, d = x.new_empty(B, H, T, s.E, dtype=torch.float32), x.new_empty(B, H, T, dtype=torch.float32)
-    sides = rows(x), rows(y), rows(R2), None if w2 is None else rows(w2)
-    grid = B * H, triton.cdiv(T, s.BT), triton.cdiv(s.E, s.BE)
-    launch(mix_kernel, grid, *sides, S, z, out, d, T, REVERSE=reverse, s=s)
-    return out, d
+def shapes_of_states(q: Tensor, k: Tensor, v: Tensor) -> list[tuple]:
+    """Of S, z of chunks and of segments. S of chunks has the dtype of the products' factors."""
+    (B, H, _, D), E = q.shape, v.size(-1)
+    N, G, _ = cuts(q, k, v)
+    return [(B, H, n, *m) for n in (N, G) for m in ((2, D, E), (2, D))]
 
 
-def grads(
-    x: Tensor, y: Tensor, R, w, R2, w2, S: Tensor, z: Tensor, s: Sizes, reverse: bool = False
-) -> Tensor:
-    B, H, T, D = x.shape
-    out = x.new_empty(B, H, T, D, dtype=torch.float32)
-    BF = s.BD if s.MAP else min(s.BD, 64)
-    s = s._replace(BE=min(s.BE, 32), BF=BF, NF=2 if s.MAP else triton.cdiv(D, BF))
-    sides = [rows(t) for t in (x, y, R, w, R2, w2)]
-    launch(grads_kernel, (B * H, triton.cdiv(T, s.BT)), *sides, S, z, out, T, REVERSE=reverse, s=s)
-    return out
+def new_states(q: Tensor, k: Tensor, v: Tensor, s: Sizes) -> list[Tensor]:
+    kinds = torch.bfloat16 if s.HALF else torch.float32, torch.float32, torch.float32, torch.float32
+    return [q.new_empty(shape, dtype=kind) for shape, kind in zip(shapes_of_states(q, k, v), kinds)]
 
 
-def linear(x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
-    """u = x W + b, x within +-CEIL, in float32; without weights x, which is features."""
-    if W is None:
-        return x
-    with without_autocast(x):
-        return x.float().clamp(-CEIL, CEIL) @ W.float() + b.float()
-
-
-def linear_backward(du: Tensor, x: Tensor, W: Tensor | None) -> tuple:
-    """Gradients of linear()'s x, W, b."""
-    if W is None:
-        return du, None, None
-    with without_autocast(x):
-        x = x.float()
-        dx = (du @ W.float().mT).masked_fill(x.abs() >= CEIL, 0.0)
-        return dx, (x.clamp(-CEIL, CEIL).mT @ du).sum(0), du.sum((0, 2))[:, None]
-
-
-def masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """k, v and w = 1 (B, H, T, 1), with zeros for masked keys."""
-    if mask is None:
-        return k, v, v.new_ones(1, 1, 1, 1, dtype=torch.float32).expand(*v.shape[:3], 1)
-    mask = mask[:, None, :, None]
-    return k.masked_fill(~mask, 0), v.masked_fill(~mask, 0), mask.float().expand(*v.shape[:3], 1)
+def launch(kernel, grid: tuple, x, *args, **constants) -> None:
+    with torch.cuda.device_of(x[0] if isinstance(x, tuple) else x):
+        kernel[grid](x, *args, **constants, **CONFIGS[0])
 
 
 def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
-    """(y, d, S, z, states): y (B, H, T, E) and d (B, H, T) of q, k (B, H, T, D), v (B, H, T, E) after the state
-    S, z (None: zero), the state after them, and what backward needs (with `keep`). Float32.
+    """(y, d, S, z, states): y (B, H, T, E), in v's dtype, and d (B, H, T) of q, k (B, H, T, D), v (B, H, T, E)
+    after the state S, z (None: zero), the state after them (carry=False: no state), and what backward needs (with
+    `keep`). Float32, except y.
 
     Weights W (H, D, D), b (H, 1, D) of Hedgehog's map; all None: q and k are features. mask (B, T): key_mask."""
-    size = sizes(q, v, Wq)
-    k, v, w = masked(k, v, mask)
-    q, k = linear(q, Wq, bq), linear(k, Wk, bk)
-    S_c, z_c = sums(k, v, w, size)
-    S, z = scan(S_c, S), scan(z_c, z)
-    y, d = mix(q, k, v, w, S_c, z_c, size)
-    return y, d, S, z, (S_c, z_c) if keep else ()
+    if Wq is None:
+        return features_triton.forward(q, k, v, S, z, mask, keep)
+    s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
+    y, d = v.new_empty(B, H, T, s.E), q.new_empty(B, H, T, dtype=torch.float32)
+    S_end, z_end = q.new_empty(B, H, 2 * s.D, s.E, dtype=d.dtype), q.new_empty(B, H, 2 * s.D, dtype=d.dtype)
+    states = new_states(q, k, v, s)
+    S, z = (None if x is None else x.contiguous() for x in (S, z))
+    if T == 0:
+        S_end, z_end = (e.zero_() if x is None else e.copy_(x) for e, x in ((S_end, S), (z_end, z)))
+    elif B * H:
+        mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        launch(
+            states_kernel, (B * H, G, s.NE), rows(k), rows(v), None, None, None, None, mask, Wk, bk, S, z, *states,
+            T, L, BACKWARD=False, s=s,
+        )  # fmt: skip
+        launch(
+            output_kernel, (B * H, N + carry), rows(q), rows(k), rows(v), mask, Wq, bq, Wk, bk, *states, y, d,
+            S_end, z_end, T, L, s=s,
+        )  # fmt: skip
+    return y, d, S_end, z_end, states if keep else ()
 
 
 def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
-    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z, float32; dS, dz None: zero."""
-    size = sizes(q, v, Wq)
-    k, v, w = masked(k, v, mask)
-    u, u2 = linear(q, Wq, bq), linear(k, Wk, bk)
-    real, d = (d > 0)[..., None], d[..., None]
-    dN = dy.float() / torch.where(real, d, 1.0)
-    dd = torch.where(real, -(dN * y).sum(-1, keepdim=True), 0.0)
-    dS_c, dz_c = sums(u, dN, dd, size)
-    dS0, dz0 = scan(dS_c, dS, reverse=True), scan(dz_c, dz, reverse=True)
-    dv = mix(u2, u, dN, None, dS_c, dz_c, size, reverse=True)[0]
-    dv = dv if mask is None else dv.masked_fill(~mask[:, None, :, None], 0.0)
-    dq, dWq, dbq = linear_backward(grads(u, u2, dN, dd, v, w, *states, size), q, Wq)
-    dk, dWk, dbk = linear_backward(grads(u2, u, v, w, dN, dd, dS_c, dz_c, size, reverse=True), k, Wk)
-    return dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0
+    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z; dS, dz None: zero. dq, dk, dv have
+    the dtypes of q, k, v."""
+    if Wq is None:
+        return features_triton.backward(dy, dS, dz, q, k, v, mask, y, d, states)
+    s, (B, H, T), (_, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    of_maps = [torch.empty_like(x) for x in (Wq, bq, Wk, bk)]
+    dS0, dz0 = d.new_empty(B, H, 2 * s.D, s.E), d.new_empty(B, H, 2 * s.D)
+    dS, dz = (None if x is None else x.contiguous() for x in (dS, dz))
+    if T == 0 or B * H == 0:
+        dS0, dz0 = (e.zero_() if x is None else e.copy_(x) for e, x in ((dS0, dS), (dz0, dz)))
+        return dq, dk, dv, *(x.zero_() for x in of_maps), dS0, dz0
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    later, dd, parts = new_states(q, k, v, s), torch.empty_like(d), d.new_empty(2, B, H, G, s.D + 1, s.D)
+    inputs = rows(q), rows(k), rows(v), rows(dy), mask, Wq, bq, Wk, bk, d, dd
+    launch(
+        states_kernel, (B * H, G, s.NE), rows(q), None, rows(dy), rows(y), d, dd, None, Wq, bq, dS, dz, *later,
+        T, L, BACKWARD=True, s=s,
+    )  # fmt: skip
+    launch(queries_kernel, (B * H, G), *inputs, *states, dq, parts, T, L, s=s)
+    launch(keys_kernel, (B * H, G + 1), *inputs, *later, dk, dv, parts, dS0, dz0, T, L, s=s)
+    grid = 2 * H, triton.cdiv((s.D + 1) * s.D, 256)
+    launch(weights_kernel, grid, parts, *of_maps, B, G, BLOCK=256, ROWS=8, s=s)
+    return dq, dk, dv, *of_maps, dS0, dz0
 
 
 def decode(q, k, v, Wq, bq, Wk, bk, S, z):
-    """(y, S, z) after one token: y (B, H, 1, E), and the new state."""
-    s, (B, H), E = sizes(q, v, Wq), v.shape[:2], v.size(-1)
-    y = v.new_empty(B, H, 1, E, dtype=torch.float32)
-    S_after, z_after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (S, z))
-    sides = [rows(x) for x in (linear(q, Wq, bq), linear(k, Wk, bk), v, S)]
-    launch(decode_kernel, (B * H,), *sides, (z, *z.stride()), S_after, z_after, y, s=s)
+    """(y, S, z) after one token: y (B, H, 1, E), in v's dtype, and the new state."""
+    if Wq is None:
+        return features_triton.decode(q, k, v, S, z)
+    (B, H), E, S, z = q.shape[:2], v.size(-1), S.contiguous(), z.contiguous()
+    s = sizes(q, k, v)._replace(BE=16, NE=triton.cdiv(E, 16))
+    y, S_after, z_after = v.new_empty(B, H, 1, E), torch.empty_like(S), torch.empty_like(z)
+    sides = rows(q), rows(k), rows(v), Wq, bq, Wk, bk, S, z, S_after, z_after, y
+    launch(decode_kernel, (B * H, s.NE), *sides, BLOCK=16, s=s)
     return y, S_after, z_after
