@@ -19,9 +19,9 @@ db = sum of du. Two launches are the forward pass, four are the backward pass:
     states     S, z inside each segment, and their sum over it     a program: a segment    from k, v
     output     y, d                                                a program: a chunk
     states     the same from the end: dS, dz, and dd               a program: a segment    from q, dy, y, d
-    queries    dq, and dW, db of each segment                      a program: a segment
-    keys       dk, dv, and dW, db of each segment                  a program: a segment
-    weights    dW, db: their sums over segments and sequences      a program: a part of W
+    queries    dq, and the chunk's part of dW, db                  a program: a chunk
+    keys       dk, dv, and the chunk's part of dW, db              a program: a chunk
+    weights    dW, db: the sums of these parts                     a program: a part of W
 
 What is read and written: x and values once a launch, in their dtype; W once a program; features never. The state
 before a chunk is not scanned through memory. It is the sum of two parts: what the chunks before it in its segment
@@ -49,8 +49,8 @@ from fused import features_triton
 from fused.features_triton import head, rows
 
 CHUNK = 64  # tokens, C
-SEGMENTS = 16  # of a sequence, at most: each chunk adds up the sums of the segments before it
-PROGRAMS = 512  # of a launch over segments, about: an H100 has 132 processors
+SEGMENTS = 8  # of a sequence, at most: each chunk adds up the sums of the segments before it
+PROGRAMS = 264  # of a launch over segments, about: two for each of an H100's processors
 MAX_DIM = 128  # D: a program holds whole rows of u
 CONFIGS = [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=2), dict(num_warps=8, num_stages=3)]
 
@@ -95,18 +95,21 @@ def real_keys(mask, bh, rows, T, s: tl.constexpr):
 
 
 @triton.jit
-def block(x, bh, rows, real, cols, n_cols, s: tl.constexpr):
-    """x[b, h, rows, cols] of x = (pointer, strides of b, h, rows), zeros for tokens that are not real."""
+def block(x, bh, c, real, cols, n_cols, s: tl.constexpr):
+    """x[b, h, tokens of chunk c, cols] of x = (pointer, strides of b, h, tokens); zeros for tokens that are not
+    real. One address is 64 bits wide; the others are 32 bits from there, in half the registers."""
     base, stride = head(x, bh, s)
-    at = base + rows[:, None].to(tl.int64) * stride + cols[None, :]
+    at = base + (c * s.C).to(tl.int64) * stride + (tl.arange(0, s.C)[:, None] * stride + cols[None, :])
     return tl.load(at, mask=real[:, None] & (cols < n_cols)[None, :], other=0.0)
 
 
 @triton.jit
-def store_block(x, bh, rows, T, cols, n_cols, value):
+def store_block(x, bh, c, T, cols, n_cols, value, s: tl.constexpr):
     """The same for a dense result x (B, H, T, n_cols)."""
-    at = x + (bh.to(tl.int64) * T + rows[:, None]) * n_cols + cols[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=(rows < T)[:, None] & (cols < n_cols)[None, :])
+    i = tl.arange(0, s.C)
+    at = x + (bh.to(tl.int64) * T + c * s.C) * n_cols + (i[:, None] * n_cols + cols[None, :])
+    inside = (c * s.C + i < T)[:, None] & (cols < n_cols)[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -127,16 +130,17 @@ def weights(W, b, bh, s: tl.constexpr):
 
 
 @triton.jit
-def clamped(x, bh, rows, real, s: tl.constexpr):
+def clamped(x, bh, c, real, s: tl.constexpr):
     """x within +-CEIL (NaN stays), and where it was inside before: elsewhere its gradient is 0."""
-    X = block(x, bh, rows, real, tl.arange(0, s.BD), s.D, s).to(tl.float32)
+    X = block(x, bh, c, real, tl.arange(0, s.BD), s.D, s).to(tl.float32)
     inside = (X < CEIL) & (X > -CEIL)
     return operand(tl.where(X >= CEIL, CEIL, tl.where(X <= -CEIL, -CEIL, X)), s), inside
 
 
 @triton.jit
-def softmaxes(X, near, rest, bias, s: tl.constexpr):
-    """softmax(u) and softmax(-u) of u = X W + b, (C, BD) each."""
+def features(X, near, rest, bias, real, s: tl.constexpr):
+    """phi(x) of the clamped x: its halves softmax(u) + 1e-15 and softmax(-u) + 1e-15 of u = x W + b, (C, BD) each.
+    Zeros for tokens that are not real."""
     u = product(X, near, tl.full([s.C, s.BD], 0.0, tl.float32), s)
     if s.HALF:
         u = product(X, rest, u, s)
@@ -146,22 +150,10 @@ def softmaxes(X, near, rest, bias, s: tl.constexpr):
     low = tl.min(tl.where(inside, u, float("inf")), 1)
     p = tl.where(inside, tl.exp(u - high[:, None]), 0.0)
     n = tl.where(inside, tl.exp(low[:, None] - u), 0.0)
-    return p * (1.0 / tl.sum(p, 1))[:, None], n * (1.0 / tl.sum(n, 1))[:, None]
-
-
-@triton.jit
-def floored(p, real, s: tl.constexpr):
-    """Features of a softmax: 1e-15 more, and zeros for tokens that are not real."""
-    there = real[:, None] & (tl.arange(0, s.BD) < s.D)[None, :]
-    return tl.where(there, p + FLOOR, 0.0)
-
-
-@triton.jit
-def features(x, near, rest, bias, bh, rows, real, s: tl.constexpr):
-    """phi(x): its two halves, (C, BD) each, float32."""
-    X, _ = clamped(x, bh, rows, real, s)
-    p, n = softmaxes(X, near, rest, bias, s)
-    return floored(p, real, s), floored(n, real, s)
+    p = p * (1.0 / tl.sum(p, 1))[:, None] + FLOOR
+    n = n * (1.0 / tl.sum(n, 1))[:, None] + FLOOR
+    there = inside & real[:, None]
+    return tl.where(there, p, 0.0), tl.where(there, n, 0.0)
 
 
 @triton.jit
@@ -171,12 +163,13 @@ def inverse(d):
 
 
 @triton.jit
-def gradient_of_numerator(dy, d, bh, rows, T, j, s: tl.constexpr):
+def gradient_of_numerator(dy, d, bh, c, T, j, s: tl.constexpr):
     """Block j of dN = dy / d."""
+    rows = c * s.C + tl.arange(0, s.C)
     real = rows < T
     d_i = tl.load(d + bh.to(tl.int64) * T + rows, mask=real, other=1.0)
     inv = tl.where(d_i == 0, 0.0, inverse(d_i))
-    return block(dy, bh, rows, real, values(j, s), s.E, s).to(tl.float32) * inv[:, None]
+    return block(dy, bh, c, real, values(j, s), s.E, s).to(tl.float32) * inv[:, None]
 
 
 # ---------------------------------------------------------------- states: of chunks (n = chunk) and of segments
@@ -271,17 +264,17 @@ def states_kernel(
         save(S, z, bh, c, N, j, Sp, Sn, zp, zn, (c < N) & ((i > 0) | first), s)
         if BACKWARD:
             real = rows < T
-            V = gradient_of_numerator(dy, d, bh, rows, T, j, s)
+            V = gradient_of_numerator(dy, d, bh, c, T, j, s)
             w = tl.full([s.C], 0.0, tl.float32)
             for e in range(s.NE):  # dd = -dN.y
-                dN = gradient_of_numerator(dy, d, bh, rows, T, e, s)
-                w -= tl.sum(dN * block(y, bh, rows, real, values(e, s), s.E, s).to(tl.float32), 1)
+                dN = gradient_of_numerator(dy, d, bh, c, T, e, s)
+                w -= tl.sum(dN * block(y, bh, c, real, values(e, s), s.E, s).to(tl.float32), 1)
             tl.store(dd + bh.to(tl.int64) * T + rows, w, mask=real & (j == 0))
         else:
             real = real_keys(mask, bh, rows, T, s)
-            V = block(v, bh, rows, real, values(j, s), s.E, s)
+            V = block(v, bh, c, real, values(j, s), s.E, s)
             w = tl.where(real, 1.0, 0.0)
-        p, n = features(x, near, rest, bias, bh, rows, real, s)
+        p, n = features(clamped(x, bh, c, real, s)[0], near, rest, bias, real, s)
         Sp = product(tl.trans(p), V, Sp, s)
         Sn = product(tl.trans(n), V, Sn, s)
         zp += tl.sum(p * w[:, None], 0)
@@ -304,10 +297,10 @@ def output_kernel(
         rows = c * s.C + tl.arange(0, s.C)
         exists, real = rows < T, real_keys(mask, bh, rows, T, s)
         near, rest, bias = weights(Wk, bk, bh, s)
-        Kp, Kn = features(k, near, rest, bias, bh, rows, real, s)
+        Kp, Kn = features(clamped(k, bh, c, real, s)[0], near, rest, bias, real, s)
         Kp, Kn = operand(Kp, s), operand(Kn, s)
         near, rest, bias = weights(Wq, bq, bh, s)
-        Qp, Qn = features(q, near, rest, bias, bh, rows, exists, s)
+        Qp, Qn = features(clamped(q, bh, c, exists, s)[0], near, rest, bias, exists, s)
         # d: the keys before the chunk ...
         d_i = tl.sum(Qp * z_before(z, z_sum, bh, c, 0, N, G, 0, g, here, s)[None, :], 1)
         d_i += tl.sum(Qn * z_before(z, z_sum, bh, c, 1, N, G, 0, g, here, s)[None, :], 1)
@@ -319,77 +312,78 @@ def output_kernel(
         d_i += tl.sum(A, 1)
         tl.store(d + bh.to(tl.int64) * T + rows, d_i, mask=exists)
         for j in range(s.NE):
-            V = block(v, bh, rows, real, values(j, s), s.E, s)
+            V = block(v, bh, c, real, values(j, s), s.E, s)
             num = product(A, V, tl.full([s.C, s.BE], 0.0, tl.float32), s)
             num = product(Qp, S_before(S, S_sum, bh, c, 0, j, N, G, 0, g, here, s), num, s)
             num = product(Qn, S_before(S, S_sum, bh, c, 1, j, N, G, 0, g, here, s), num, s)
-            store_block(y, bh, rows, T, values(j, s), s.E, num * inverse(d_i)[:, None])
+            store_block(y, bh, c, T, values(j, s), s.E, num * inverse(d_i)[:, None], s)
 
 
 @triton.jit
-def gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s: tl.constexpr):
+def gradient_of_scores(dy, d, dd, v, real, bh, c, T, s: tl.constexpr):
     """G = tril(dN V^T + dd w^T) of a chunk, and dd."""
+    rows = c * s.C + tl.arange(0, s.C)
     dd_i = tl.load(dd + bh.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
     G = tl.full([s.C, s.C], 0.0, tl.float32) + dd_i[:, None]
     for j in range(s.NE):
-        V = block(v, bh, rows, real, values(j, s), s.E, s)
-        G = product(gradient_of_numerator(dy, d, bh, rows, T, j, s), tl.trans(V), G, s)
+        V = block(v, bh, c, real, values(j, s), s.E, s)
+        G = product(gradient_of_numerator(dy, d, bh, c, T, j, s), tl.trans(V), G, s)
     return tl.where((rows[:, None] >= rows[None, :]) & real[None, :], G, 0.0), dd_i
 
 
 @triton.jit
-def gradient_of_map(dp, dn, p, n):
-    """du of dp, dn, the gradients of p = softmax(u) and n = softmax(-u)."""
-    return p * (dp - tl.sum(p * dp, 1)[:, None]) - n * (dn - tl.sum(n * dn, 1)[:, None])
+def gradient_of_softmax(dp, p):
+    """du of p = softmax(u), from dp."""
+    p = p.to(tl.float32)
+    return p * (dp - tl.sum(p * dp, 1)[:, None])
 
 
 @triton.jit
-def store_dx(dx, du, inside, near, bh, rows, T, s: tl.constexpr):
+def store_dx(dx, du, inside, near, bh, c, T, s: tl.constexpr):
     """dx = du W^T, and 0 where x was clamped."""
     gradient = product(du, tl.trans(near), tl.full([s.C, s.BD], 0.0, tl.float32), s)
-    store_block(dx, bh, rows, T, tl.arange(0, s.BD), s.D, tl.where(inside, gradient, 0.0))
+    store_block(dx, bh, c, T, tl.arange(0, s.BD), s.D, tl.where(inside, gradient, 0.0), s)
 
 
 @triton.jit
-def store_weights(parts, side, bh, BH, g, G, dW, db, s: tl.constexpr):
-    """dW, db of a segment: rows 0 ... D - 1 and row D of parts[side, b, h, g]. Side 0: queries, side 1: keys."""
+def store_weights(parts, side, bh, BH, c, N, X, du, s: tl.constexpr):
+    """dW = X^T du and db of a chunk: rows 0 ... D - 1 and row D of parts[side, b, h, c]. Side 0: queries, 1: keys."""
+    dW = product(tl.trans(X), du, tl.full([s.BD, s.BD], 0.0, tl.float32), s)
     f, cols = tl.arange(0, s.BD), tl.arange(0, s.BD)
-    to = parts + ((side * BH + bh).to(tl.int64) * G + g) * ((s.D + 1) * s.D)
-    inside = (f < s.D)[:, None] & (cols < s.D)[None, :]
-    tl.store(to + f[:, None] * s.D + cols[None, :], dW, mask=inside)
-    tl.store(to + s.D * s.D + cols, db, mask=cols < s.D)
+    to = parts + ((side * BH + bh).to(tl.int64) * N + c) * ((s.D + 1) * s.D)
+    tl.store(to + f[:, None] * s.D + cols[None, :], dW, mask=(f < s.D)[:, None] & (cols < s.D)[None, :])
+    tl.store(to + s.D * s.D + cols, tl.sum(du, 0), mask=cols < s.D)
 
 
 @triton.jit
 def queries_kernel(
     q, k, v, dy, mask, Wq, bq, Wk, bk, d, dd, S, z, S_sum, z_sum, dq, parts, T, L, s: tl.constexpr
 ):
-    """dQ = G K + [dN dd] [S z]^T of each chunk of a segment, through the map: dq, and the parts of dW and db."""
-    bh, g = tl.program_id(0), tl.program_id(1)
+    """dQ = G K + [dN dd] [S z]^T of a chunk, through the map: dq, and the chunk's part of dW and db."""
+    bh, c = tl.program_id(0), tl.program_id(1)
     N = tl.cdiv(T, s.C)
     G = tl.cdiv(N, L)
     near, rest, bias = weights(Wq, bq, bh, s)
     near_k, rest_k, bias_k = weights(Wk, bk, bh, s)
-    dW, db = tl.full([s.BD, s.BD], 0.0, tl.float32), tl.full([s.BD], 0.0, tl.float32)
-    for i in range(L):
-        c = g * L + i
-        rows, here = c * s.C + tl.arange(0, s.C), (c < N) & ((i > 0) | (g == 0))
-        exists, real = rows < T, real_keys(mask, bh, rows, T, s)
-        scores, dd_i = gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s)
-        Kp, Kn = features(k, near_k, rest_k, bias_k, bh, rows, real, s)
-        dp = dd_i[:, None] * z_before(z, z_sum, bh, c, 0, N, G, 0, g, here, s)[None, :]
-        dn = dd_i[:, None] * z_before(z, z_sum, bh, c, 1, N, G, 0, g, here, s)[None, :]
-        dp, dn = product(scores, Kp, dp, s), product(scores, Kn, dn, s)
+    g, here = c // L, (c % L > 0) | (c < L)
+    rows = c * s.C + tl.arange(0, s.C)
+    exists, real = rows < T, real_keys(mask, bh, rows, T, s)
+    K = clamped(k, bh, c, real, s)[0]
+    Kp, Kn = features(K, near_k, rest_k, bias_k, real, s)
+    Q, inside = clamped(q, bh, c, exists, s)
+    Qp, Qn = features(Q, near, rest, bias, exists, s)
+    Kp, Kn, Qp, Qn = operand(Kp, s), operand(Kn, s), operand(Qp, s), operand(Qn, s)
+    scores, dd_i = gradient_of_scores(dy, d, dd, v, real, bh, c, T, s)
+    scores, du = operand(scores, s), tl.full([s.C, s.BD], 0.0, tl.float32)
+    for half in tl.static_range(2):
+        dQ = dd_i[:, None] * z_before(z, z_sum, bh, c, half, N, G, 0, g, here, s)[None, :]
+        dQ = product(scores, Kp if half == 0 else Kn, dQ, s)
         for j in range(s.NE):
-            dN = gradient_of_numerator(dy, d, bh, rows, T, j, s)
-            dp = product(dN, tl.trans(S_before(S, S_sum, bh, c, 0, j, N, G, 0, g, here, s)), dp, s)
-            dn = product(dN, tl.trans(S_before(S, S_sum, bh, c, 1, j, N, G, 0, g, here, s)), dn, s)
-        Q, inside = clamped(q, bh, rows, exists, s)
-        p, n = softmaxes(Q, near, rest, bias, s)
-        du = gradient_of_map(dp, dn, p, n)
-        store_dx(dq, du, inside, near, bh, rows, T, s)
-        dW, db = product(tl.trans(Q), du, dW, s), db + tl.sum(du, 0)
-    store_weights(parts, 0, bh, tl.num_programs(0), g, G, dW, db, s)
+            dN = gradient_of_numerator(dy, d, bh, c, T, j, s)
+            dQ = product(dN, tl.trans(S_before(S, S_sum, bh, c, half, j, N, G, 0, g, here, s)), dQ, s)
+        du += gradient_of_softmax(dQ, Qp if half == 0 else Qn) * (1 - 2 * half)
+    store_dx(dq, du, inside, near, bh, c, T, s)
+    store_weights(parts, 0, bh, tl.num_programs(0), c, N, Q, du, s)
 
 
 @triton.jit
@@ -397,59 +391,58 @@ def keys_kernel(
     q, k, v, dy, mask, Wq, bq, Wk, bk, d, dd, dS, dz, dS_sum, dz_sum, dk, dv, parts, dS0, dz0, T, L,
     s: tl.constexpr
 ):  # fmt: skip
-    """dK = G^T Q + [V w] [dS dz]^T of each chunk of a segment, through the map: dk, and the parts of dW and db; and
-    dV = tril(Q K^T)^T dN + K dS. The program after the last segment writes the gradient of the first state."""
-    bh, g = tl.program_id(0), tl.program_id(1)
+    """dK = G^T Q + [V w] [dS dz]^T of a chunk, through the map: dk, and the chunk's part of dW and db; and
+    dV = tril(Q K^T)^T dN + K dS. The program after the last chunk writes the gradient of the first state."""
+    bh, c = tl.program_id(0), tl.program_id(1)
     N = tl.cdiv(T, s.C)
     G = tl.cdiv(N, L)
-    if g == G:
+    if c == N:
         store_final(dS, dz, dS_sum, dz_sum, dS0, dz0, bh, N, G, s)
     else:
         near, rest, bias = weights(Wk, bk, bh, s)
         near_q, rest_q, bias_q = weights(Wq, bq, bh, s)
-        dW, db = tl.full([s.BD, s.BD], 0.0, tl.float32), tl.full([s.BD], 0.0, tl.float32)
-        for i in range(L):
-            c = g * L + i
-            rows, here = c * s.C + tl.arange(0, s.C), (c < N) & ((i < L - 1) | (g == G - 1))
-            exists, real = rows < T, real_keys(mask, bh, rows, T, s)
-            Qp, Qn = features(q, near_q, rest_q, bias_q, bh, rows, exists, s)
-            Qp, Qn = operand(Qp, s), operand(Qn, s)
-            K, inside = clamped(k, bh, rows, real, s)
-            p, n = softmaxes(K, near, rest, bias, s)
-            Kp, Kn = operand(floored(p, real, s), s), operand(floored(n, real, s), s)
-            A = product(Qp, tl.trans(Kp), tl.full([s.C, s.C], 0.0, tl.float32), s)
-            A = product(Qn, tl.trans(Kn), A, s)
-            A = operand(tl.where(rows[:, None] >= rows[None, :], A, 0.0), s)
-            scores, _ = gradient_of_scores(dy, d, dd, v, real, bh, rows, T, s)
-            scores, w = operand(scores, s), tl.where(real, 1.0, 0.0)[:, None]
-            dp = w * z_before(dz, dz_sum, bh, c, 0, N, G, g + 1, G, here, s)[None, :]
-            dn = w * z_before(dz, dz_sum, bh, c, 1, N, G, g + 1, G, here, s)[None, :]
-            dp, dn = product(tl.trans(scores), Qp, dp, s), product(tl.trans(scores), Qn, dn, s)
+        g, here = c // L, (c % L < L - 1) | (c // L == G - 1)
+        rows = c * s.C + tl.arange(0, s.C)
+        exists, real = rows < T, real_keys(mask, bh, rows, T, s)
+        Q = clamped(q, bh, c, exists, s)[0]
+        Qp, Qn = features(Q, near_q, rest_q, bias_q, exists, s)
+        K, inside = clamped(k, bh, c, real, s)
+        Kp, Kn = features(K, near, rest, bias, real, s)
+        Kp, Kn, Qp, Qn = operand(Kp, s), operand(Kn, s), operand(Qp, s), operand(Qn, s)
+        A = product(Qp, tl.trans(Kp), tl.full([s.C, s.C], 0.0, tl.float32), s)
+        A = product(Qn, tl.trans(Kn), A, s)
+        A = operand(tl.where(rows[:, None] >= rows[None, :], A, 0.0), s)
+        for j in range(s.NE):
+            dN = gradient_of_numerator(dy, d, bh, c, T, j, s)
+            dV = product(tl.trans(A), dN, tl.full([s.C, s.BE], 0.0, tl.float32), s)
+            dV = product(Kp, S_before(dS, dS_sum, bh, c, 0, j, N, G, g + 1, G, here, s), dV, s)
+            dV = product(Kn, S_before(dS, dS_sum, bh, c, 1, j, N, G, g + 1, G, here, s), dV, s)
+            store_block(dv, bh, c, T, values(j, s), s.E, dV, s)
+        scores, _ = gradient_of_scores(dy, d, dd, v, real, bh, c, T, s)
+        scores, du = operand(tl.trans(scores), s), tl.full([s.C, s.BD], 0.0, tl.float32)
+        for half in tl.static_range(2):
+            dz_i = z_before(dz, dz_sum, bh, c, half, N, G, g + 1, G, here, s)
+            dK = tl.where(real, 1.0, 0.0)[:, None] * dz_i[None, :]
+            dK = product(scores, Qp if half == 0 else Qn, dK, s)
             for j in range(s.NE):
-                V = block(v, bh, rows, real, values(j, s), s.E, s)
-                dN = gradient_of_numerator(dy, d, bh, rows, T, j, s)
-                dV = product(tl.trans(A), dN, tl.full([s.C, s.BE], 0.0, tl.float32), s)
-                dS_j = operand(S_before(dS, dS_sum, bh, c, 0, j, N, G, g + 1, G, here, s), s)
-                dp, dV = product(V, tl.trans(dS_j), dp, s), product(Kp, dS_j, dV, s)
-                dS_j = operand(S_before(dS, dS_sum, bh, c, 1, j, N, G, g + 1, G, here, s), s)
-                dn, dV = product(V, tl.trans(dS_j), dn, s), product(Kn, dS_j, dV, s)
-                store_block(dv, bh, rows, T, values(j, s), s.E, dV)
-            du = gradient_of_map(dp, dn, p, n)
-            store_dx(dk, du, inside, near, bh, rows, T, s)
-            dW, db = product(tl.trans(K), du, dW, s), db + tl.sum(du, 0)
-        store_weights(parts, 1, bh, tl.num_programs(0), g, G, dW, db, s)
+                V = block(v, bh, c, real, values(j, s), s.E, s)
+                dS_j = S_before(dS, dS_sum, bh, c, half, j, N, G, g + 1, G, here, s)
+                dK = product(V, tl.trans(dS_j), dK, s)
+            du += gradient_of_softmax(dK, Kp if half == 0 else Kn) * (1 - 2 * half)
+        store_dx(dk, du, inside, near, bh, c, T, s)
+        store_weights(parts, 1, bh, tl.num_programs(0), c, N, K, du, s)
 
 
 @triton.jit
-def weights_kernel(parts, dWq, dbq, dWk, dbk, B, G, BLOCK: tl.constexpr, ROWS: tl.constexpr, s: tl.constexpr):
-    """dW, db of a head: the sums of their parts over sequences and segments, ROWS of them at once."""
+def weights_kernel(parts, dWq, dbq, dWk, dbk, B, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, s: tl.constexpr):
+    """dW, db of a head: the sums of their parts over sequences and chunks, ROWS of them at once."""
     side, h = tl.program_id(0) // s.H, tl.program_id(0) % s.H
     m, M = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), (s.D + 1) * s.D
     total = tl.full([BLOCK], 0.0, tl.float32)
-    for i in range(0, B * G, ROWS):
+    for i in range(0, B * N, ROWS):
         r = i + tl.arange(0, ROWS)
-        part = ((side * B + r // G) * s.H + h).to(tl.int64) * G + r % G
-        inside = (r < B * G)[:, None] & (m < M)[None, :]
+        part = ((side * B + r // N) * s.H + h).to(tl.int64) * N + r % N
+        inside = (r < B * N)[:, None] & (m < M)[None, :]
         total += tl.sum(tl.load(parts + part[:, None] * M + m[None, :], mask=inside, other=0.0), 0)
     of_W, of_b = m < s.D * s.D, (m >= s.D * s.D) & (m < M)
     if side == 0:
@@ -580,7 +573,7 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
     the dtypes of q, k, v."""
     if Wq is None:
         return features_triton.backward(dy, dS, dz, q, k, v, mask, y, d, states)
-    s, (B, H, T), (_, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
+    s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     of_maps = [torch.empty_like(x) for x in (Wq, bq, Wk, bk)]
     dS0, dz0 = d.new_empty(B, H, 2 * s.D, s.E), d.new_empty(B, H, 2 * s.D)
@@ -589,16 +582,16 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
         dS0, dz0 = (e.zero_() if x is None else e.copy_(x) for e, x in ((dS0, dS), (dz0, dz)))
         return dq, dk, dv, *(x.zero_() for x in of_maps), dS0, dz0
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    later, dd, parts = new_states(q, k, v, s), torch.empty_like(d), d.new_empty(2, B, H, G, s.D + 1, s.D)
+    later, dd, parts = new_states(q, k, v, s), torch.empty_like(d), d.new_empty(2, B, H, N, s.D + 1, s.D)
     inputs = rows(q), rows(k), rows(v), rows(dy), mask, Wq, bq, Wk, bk, d, dd
     launch(
         states_kernel, (B * H, G, s.NE), rows(q), None, rows(dy), rows(y), d, dd, None, Wq, bq, dS, dz, *later,
         T, L, BACKWARD=True, s=s,
     )  # fmt: skip
-    launch(queries_kernel, (B * H, G), *inputs, *states, dq, parts, T, L, s=s)
-    launch(keys_kernel, (B * H, G + 1), *inputs, *later, dk, dv, parts, dS0, dz0, T, L, s=s)
+    launch(queries_kernel, (B * H, N), *inputs, *states, dq, parts, T, L, s=s)
+    launch(keys_kernel, (B * H, N + 1), *inputs, *later, dk, dv, parts, dS0, dz0, T, L, s=s)
     grid = 2 * H, triton.cdiv((s.D + 1) * s.D, 256)
-    launch(weights_kernel, grid, parts, *of_maps, B, G, BLOCK=256, ROWS=8, s=s)
+    launch(weights_kernel, grid, parts, *of_maps, B, N, BLOCK=256, ROWS=8, s=s)
     return dq, dk, dv, *of_maps, dS0, dz0
 
 
