@@ -523,16 +523,15 @@ def cuts(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
     return N, (N + L - 1) // L if T else 0, L
 
 
-def shapes_of_states(q: Tensor, k: Tensor, v: Tensor) -> list[tuple]:
-    """Of S, z of chunks and of segments. S of chunks has the dtype of the products' factors."""
-    (B, H, _, D), E = q.shape, v.size(-1)
-    N, G, _ = cuts(q, k, v)
-    return [(B, H, n, *m) for n in (N, G) for m in ((2, D, E), (2, D))]
-
-
-def new_states(q: Tensor, k: Tensor, v: Tensor, s: Sizes) -> list[Tensor]:
-    kinds = torch.bfloat16 if s.HALF else torch.float32, torch.float32, torch.float32, torch.float32
-    return [q.new_empty(shape, dtype=kind) for shape, kind in zip(shapes_of_states(q, k, v), kinds)]
+def new_states(q: Tensor, k: Tensor, v: Tensor, W: Tensor | None) -> list[Tensor]:
+    """Memory for S, z of chunks and of segments; of features for those of chunks. S of chunks is bfloat16 where the
+    factors of products are."""
+    if W is None:
+        return features_triton.new_states(q, v)
+    (B, H, _, D), E, (N, G, _) = q.shape, v.size(-1), cuts(q, k, v)
+    kind = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+    S, z = q.new_empty(B, H, N, 2, D, E, dtype=kind), q.new_empty(B, H, N, 2, D, dtype=torch.float32)
+    return [S, z, *(z.new_empty(B, H, G, *x.shape[3:]) for x in (S, z))]
 
 
 def launch(kernel, grid: tuple, x, *args, **constants) -> None:
@@ -551,7 +550,7 @@ def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
     s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
     y, d = v.new_empty(B, H, T, s.E), q.new_empty(B, H, T, dtype=torch.float32)
     S_end, z_end = q.new_empty(B, H, 2 * s.D, s.E, dtype=d.dtype), q.new_empty(B, H, 2 * s.D, dtype=d.dtype)
-    states = new_states(q, k, v, s)
+    states = new_states(q, k, v, Wq)
     S, z = (None if x is None else x.contiguous() for x in (S, z))
     if T == 0:
         S_end, z_end = (e.zero_() if x is None else e.copy_(x) for e, x in ((S_end, S), (z_end, z)))
@@ -582,7 +581,7 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
         dS0, dz0 = (e.zero_() if x is None else e.copy_(x) for e, x in ((dS0, dS), (dz0, dz)))
         return dq, dk, dv, *(x.zero_() for x in of_maps), dS0, dz0
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    later, dd, parts = new_states(q, k, v, s), torch.empty_like(d), d.new_empty(2, B, H, N, s.D + 1, s.D)
+    later, dd, parts = new_states(q, k, v, Wq), torch.empty_like(d), d.new_empty(2, B, H, N, s.D + 1, s.D)
     inputs = rows(q), rows(k), rows(v), rows(dy), mask, Wq, bq, Wk, bk, d, dd
     launch(
         states_kernel, (B * H, G, s.NE), rows(q), None, rows(dy), rows(y), d, dd, None, Wq, bq, dS, dz, *later,

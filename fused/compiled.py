@@ -2,8 +2,8 @@
 of each operator which shapes it gives, for compilers and tracers, and which gradient it has.
 
 A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
-computes Hedgehog's features itself. For every other feature map it is given the features. All results are
-float32; chunked.cpp gives the gradients of q, k and v their dtypes.
+computes Hedgehog's features itself. For every other feature map it is given the features. The gradients of q, k
+and v have their dtypes, y of Triton's has v's; all other results are float32.
 """
 
 import functools
@@ -21,9 +21,9 @@ def results(n: int) -> str:
 GROUP = 4  # chunks: chunked.cpp keeps a state before each group
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk"
 SCHEMAS = {  # of Triton's; chunked.cpp has its own, with one tensor of states
-    "forward": f"({INPUTS}, Tensor? S, Tensor? z, Tensor? mask, bool keep, bool carry) -> " + results(6),
+    "forward": f"({INPUTS}, Tensor? S, Tensor? z, Tensor? mask, bool keep, bool carry) -> " + results(8),
     "backward": f"(Tensor dy, Tensor? dS, Tensor? dz, {INPUTS}, Tensor? mask, Tensor y, Tensor d, Tensor S_c, "
-    f"Tensor z_c) -> {results(9)}",
+    f"Tensor z_c, Tensor S_sum, Tensor z_sum) -> {results(9)}",
     "decode": f"({INPUTS}, Tensor S, Tensor z) -> {results(3)}",
 }
 
@@ -45,22 +45,24 @@ def register(space: str, triton) -> None:
     def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry):
         """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward."""
         (B, H, T, E), F = v.shape, n_features(q, Wq)
-        sizes = [(B, H, T, E), (B, H, T), (B, H, F, E), (B, H, F)]
-        if triton and keep:
-            states = [(B, H, up(T, triton.CHUNK), *size) for size in ((F, E), (F,))]
-        elif triton:
-            states = [(0,), (0,)]
+        found = value(v, (B, H, T, E)), *(empty(q, size) for size in ((B, H, T), (B, H, F, E), (B, H, F)))
+        if triton:
+            states = triton.new_states(q, k, v, Wq) if keep else ()
+            states = *states, *(empty(q, (0,)) for _ in range(4 - len(states)))
         else:
             groups = up(up(T, max(64, 32 * up(E, 32))), GROUP)
             n = lanes[torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32]
-            states = [(B * H * keep, groups, F * (n * up(E, n) + 1))]
-        return tuple(empty(q, s) for s in (*sizes, *states))
+            states = [empty(q, (B * H * keep, groups, F * (n * up(E, n) + 1)))]
+        return *found, *states
+
+    def value(v, shape):
+        return v.new_empty(shape) if triton else empty(v, shape)
 
     def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, *states):
         """The gradients of q, k, v, Wq, bq, Wk, bk (without a map of no elements), S, z."""
         S = *q.shape[:2], n_features(q, Wq), v.size(3)
         of_maps = ((0,) if x is None else x.shape for x in (Wq, bq, Wk, bk))
-        of_inputs = (x.new_empty(x.shape, dtype=torch.float32 if triton else x.dtype) for x in (q, k, v))
+        of_inputs = (x.new_empty(x.shape) for x in (q, k, v))
         return *of_inputs, *(empty(q, s) for s in (*of_maps, S, S[:3]))
 
     def bidirectional(q, k, v, Wq, bq, Wk, bk, mask):
@@ -73,7 +75,7 @@ def register(space: str, triton) -> None:
 
     def decode(q, k, v, Wq, bq, Wk, bk, S, z):
         """y (B, H, 1, E), S and z after one more token. It has no gradient."""
-        return tuple(empty(q, s) for s in (v.shape, S.shape, z.shape))
+        return value(v, v.shape), empty(q, S.shape), empty(q, z.shape)
 
     def multiply(A, B, times):
         return empty(A, (A.size(0), B.size(1)))
@@ -128,12 +130,11 @@ def as_operator(function):
     compute are tensors without elements."""
 
     def run(*args):
-        *found, last = function(*(args[:-2] + (args[-2:],) if function.__name__ == "backward" else args))
-        if function.__name__ == "forward":
-            found += last or (None, None)
-        else:
-            found.append(last)
-        return tuple(args[0].new_empty(0) if x is None else x for x in found)
+        if function.__name__ == "backward":
+            args = *args[:-4], args[-4:]
+        *found, last = function(*args)
+        states = [*last, *[None] * (4 - len(last))] if function.__name__ == "forward" else [last]
+        return tuple(args[0].new_empty(0, dtype=torch.float32) if x is None else x for x in (*found, *states))
 
     return run
 

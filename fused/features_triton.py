@@ -249,12 +249,18 @@ def sizes(q: Tensor, v: Tensor) -> Sizes:
     return Sizes(H=q.size(1), E=E, F=F, C=CHUNK, BT=32, BF=BF, NF=triton.cdiv(F, BF), BE=BE, P=PRECISION)
 
 
-def sums(x: Tensor, R: Tensor, w: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
-    (B, H, T), N = x.shape[:3], triton.cdiv(x.size(2), s.C)
-    S, z = x.new_empty(B, H, N, s.F, s.E, dtype=torch.float32), x.new_empty(B, H, N, s.F, dtype=torch.float32)
-    grid = B * H, N, s.NF * triton.cdiv(s.E, s.BE)
-    launch(sums_kernel, grid, rows(x), rows(R), rows(w), S, z, T, s=s)
-    return S, z
+def new_states(x: Tensor, v: Tensor) -> list[Tensor]:
+    """Memory for S, z of each chunk."""
+    (B, H, T, F), E = x.shape, v.size(-1)
+    S = x.new_empty(B, H, (T + CHUNK - 1) // CHUNK, F, E, dtype=torch.float32)
+    return [S, S.new_empty(S.shape[:4])]
+
+
+def sums(x: Tensor, R: Tensor, w: Tensor, s: Sizes) -> list[Tensor]:
+    S, z = new_states(x, R)
+    grid = S.size(0) * S.size(1), S.size(2), s.NF * triton.cdiv(s.E, s.BE)
+    launch(sums_kernel, grid, rows(x), rows(R), rows(w), S, z, x.size(2), s=s)
+    return [S, z]
 
 
 def scan(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
@@ -304,7 +310,7 @@ def forward(q, k, v, S, z, mask, keep):
     S_c, z_c = sums(k, v, w, size)
     S, z = scan(S_c, S), scan(z_c, z)
     y, d = mix(q, k, v, w, S_c, z_c, size)
-    return y.to(v.dtype), d, S, z, (S_c, z_c) if keep else ()
+    return y.to(v.dtype), d, S, z, [S_c, z_c] if keep else ()
 
 
 def backward(dy, dS, dz, q, k, v, mask, y, d, states):
@@ -318,7 +324,7 @@ def backward(dy, dS, dz, q, k, v, mask, y, d, states):
     dS0, dz0 = scan(dS_c, dS, reverse=True), scan(dz_c, dz, reverse=True)
     dv = mix(k, q, dN, None, dS_c, dz_c, size, reverse=True)[0]
     dv = dv if mask is None else dv.masked_fill(~mask[:, None, :, None], 0.0)
-    dq = grads(q, k, dN, dd, v, w, *states, size)
+    dq = grads(q, k, dN, dd, v, w, *states[:2], size)
     dk = grads(k, q, v, w, dN, dd, dS_c, dz_c, size, reverse=True)
     dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), dtypes))
     return dq, dk, dv, *[None] * 4, dS0, dz0
