@@ -37,6 +37,8 @@ of values, are padded to powers of two; values go in blocks of BE. `python -m fu
 kernel takes, without a GPU.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,7 +54,11 @@ CHUNK = 64  # tokens, C
 SEGMENTS = 8  # of a sequence, at most: each chunk adds up the sums of the segments before it
 PROGRAMS = 264  # of a launch over segments, about: two for each of an H100's processors
 MAX_DIM = 128  # D: a program holds whole rows of u
-CONFIGS = [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=2), dict(num_warps=8, num_stages=3)]
+CONFIGS = [  # of a launch; the first spills no register on an H100 (python -m fused.resources)
+    dict(num_warps=8, num_stages=2),
+    dict(num_warps=8, num_stages=3),
+    dict(num_warps=4, num_stages=2),
+]
 
 FLOOR, CEIL = tl.constexpr(feature_maps.FLOOR), tl.constexpr(feature_maps.CEIL)
 
@@ -346,11 +352,11 @@ def store_dx(dx, du, inside, near, bh, c, T, s: tl.constexpr):
 
 
 @triton.jit
-def store_weights(parts, side, bh, BH, c, N, X, du, s: tl.constexpr):
-    """dW = X^T du and db of a chunk: rows 0 ... D - 1 and row D of parts[side, b, h, c]. Side 0: queries, 1: keys."""
+def store_weights(parts, bh, c, N, X, du, s: tl.constexpr):
+    """dW = X^T du and db of a chunk: rows 0 ... D - 1 and row D of parts[b, h, c]."""
     dW = product(tl.trans(X), du, tl.full([s.BD, s.BD], 0.0, tl.float32), s)
     f, cols = tl.arange(0, s.BD), tl.arange(0, s.BD)
-    to = parts + ((side * BH + bh).to(tl.int64) * N + c) * ((s.D + 1) * s.D)
+    to = parts + (bh.to(tl.int64) * N + c) * ((s.D + 1) * s.D)
     tl.store(to + f[:, None] * s.D + cols[None, :], dW, mask=(f < s.D)[:, None] & (cols < s.D)[None, :])
     tl.store(to + s.D * s.D + cols, tl.sum(du, 0), mask=cols < s.D)
 
@@ -383,7 +389,7 @@ def queries_kernel(
             dQ = product(dN, tl.trans(S_before(S, S_sum, bh, c, half, j, N, G, 0, g, here, s)), dQ, s)
         du += gradient_of_softmax(dQ, Qp if half == 0 else Qn) * (1 - 2 * half)
     store_dx(dq, du, inside, near, bh, c, T, s)
-    store_weights(parts, 0, bh, tl.num_programs(0), c, N, Q, du, s)
+    store_weights(parts, bh, c, N, Q, du, s)
 
 
 @triton.jit
@@ -430,7 +436,7 @@ def keys_kernel(
                 dK = product(V, tl.trans(dS_j), dK, s)
             du += gradient_of_softmax(dK, Kp if half == 0 else Kn) * (1 - 2 * half)
         store_dx(dk, du, inside, near, bh, c, T, s)
-        store_weights(parts, 1, bh, tl.num_programs(0), c, N, K, du, s)
+        store_weights(parts, bh, c, N, K, du, s)
 
 
 @triton.jit
@@ -535,8 +541,20 @@ def new_states(q: Tensor, k: Tensor, v: Tensor, W: Tensor | None) -> list[Tensor
 
 
 def launch(kernel, grid: tuple, x, *args, **constants) -> None:
-    with torch.cuda.device_of(x[0] if isinstance(x, tuple) else x):
-        kernel[grid](x, *args, **constants, **CONFIGS[0])
+    """Run a kernel; where it fills a GPU, with the fastest of CONFIGS."""
+    tensor = x[0] if isinstance(x, tuple) else x
+    with torch.cuda.device_of(tensor):
+        if tensor.is_cuda and math.prod(grid) >= PROGRAMS:
+            tuned(kernel)[grid](x, *args, **constants)
+        else:
+            kernel[grid](x, *args, **constants, **CONFIGS[0])
+
+
+@functools.cache
+def tuned(kernel):
+    """The kernel, which times CONFIGS at its first launch of each Sizes and keeps the fastest. No kernel reads what it
+    writes, so that it may run twice."""
+    return triton.autotune([triton.Config({}, **config) for config in CONFIGS], key=["s"])(kernel)
 
 
 def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
@@ -587,8 +605,8 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
         states_kernel, (B * H, G, s.NE), rows(q), None, rows(dy), rows(y), d, dd, None, Wq, bq, dS, dz, *later,
         T, L, BACKWARD=True, s=s,
     )  # fmt: skip
-    launch(queries_kernel, (B * H, N), *inputs, *states, dq, parts, T, L, s=s)
-    launch(keys_kernel, (B * H, N + 1), *inputs, *later, dk, dv, parts, dS0, dz0, T, L, s=s)
+    launch(queries_kernel, (B * H, N), *inputs, *states, dq, parts[0], T, L, s=s)
+    launch(keys_kernel, (B * H, N + 1), *inputs, *later, dk, dv, parts[1], dS0, dz0, T, L, s=s)
     grid = 2 * H, triton.cdiv((s.D + 1) * s.D, 256)
     launch(weights_kernel, grid, parts, *of_maps, B, N, BLOCK=256, ROWS=8, s=s)
     return dq, dk, dv, *of_maps, dS0, dz0
