@@ -5,6 +5,7 @@ Without a CUDA device they run in Triton's interpreter, and are compiled but not
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -482,26 +483,98 @@ def test_head_dims_beyond_the_fused_map_are_refused():
         chunked_triton.forward(*inputs(1, 129, 5), *weights(129), None, None, None, False)
 
 
-@pytest.mark.parametrize("name, D", [("hedgehog", 8), ("elu", 8), ("hedgehog", 130)])
-def test_the_module_gives_the_same_with_this_kernel_as_without(name, D):
-    """Outputs, all gradients, generation; 130 dimensions are too many for the fused map: it is given features."""
-    q, k, v = inputs(20, D, D)
-    attn, results, before = LinearAttention(make_feature_map(name, 2, D)).to(DEVICE), {}, fused.chosen
+@pytest.fixture
+def chosen(monkeypatch):
+    """fused.use("triton"), with what is checked before a first use taken as right: that has tests of its own."""
+    before = fused.chosen
+    monkeypatch.setattr(fused, "proven", lambda *_: True)
+    fused.use("triton", DEVICE)
+    yield
+    fused.chosen = before
+
+
+@pytest.mark.parametrize(
+    "name, D, T, dtype, bound",
+    [
+        ("hedgehog", 8, 20, torch.float32, 1e-5),
+        ("elu", 8, 20, torch.float32, 1e-5),
+        ("hedgehog", 130, 20, torch.float32, 1e-5),
+        ("hedgehog", 32, 20, torch.bfloat16, 1e-2),
+        ("hedgehog", 256, 17, torch.bfloat16, 1e-2),
+    ],
+)
+def test_the_module_gives_the_same_with_this_kernel_as_without(name, D, T, dtype, bound, chosen):
+    """Outputs, all gradients, generation. 130 and 256 dimensions are too many for the fused map: it is given features.
+    In bfloat16, against float64."""
+    q, k, v = inputs(T, D, D, dtype=dtype)
+    results, exact = {}, torch.float32 if dtype == torch.float32 else torch.float64
+    for kernel, kind in (("torch", exact), ("triton", dtype)):
+        fused.use(kernel, DEVICE)
+        torch.manual_seed(0)
+        attn = LinearAttention(make_feature_map(name, 2, D)).to(DEVICE)
+        attn = attn.double() if kind == torch.float64 else attn
+        leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        y = attn(*leaves)
+        assert y.dtype == kind
+        found = [y, *torch.autograd.grad(y, [*leaves, *attn.parameters()], v.to(kind))]
+        with torch.no_grad():
+            cache = {}
+            pieces = [x.detach().split([T - 3, 1, 1, 1], 2) for x in leaves]
+            found.append(torch.cat([attn.extend(*piece, cache) for piece in zip(*pieces)], 2))
+        results[kernel] = [*found, *cache["state"]]
+    for got, want in zip(results["triton"], results["torch"], strict=True):
+        assert relative_error(got, want) < bound
+
+
+# ---------------------------------------------------------------- checked before its first use
+
+
+@pytest.mark.parametrize("dtype, D", [(torch.float32, 16), (torch.bfloat16, 32)])
+def test_the_check_finds_the_kernel_right(dtype, D):
+    """y, dq, dk, dv and a decoded token, of the dtype and head dim that will run."""
+    assert max(fused.kernel_deviations(fused.load("triton", DEVICE), DEVICE, dtype, D)) < 1e-2
+
+
+def test_each_dtype_head_dim_and_device_is_checked_once(monkeypatch):
+    seen, before = [], fused.chosen
+    cases = [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 4)]
+    fused.checked.cache_clear()
+    monkeypatch.setattr(fused, "verified", lambda kernel, *about: seen.append(about))
     try:
-        for kernel in ("torch", "triton"):
-            fused.use(kernel, DEVICE)
-            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-            y = attn(*leaves)
-            found = [y, *torch.autograd.grad(y.square().sum(), [*leaves, *attn.parameters()])]
+        fused.use("triton", DEVICE)
+        for dtype, D in [*cases, *cases]:
+            q, k, v = inputs(20, D, D, dtype=dtype)
             with torch.no_grad():
-                cache = {}
-                pieces = [x.split([17, 1, 1, 1], 2) for x in (q, k, v)]
-                found.append(torch.cat([attn.extend(*piece, cache) for piece in zip(*pieces)], 2))
-            results[kernel] = [*found, *cache["state"]]
+                LinearAttention(make_feature_map("hedgehog", 2, D)).to(DEVICE)(q, k, v)
     finally:
         fused.chosen = before
-    for got, want in zip(results["triton"], results["torch"]):
-        assert relative_error(got, want) < 1e-5
+        fused.checked.cache_clear()
+    assert [about for about in seen if len(about) == 3] == [(str(q.device), *case) for case in cases]
+
+
+def test_a_kernel_that_is_wrong_for_a_dtype_says_so_in_one_line(monkeypatch, capsys):
+    """auto goes on in PyTorch; who asked for the kernel gets an error. So does a kernel that raises."""
+    right = fused.load("triton", DEVICE)
+    monkeypatch.setitem(fused.LOADED, "triton", right)
+
+    def wrong(*args):
+        y, *rest = right.forward(*args)
+        return y * 1.1, *rest
+
+    def raises(*args):
+        raise RuntimeError("out of resource: shared memory\nand a second line")
+
+    for forward, why in ((wrong, "off by"), (raises, "RuntimeError: out of resource: shared memory")):
+        monkeypatch.setitem(fused.LOADED, "triton", SimpleNamespace(**{**vars(right), "forward": forward}))
+        fused.checked.cache_clear()
+        where = (DEVICE, torch.bfloat16, 16)
+        assert fused.checked("auto", *where) is False
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "runs in PyTorch for bfloat16 and head dim 16" in line and why in line
+        with pytest.raises(fused.Unavailable, match=why) as error:
+            fused.checked("triton", *where)
+        assert "\n" not in str(error.value)
+    fused.checked.cache_clear()
 
 
 # ---------------------------------------------------------------- on a GPU, compiled ahead of time
