@@ -48,6 +48,7 @@ from torch import Tensor
 
 import feature_maps
 from fused import features_triton
+from fused.features_triton import backward as backward_of_features
 from fused.features_triton import head, rows
 
 CHUNK = 64  # tokens, C
@@ -589,7 +590,7 @@ def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
     """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z; dS, dz None: zero. dq, dk, dv have
     the dtypes of q, k, v."""
     if Wq is None:
-        return features_triton.backward(dy, dS, dz, q, k, v, mask, y, d, states)
+        return backward_of_features(dy, dS, dz, q, k, v, mask, y, d, states)
     s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     of_maps = [torch.empty_like(x) for x in (Wq, bq, Wk, bk)]
