@@ -4,6 +4,7 @@
     python -m experiments.attention_maps out/RUN             any run of this repository
     python -m experiments.attention_maps gpt2 --text FILE    a Hugging Face model, by name or folder
     python -m experiments.attention_maps FOLDER/linear.safetensors    a converted one
+    python -m experiments.attention_maps ... --tokens 128 --html page.html    to point at, in a browser
 
 For the queries and keys of every layer and head: softmax's weights (Eq. 1), and those of every map (Eq. 2).
 Measures are averages over queries:
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import data
 from attention import LinearAttention, learns_map
-from experiments import figures, recall
+from experiments import attention_page, figures, recall
 from experiments.metrics import all_weights, attends_in, measure, queries_and_keys
 from experiments.runs import check_names
 from experiments.tables import markdown
@@ -59,12 +60,15 @@ class AnalyzeConfig:
     heads: int = 1  # how many heads of that layer weights.png shows, the spikiest ones
     panels: list[str] = setting([])  # maps with a panel in the pictures; by default six of them
     out_dir: str = "out/analysis"  # where the numbers and pictures go
+    html: str = ""  # a file for one page of all layers and heads, in which tokens can be pointed at
 
     def check(self) -> None:
         if strange := [name for name in self.maps if name not in FEATURE_MAPS]:
             raise UserError("--maps: " + unknown("feature map", strange[0], FEATURE_MAPS))
         if self.tokens < 2:
             raise UserError(f"tokens must be at least 2, not {self.tokens}")
+        if self.html and Path(self.html).is_dir():
+            raise UserError(f"--html takes a file, and {self.html} is a folder")
 
 
 def load(config: AnalyzeConfig, device: torch.device) -> tuple[GPT, str]:
@@ -171,7 +175,8 @@ def main() -> None:
     linearized = Path(name).is_file() and "linearized" in load_checkpoint(name)[1]
     if name and (linearized or not Path(name).exists() or (Path(name) / "config.json").exists()):
         check_name(name)
-        (model, idx), tokenizer = hugging_face(name, text, config.tokens), ""
+        model, idx = hugging_face(name, text, config.tokens)
+        tokenizer = f"hf:{getattr(model, 'source', name)}"
         attention = model.config.hedgehog["feature_map"] if linearized else "softmax"
     else:
         model, tokenizer = load(config, device)
@@ -203,9 +208,47 @@ def main() -> None:
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "analysis.json", facts)
-    tokens = [chr(i) for i in idx[0].tolist()] if tokenizer == "bytes" else []
-    drawn = draw(config, facts, qk, attends, tokens)
+    tokens = words(tokenizer, idx[0].tolist())
+    drawn = draw(config, facts, qk, attends, tokens if tokenizer == "bytes" else [])
     print(f"written to {out}: {', '.join(filter(None, ['analysis.json', *drawn]))}")
+    if config.html:
+        print(write_page(config, facts, qk, attends, tokens))
+
+
+def words(tokenizer: str, ids: list[int]) -> list[str]:
+    """Each token as text, with the space before it; half a letter is \ufffd."""
+    if tokenizer == "recall":
+        return [f" {i}" for i in ids]
+    decode = data.get_tokenizer(tokenizer)
+    found = [decode.decode_bytes([i]).decode(errors="replace") for i in ids]
+    if tokenizer.startswith(
+        "hf:"
+    ):  # SentencePiece writes a space as \u2581, and its decoder drops the first one
+        pieces = decode.hf.convert_ids_to_tokens(ids)
+        found = [
+            " " * p.startswith("\u2581") + w.lstrip(" ") if "\u2581" in p else w
+            for p, w in zip(pieces, found)
+        ]
+    return found
+
+
+@torch.no_grad()
+def write_page(config: AnalyzeConfig, facts: dict, qk: list, attends: list[dict], tokens: list[str]) -> str:
+    """The page of --html; returns what to say of it."""
+    labels = {name: label_of(name, facts["attention"]) for name in facts["maps"]}
+    names = config.panels or attention_page.choose(list(labels), facts["attention"])
+    weights: dict[str, list[Tensor]] = {name: [] for name in names}
+    for (q, k), of_layer in zip(qk, attends):
+        wanted = {name: attend for name, attend in of_layer.items() if name in names}
+        for name, A in all_weights(q, k, facts["causal"], wanted).items():
+            if name in names:
+                weights[name].append(A[0])  # (H, T, T)
+    of_all = {name: torch.stack(weights[name]) for name in names}  # (L, H, T, T)
+    text = config.text or "feature_maps.py"
+    about = f"Model: {config.checkpoint or FIRST}. Text: the first {len(tokens)} tokens of {text}."
+    path = Path(config.html)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return attention_page.write(path, about, tokens, facts, labels, of_all, keep_all=bool(config.panels))
 
 
 @torch.no_grad()
