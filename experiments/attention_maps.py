@@ -41,7 +41,7 @@ from support.devices import pick_device
 from support.hub import one_line
 from support.log import provenance
 from support.plots import label
-from swap import set_mode
+from swap import SoftmaxTeacher, set_mode
 
 ROOT = Path(__file__).parent.parent
 FIRST = "out/stdlib-hedgehog"  # where the first command leaves its checkpoint
@@ -100,6 +100,13 @@ def tokens_of(config: AnalyzeConfig, tokenizer: str, text: str, model: GPT) -> T
     data.check_tokenizer(model, words)
     ids = words.encode_many([text])[0][: min(config.tokens, most)]
     return torch.from_numpy(np.asarray(ids, np.int64))[None]
+
+
+def own_attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention of each layer on the CPU, with the weights of its map also where the model runs softmax."""
+    if any(isinstance(attend, SoftmaxTeacher) for attend in attends_in(model)):
+        set_mode(model, "linear")
+    return [attend.cpu() for attend in attends_in(model)]
 
 
 def check_name(name: str) -> None:
@@ -184,7 +191,7 @@ def main() -> None:
     if idx.size(1) < 2:
         raise UserError("the text has fewer than two tokens: give a longer one")
     qk = [(q.float().cpu(), k.float().cpu()) for q, k in queries_and_keys(model.to(device), idx.to(device))]
-    own = [attend.cpu() for attend in attends_in(model)]
+    own = own_attentions(model)
     causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
     maps = {m: LinearAttention(make_feature_map(m, H, D), causal) for m in config.maps}  # of all layers
     attends = [maps | ({attention: attend} if attention != "softmax" else {}) for attend in own]

@@ -205,9 +205,13 @@ def test_distilled_maps_come_with_the_teachers_queries_and_keys(train, command, 
         )
         qk[name] = torch.stack([torch.stack(pair) for pair in queries_and_keys(model, idx)])
     torch.testing.assert_close(qk["pupil"], qk["teacher"])
-    (attend, _), (q, k) = attends_in(model), qk["pupil"][0]  # its weights are the distilled maps'
+    (attend, _), (q, k) = attention_maps.own_attentions(model), qk["pupil"][0]
+    distilled = attend.weights(q, k)  # of the distilled maps: neither fresh ones nor softmax
     fresh = LinearAttention(make_feature_map("hedgehog", *q.shape[1::2]))
-    assert tokenizer == "bytes" and not torch.allclose(attend.weights(q, k), fresh.weights(q, k), rtol=0.01)
+    assert tokenizer == "bytes"
+    torch.testing.assert_close(distilled, LinearAttention(attend.phi).weights(q, k))
+    assert not torch.allclose(distilled, fresh.weights(q, k), rtol=0.01)
+    assert not torch.allclose(distilled, softmax_weights(q, k), rtol=0.01)
 
 
 def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows():

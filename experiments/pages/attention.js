@@ -135,7 +135,7 @@ function showGrid() {
     cell.textContent = heads <= 8 ? values[n].toFixed(2) : "";
   });
   const meaning = measure === "kl" ? "0 is a perfect mimic of softmax" : "small is spiky";
-  $("range").textContent = `From white, 0, to blue, ${most.toFixed(2)} nats: ${meaning}.`;
+  $("range").textContent = `From no colour, 0 nats, to blue, ${most.toFixed(2)} nats: ${meaning}.`;
 }
 
 // ------------------------------------------------ pointer and keyboard
