@@ -37,7 +37,7 @@ def pack(numbers: Tensor) -> str:
     """Whole numbers from 0 to 65535, as base64 of compressed bytes: first all low bytes, then all high bytes."""
     codes = numbers.numpy().astype(np.uint16).ravel()
     planes = np.concatenate([codes & 255, codes >> 8]).astype(np.uint8)
-    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(planes.tobytes())).decode()
 
 
 def choose(names: list[str], own: str) -> list[str]:

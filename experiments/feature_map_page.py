@@ -34,7 +34,7 @@ def contents() -> str:
     radii = [2.6 * math.sqrt((j + 0.5) / N_KEYS) for j in range(N_KEYS)]
     keys = [[round(r * f(golden * j), 3) for f in (math.cos, math.sin)] for j, r in enumerate(radii)]
     W = [[round(f(math.pi * i / FEATURES), 3) for i in range(FEATURES)] for f in (math.cos, math.sin)]
-    start = {"q": [2.2, 1.2], "t": 1.0, "W": W, "b": [0.0] * FEATURES, "form": "hedgehog"}
+    start = {"q": [2.2, -1.4], "t": 2.0, "W": W, "b": [0.0] * FEATURES, "form": "hedgehog_exp"}
     labels = {name: label(name) for name in ("softmax", "elu", "hedgehog", "hedgehog_exp")}
     return page("feature_map", keys=keys, start=start, labels=labels)
 

@@ -120,7 +120,7 @@ function buildCards() {
     card.innerHTML = `<h2></h2><p class="number"></p><p class="measures"></p>
       <svg class="plane" viewBox="-3.4 -3.4 6.8 6.8" tabindex="0" role="application"
         aria-label="The plane of queries and keys: arrows move the query"><g></g><circle class="handle" r=".32"/></svg>
-      ${svg("curve", "-4.3 -3.7 7.7 4.8")}<p class="soft">The features:</p>${svg("features", "-.4 -6.2 6.8 6.9")}`;
+      ${svg("curve", "-4.3 -3.7 7.7 4.8")}<p class="soft">φ of the keys:</p>${svg("features", "-.4 -6.2 6.8 6.9")}`;
     $("maps").append(card);
     listenToPlane(card.querySelector(".plane"));
   }
