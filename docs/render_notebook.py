@@ -25,7 +25,7 @@ Cell = tuple[str, str]  # "markdown" or "code", and the source
 
 ABOUT = """# Task {number}: {title}
 
-One of the ten [exercises](README.md). Work in a copy of this notebook. Git ignores copies that are called
+One of the [exercises](README.md). Work in a copy of this notebook. Git ignores copies that are called
 `exercises/my_*.ipynb`; in Colab, choose File, then "Save a copy in Drive".
 
 Run the cells from the first to the last. The cell that begins with `%%writefile` is yours: replace `raise
