@@ -22,7 +22,7 @@ from swap import set_mode, sockets  # noqa: E402
 GQA = dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SMALL)
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16, **GQA)
 LATENT = dict(
-    q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6, head_dim=4,
+    q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6, head_dim=4,
     n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1,
 )  # fmt: skip
 IMAGE = dict(image_size=12, patch_size=4, num_channels=1, **WIDTHS)
