@@ -149,8 +149,8 @@ def drawings():
 
 
 def traced(dashes: list[tuple[tuple, tuple]], dots: list[tuple]) -> int | None:
-    """Follow the curve from the first dot: 1 if its end is the second dot, 0 if not. None: it is not easy, as there are two
-    ways on, or the curve seems to have another number of dashes than 14.
+    """Follow the curve from the first dot: 1 if its end is the second dot, 0 if not. None: it is not easy, as there
+    are two ways on, or the curve seems to have another number of dashes than 14.
 
     It knows the ends of all dashes in any order, and goes to a dash near the end of the last one whose line meets
     the line of the last one halfway.
@@ -209,9 +209,7 @@ def test_a_drawing_has_the_dashes_of_the_definition(drawings):
         gaps = np.linalg.norm(points[:, None, :, None] - points[None, :, None], axis=-1).min((-1, -2))
         for i in range(len(drawing)):
             apart = np.delete(gaps[i], [j for j in (i - 1, i, i + 1) if 0 <= j < len(drawing)])
-            assert not (
-                apart < 1.2
-            ).any()  # 2, up to half a cell of the map at both ends, and between three points
+            assert not (apart < 1.1).any()  # 2, but for the cells of the map and a dash's three points
 
 
 def test_the_classes_differ_in_nothing_but_the_path(drawings):
