@@ -235,5 +235,7 @@ def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
 )
 def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
     code, _, stderr = command("experiments.lra", *flags.split())
-    said = [text for text in stderr.splitlines() if text and "expr/s" not in text]  # a bar while expressions are made
+    said = [
+        text for text in stderr.splitlines() if text and "expr/s" not in text
+    ]  # a bar while expressions are made
     assert code == 2 and len(said) == 1 and line in said[0], stderr
