@@ -12,7 +12,6 @@ from attention import LinearAttention, softmax_weights
 from experiments import attention_maps, figures
 from experiments.attention_maps import AnalyzeConfig
 from experiments.metrics import (
-    attends_in,
     cross_entropy,
     entropy,
     kendall_tau,

@@ -250,8 +250,7 @@ def test_the_javascript_of_the_second_page_is_feature_maps_py(browser):
                 of_page(browser, f"keys.map((k) => phi.{in_page}(k, {numbers}))"), features, rtol=1e-9
             )
             assert np.allclose(of_page(browser, f"weights('{in_page}', {q}, {numbers})"), A, rtol=1e-9)
-            scores = query @ keys.mT
-            tau = kendall_tau(A[None, None, None], scores, causal=False)[0, 0]
+            tau = kendalltau(A, (query @ keys.mT)[0, 0, 0]).statistic
             found = browser.js(f"tau(weights('{in_page}', {q}, {numbers}), keys.map((k) => dot({q}, k)))")
             assert found == pytest.approx(tau, abs=1e-9)
             found = browser.js(f"entropy(weights('{in_page}', {q}, {numbers}))")
