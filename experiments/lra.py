@@ -148,7 +148,7 @@ class LRAConfig(RunConfig):
     # -- this command
     attentions: list[str] = setting(list(PAPER))  # which ones to compare: any that has a bidirectional form
     seeds: int = 1  # how many seeds of each attention at its best learning rate, from --seed on
-    lrs: list[float] = setting([1e-3, 2e-3])  # learning rates that each attention tries
+    lrs: list[float] = setting([1e-3, 3e-3])  # learning rates that each attention tries
     sweep_steps: int = 0  # steps of a trial; 0: max_steps, and the best is the first seed's run
     jobs: int = 0  # runs at a time, each on threads of its own; 0: one for each core
     report: bool = False  # train nothing: the table of the runs that are finished
