@@ -21,12 +21,13 @@
 //
 //     float       one routine, below: the right-hand matrix is read in vectors along its rows, the left-hand one element
 //                 by element, with any strides
-//     BFloat16    oneDNN's, which PyTorch exports: AMX or AVX512-BF16, with float32 sums. Both matrices are rounded
-//                 copies, in the order that the processor wants (`left`, `right`)
+//     BFloat16    oneDNN's, which PyTorch exports: AMX or AVX512-BF16, with float32 sums. A left-hand matrix has dense
+//                 rows; of a right-hand one two rows take turns (`left`, `right` and their transposed forms)
 //
 // In both types float32 are the softmax over features, the denominators, the state and all sums. T is BFloat16 if q, k
-// and v are, and the processor multiplies it. What is a right-hand matrix somewhere is kept that way round: features as
-// Q^T, K^T (F, n): the softmax over features then runs down a column, 16 tokens in a vector, without horizontal sums.
+// and v are, and the processor multiplies it: then what is multiplied is rounded where it is computed, and kept so.
+// Features are kept as Q^T, K^T (F, n): the softmax over features then runs down a column, 16 tokens in a vector,
+// without horizontal sums.
 //
 // For backward, forward keeps only (S, z) before every GROUP chunks: F D / (GROUP n) floats a token. With few heads,
 // threads share a sequence: it is cut into segments of whole groups, the sum of K^T V of each segment comes first, then
@@ -59,7 +60,7 @@ constexpr int64_t GROUP = 4;        // chunks: backward is given the state befor
 template <class T>                  // what is multiplied: float or BFloat16
 constexpr int64_t ALIGN = W * sizeof(float) / sizeof(T);  // numbers in a vector
 template <class T>
-constexpr int64_t BLOCK = sizeof(T) == 2 ? 32 : 16;  // tokens: above the diagonal, blocks of scores are skipped
+constexpr int64_t BLOCK = sizeof(T) == 2 ? 64 : 16;  // tokens: above the diagonal, blocks of scores are skipped
 template <class T>
 constexpr bool rounds = sizeof(T) == 2;
 constexpr float FLOOR = 1e-15f, CEIL = 1e15f;  // feature_maps.py
@@ -153,63 +154,68 @@ void transpose(const float* A, int64_t lda, float* B, int64_t ldb, int64_t rows,
   transpose([=](int64_t i, int64_t j) { return Vec::loadu(A + i * lda + j); }, B, ldb, rows, cols);
 }
 
-// The float32 matrix A (rows, cols), or A^T, as a product takes it. Numbers of type float stay where they are, unless
-// a right-hand matrix is transposed. BFloat16 is rounded, into `to`. A has room for whole vectors both ways, and zeros
-// there.
+// A matrix A (rows, cols) of type T, or A^T, as a product takes it: where it is, or a copy at `to`. A has room for
+// whole vectors both ways. An odd last row of what becomes a right-hand matrix has zeros below it.
 
-Left<float> left(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, ld, 1}; }
-Left<float> left_transposed(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, 1, ld}; }
+template <class T>
+Left<T> left(const T* A, int64_t ld) { return {A, ld, 1}; }
+Left<float> left_transposed(const float* A, int64_t ld, int64_t, int64_t, float*, int64_t = 0) { return {A, 1, ld}; }
 Right<float> right(const float* A, int64_t ld, int64_t, int64_t, float*) { return {A, ld}; }
 Right<float> right_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, float* to) {
   transpose(A, ld, to, rows, rows, cols);
   return {to, rows};
 }
 
+Vec load_vec(const float* p) { return Vec::loadu(p); }
+Vec load_vec(const BFloat16* p) {
+  Vec x;
+  at::vec::load_to_float(p, x);
+  return x;
+}
+void store_vec(Vec x, float* to) { x.store(to); }  // rounds, if `to` is of BFloat16
+Vec rounded(Vec x, const float*) { return x; }
+float sum(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
+}
+
 #ifdef __AVX512BF16__
-// 16 pairs of numbers: side by side in a row, or one below the other
-struct InRow {
-  const float* A;
+void store_vec(Vec x, BFloat16* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+Vec rounded(Vec x, const BFloat16*) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+// 16 pairs of numbers, of columns j .. j + 15 and rows 2 i, 2 i + 1: one below the other
+struct Pairs {
+  const BFloat16* A;
   int64_t ld;
   Vec operator()(int64_t i, int64_t j) const {
-    const float* p = A + i * ld + 2 * j;
-    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + W), _mm512_loadu_ps(p)));
-  }
-};
-struct InColumn {
-  const float* A;
-  int64_t ld;
-  Vec operator()(int64_t i, int64_t j) const {
-    const float* p = A + 2 * i * ld + j;
-    const __m512bh two = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + ld), _mm512_loadu_ps(p));
+    const BFloat16* p = A + 2 * i * ld + j;
+    const __m256i below = _mm256_loadu_si256((const __m256i*)(p + ld));
+    const __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), below, 1);
     const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i turns = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(turns, (__m512i)two));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(turns, two));
   }
 };
 
-template <class Pairs>
-void copy(const Pairs& pairs, BFloat16* to, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i)
+void transpose(const BFloat16* A, int64_t lda, BFloat16* B, int64_t ldb, int64_t rows, int64_t cols) {
+  transpose(Pairs{A, lda}, reinterpret_cast<float*>(B), ldb / 2, rows / 2, cols);
+}
+Left<BFloat16> left_transposed(const BFloat16* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to,
+                               int64_t row = 0) {  // row: numbers from one row of the copy to the next
+  rows = round_up(rows, 2 * W), row = row ? row : rows;
+  transpose(A, ld, to, row, rows, cols);
+  return {to, row, 1};
+}
+Right<BFloat16> right(const BFloat16* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  const Pairs pairs{A, ld};
+  for (int64_t i = 0; i < (rows + 1) / 2; ++i)
     for (int64_t j = 0; j < cols; j += W) pairs(i, j).store(to + 2 * (i * cols + j));
-}
-
-Left<BFloat16> left(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
-  cols = round_up(cols, 2 * W);
-  copy(InRow{A, ld}, to, rows, cols / 2);
-  return {to, cols, 1};
-}
-Left<BFloat16> left_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
-  rows = round_up(rows, 2 * W);
-  transpose(InColumn{A, ld}, reinterpret_cast<float*>(to), rows / 2, rows / 2, cols);
-  return {to, rows, 1};
-}
-Right<BFloat16> right(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
-  copy(InColumn{A, ld}, to, (rows + 1) / 2, cols);
   return {to, cols};
 }
-Right<BFloat16> right_transposed(const float* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
-  cols = round_up(cols, 2 * W);
-  transpose(InRow{A, ld}, reinterpret_cast<float*>(to), rows, rows, cols / 2);
+Right<BFloat16> right_transposed(const BFloat16* A, int64_t ld, int64_t rows, int64_t cols, BFloat16* to) {
+  auto words = [=](int64_t i, int64_t j) { return Vec::loadu(A + i * ld + 2 * j); };
+  transpose(words, reinterpret_cast<float*>(to), rows, rows, round_up(cols, 2 * W) / 2);
   return {to, rows};
 }
 
@@ -218,18 +224,6 @@ void product(float* C, int64_t ldc, Left<BFloat16> A, Right<BFloat16> B, int64_t
   at::native::cpublas::brgemm(rows, cols, round_up(depth, 2), A.row, B.ld, ldc, add, A.p, B.p, C);
 }
 #endif
-
-template <class T>
-float rounded(float x) { return static_cast<float>(static_cast<T>(x)); }
-
-float dot(const float* a, const float* b, int64_t n) {
-  return at::vec::map2_reduce_all<float>(
-      [](Vec x, Vec y) { return x * y; }, [](Vec x, Vec y) { return x + y; }, a, b, n);
-}
-
-float sum(Vec x) {
-  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
-}
 
 // ---------------------------------------------------------------- sizes and memory
 
@@ -284,82 +278,99 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq
   if (mask) is(*mask, {B, q.size(2)}, at::kBool, "key_mask");
 }
 
-template <class Number>
-class Workspace {  // one allocation for all the small matrices of a thread
+// One allocation for all the small matrices of a thread. Space::parts(s, take) names them: take(pointer, count) is told
+// how many numbers each of them has.
+template <class Space>
+class Workspace : public Space {
  public:
-  explicit Workspace(const std::vector<int64_t>& sizes) {
+  explicit Workspace(const Sizes& s) {
+    auto bytes = [](auto* p, int64_t count) { return round_up(count * sizeof(*p), 64); };
     int64_t total = 0;
-    for (int64_t size : sizes) total += round_up(size, 16);
-    memory_ = at::empty({total}, at::kFloat);
-    float* p = memory_.mutable_data_ptr<float>();
-    for (int64_t size : sizes) parts_.push_back(p), p += round_up(size, 16);
+    this->parts(s, [&](auto*& part, int64_t count) { total += bytes(part, count); });
+    memory_ = at::empty({total}, at::kByte);
+    uint8_t* next = memory_.mutable_data_ptr<uint8_t>();
+    this->parts(s, [&](auto*& part, int64_t count) {
+      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(next);
+      next += bytes(part, count);
+    });
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
 #ifdef __AVX512BF16__
-    if (sizeof(Number) == 2) at::native::cpublas::brgemm_release();
+    if (rounds<typename Space::Number>) at::native::cpublas::brgemm_release();
 #endif
   }
-  float* operator[](int i) const { return parts_[i]; }
-  Number* copy(int i) const { return reinterpret_cast<Number*>(parts_[i]); }
 
  private:
   Tensor memory_;
-  std::vector<float*> parts_;
 };
 
-Vec load_vec(const float* p) { return Vec::loadu(p); }
-Vec load_vec(const BFloat16* p) {
-  Vec x;
-  at::vec::load_to_float(p, x);
-  return x;
-}
-
-void widen(const float* from, float* to, int64_t n) { std::copy_n(from, n, to); }
-void widen(const BFloat16* from, float* to, int64_t n) {
+// n numbers of one type as those of another
+template <class T>
+void convert(const T* from, T* to, int64_t n) {
   int64_t i = 0;
-  for (Vec x; i + W <= n; i += W) at::vec::load_to_float(from + i, x), x.store(to + i);
+  for (; i + ALIGN<T> <= n; i += ALIGN<T>) Vec::loadu(from + i).store(to + i);
   for (; i < n; ++i) to[i] = from[i];
 }
+void convert(const BFloat16* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) load_vec(from + i).store(to + i);
+  for (; i < n; ++i) to[i] = from[i];
+}
+void convert(const float* from, BFloat16* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + W <= n; i += W) store_vec(Vec::loadu(from + i), to + i);
+#endif
+  at::vec::convert(from + i, to + i, n - i);
+}
 
-// tokens t .. t + count of one head of x (B, H, T, width), float32 or bfloat16, into rows (n, ld) filled up with zeros;
-// less the centre
-void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, float* rows, int64_t ld,
-          const float* centre = nullptr) {
+// tokens t .. t + count of one head of x (B, H, T, width), float32 or bfloat16, into rows (n, ld) filled up with zeros
+template <class T>
+void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, T* rows, int64_t ld) {
   const int64_t H = x.size(1), width = x.size(3), stride = x.stride(2);
   const int64_t start = head / H * x.stride(0) + head % H * x.stride(1) + t * x.stride(2);
   auto copy = [&](auto* p) {
     for (int64_t i = 0; i < count; ++i, p += stride) {
       for (int64_t d = 0; d < width; d += 64 / sizeof(*p)) __builtin_prefetch(p + n * stride + d, 0, 2);
-      widen(p, rows + i * ld, width);
-      std::fill(rows + i * ld + width, rows + (i + 1) * ld, 0.f);
-      for (int64_t d = 0; centre && d < ld; d += W)
-        (Vec::loadu(rows + i * ld + d) - Vec::loadu(centre + d)).store(rows + i * ld + d);
+      convert(p, rows + i * ld, width);
+      if (width < ld) std::fill(rows + i * ld + width, rows + (i + 1) * ld, T(0.f));
     }
   };
   if (x.scalar_type() == at::kFloat) copy(x.const_data_ptr<float>() + start);
   else copy(x.const_data_ptr<BFloat16>() + start);
-  std::fill(rows + count * ld, rows + n * ld, 0.f);
-}
-
-void narrow(const float* from, float* to, int64_t n) { std::copy_n(from, n, to); }
-void narrow(const float* from, BFloat16* to, int64_t n) {
-  int64_t i = 0;
-#ifdef __AVX512BF16__
-  for (; i + 2 * W <= n; i += 2 * W) InRow{from, 0}(0, i / 2).store(to + i);
-#endif
-  at::vec::convert(from + i, to + i, n - i);
+  std::fill(rows + count * ld, rows + n * ld, T(0.f));
 }
 
 // rows (count, ld) into tokens t .. t + count of one head of x (B, H, T, width), contiguous, float32 or bfloat16
 void store(const float* rows, int64_t ld, Tensor& x, int64_t head, int64_t t, int64_t count) {
   const int64_t T = x.size(2), width = x.size(3), start = (head * T + t) * width;
   auto copy = [&](auto* p) {
-    for (int64_t i = 0; i < count; ++i) narrow(rows + i * ld, p + i * width, width);
+    for (int64_t i = 0; i < count; ++i) convert(rows + i * ld, p + i * width, width);
   };
   if (x.scalar_type() == at::kFloat) copy(x.mutable_data_ptr<float>() + start);
   else copy(x.mutable_data_ptr<BFloat16>() + start);
 }
+
+// Whether a number of x is as large as CEIL, and x with these clamped to it (in bfloat16: the next number above it)
+bool reaches_ceil(const float* x, int64_t n) {
+  Vec size(0.f);
+  for (int64_t i = 0; i < n; i += W) size = at::vec::maximum(size, Vec::loadu(x + i).abs());
+  return (size < Vec(CEIL)).zero_mask() != 0;
+}
+template <class T>
+void clamp(T* x, int64_t n) {
+  const Vec top(rounds<T> ? CEIL * 1.004f : CEIL);
+  for (int64_t i = 0; i < n; i += W) store_vec(at::vec::clamp(load_vec(x + i), Vec(0.f) - top, top), x + i);
+}
+#ifdef __AVX512BF16__
+bool reaches_ceil(const BFloat16* x, int64_t n) {  // numbers without their sign are in the order of their bits
+  __m512i size = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 2 * W)
+    size = _mm512_max_epu16(size, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(0x7fff)));
+  return _mm512_cmpgt_epu16_mask(size, _mm512_set1_epi16(BFloat16(CEIL).x)) != 0;
+}
+#endif
 
 // A state (S, z) in memory: S (F, ldd) and after it z (F)
 struct State {
@@ -392,12 +403,6 @@ struct State {
       for (int64_t e = 0; e < s.ldd; ++e) c[e] += state[f * s.ldd + e];
     for (int64_t e = 0; e < s.ldd; ++e) c[e] = total > 0 ? c[e] / total : 0.f;
   }
-  // to (F, ldd) = S - z c^T
-  static const float* centred(const float* state, const Sizes& s, const float* c, float* to) {
-    for (int64_t f = 0; f < s.F; ++f)
-      for (int64_t e = 0; e < s.ldd; ++e) to[f * s.ldd + e] = state[f * s.ldd + e] - state[s.F * s.ldd + f] * c[e];
-    return to;
-  }
   static bool any(const float* state, const Sizes& s) {  // whether it is not zero
     return std::any_of(state, state + size(s), [](float x) { return x != 0; });
   }
@@ -406,12 +411,42 @@ struct State {
   }
 };
 
+template <class T>
+void mean_of(const float* state, const Sizes& s, float* c) {  // where it is needed: where products round
+  if (rounds<T>) State::mean(state, s, c);
+  else std::fill_n(c, s.ldd, 0.f);
+}
+
 // ---------------------------------------------------------------- the queries or the keys, and their features
 
 template <class T>
+Vec exp(Vec x, const T*) { return x.exp_u20(); }
+template <class T>
+Vec reciprocal(Vec x, const T*) { return Vec(1.f) / x; }
+#ifdef __AVX512BF16__  // to 1e-4, which rounding would lose
+Vec exp(Vec x, const BFloat16*) {  // 2^t, where 2^(t - floor(t)) is a polynomial
+  const __m512 t = x * Vec(1.44269504f), r = _mm512_reduce_ps(t, 9);
+  Vec y = at::vec::fmadd(Vec(r), Vec(0.07802457f), Vec(0.2260672f));
+  y = at::vec::fmadd(at::vec::fmadd(y, Vec(r), Vec(0.69583347f)), Vec(r), Vec(0.99992523f));
+  return _mm512_scalef_ps(y, t);
+}
+Vec reciprocal(Vec x, const BFloat16*) { return _mm512_rcp14_ps(x); }
+#endif
+
+template <class T>
 struct Map {  // W of one head, ready for products
-  Left<T> W, WT, rest;  // rest: what W^T loses when it is rounded
-  bool rounded = false;  // whether it loses anything
+  Left<T> WT, rest;      // rest: what W^T loses when it is rounded
+  bool inexact = false;  // whether it loses anything
+};
+
+template <class T>
+struct MapSpace {  // what the features of a chunk need
+  T *X, *XT, *WT;  // the inputs; as products take them; W
+  float *u, *e;    // u^T = W^T x^T + b; exponentials of u and -u
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    take(X, s.n * s.ldx), take(XT, s.ldx * s.n), take(WT, 4 * s.ldx * s.ldx), take(u, s.ldx * s.n), take(e, s.F * W);
+  }
 };
 
 struct Side {
@@ -424,52 +459,64 @@ struct Side {
   const float* head_weight(int64_t head) const {
     return weight->const_data_ptr<float>() + head % x.size(1) * width() * width();
   }
+  bool shares_weight(const Side& other) const {
+    return mapped() && weight->const_data_ptr<float>() == other.weight->const_data_ptr<float>();
+  }
+  // W (ldx, ldx), rounded and filled up with zeros; rest: what it loses, and whether it loses anything
+  template <class T>
+  bool round_weight(const Sizes& s, int64_t head, T* to, T* rest) const {
+    const int64_t D = width(), ld = s.ldx;
+    std::fill_n(to, ld * ld, T(0.f)), std::fill_n(rest, ld * ld, T(0.f));
+    bool inexact = false;
+    for (int64_t i = 0; i < D; ++i) {
+      const float* exact = head_weight(head) + i * D;
+      convert(exact, to + i * ld, D);
+      for (int64_t j = 0; rounds<T> && j < D; j += W) {
+        const Vec lost = Vec::loadu(exact + j, std::min(W, D - j)) - load_vec(to + i * ld + j);
+        store_vec(lost, rest + i * ld + j);
+        inexact |= (lost != Vec(0.f)).zero_mask() != (1 << W) - 1;
+      }
+    }
+    return inexact;
+  }
 
   Map<float> map(const Sizes&, int64_t head, float*) const {
-    if (!mapped()) return {};
-    const float* p = head_weight(head);
-    return {{p, width(), 1}, {p, 1, width()}, {}, false};
+    return mapped() ? Map<float>{{head_weight(head), 1, width()}} : Map<float>{};
   }
 #ifdef __AVX512BF16__
   Map<BFloat16> map(const Sizes& s, int64_t head, BFloat16* to) const {
     if (!mapped()) return {};
-    const int64_t D = width(), ld = s.ldx;
-    std::vector<float> weight(ld * ld, 0.f);
-    for (int64_t d = 0; d < D; ++d) std::copy_n(head_weight(head) + d * D, D, weight.data() + d * ld);
-    Map<BFloat16> map{left(weight.data(), ld, ld, ld, to), left_transposed(weight.data(), ld, ld, ld, to + ld * ld)};
-    for (int64_t i = 0; i < ld * ld; i += W) {
-      Vec rounded, exact = Vec::loadu(weight.data() + i);
-      at::vec::load_to_float(to + i, rounded);
-      map.rounded |= (exact != rounded).zero_mask() != (1 << W) - 1;
-      (exact - rounded).store(weight.data() + i);
-    }
-    if (map.rounded) map.rest = left_transposed(weight.data(), ld, ld, ld, to + 2 * ld * ld);
-    return map;
+    const int64_t ld = s.ldx;
+    BFloat16 *rows = to + 2 * ld * ld, *rest = to + 3 * ld * ld;
+    const bool inexact = round_weight(s, head, rows, rest);
+    const Left<BFloat16> WT = left_transposed(rows, ld, ld, ld, to);
+    return {WT, inexact ? left_transposed(rest, ld, ld, ld, to + ld * ld) : WT, inexact};
   }
 #endif
 
-  // features PT (F, n) of a chunk; X (n, ldx) is left for backward, XT is scratch
+  // features PT (F, n) of a chunk; its inputs X (n, ldx) are left for backward
   template <class T>
-  void features(const Sizes& s, const Map<T>& map, int64_t head, int64_t chunk, float* X, T* XT, float* PT) const {
+  void features(const Sizes& s, const MapSpace<T>& w, const Map<T>& map, int64_t head, int64_t chunk, T* X,
+                T* PT) const {
     const int64_t t = chunk * s.n, count = s.tokens(chunk), D = width(), n = s.n;
     load(x, head, t, count, n, X, s.ldx);
     if (mapped()) {
-      for (int64_t i = 0; i < n * s.ldx; i += W)
-        at::vec::clamp(Vec::loadu(X + i), Vec(-CEIL), Vec(CEIL)).store(X + i);
-      const Right<T> xT = right_transposed(X, s.ldx, n, s.ldx, XT);
+      if (reaches_ceil(X, n * s.ldx)) clamp(X, n * s.ldx);
+      const Right<T> xT = right_transposed(X, s.ldx, n, s.ldx, w.XT);
+      product(w.u, n, map.WT, xT, D, n, D, false);  // u^T - b = W^T x^T
+      if (map.inexact) product(w.u, n, map.rest, xT, D, n, D, true);
       const float* b = bias->const_data_ptr<float>() + head % x.size(1) * D;
-      product(PT, n, map.WT, xT, D, n, D, false);  // u^T = W^T x^T + b
-      if (map.rounded) product(PT, n, map.rest, xT, D, n, D, true);
-      for (int64_t i = 0; i < n; i += W) hedgehog<T>(PT + i, PT + D * n + i, b, D, n);
+      for (int64_t i = 0; i < n; i += W) hedgehog(w.u + i, b, D, n, w.e, PT + i, PT + D * n + i);
     } else {
       transpose(X, s.ldx, PT, n, n, s.ldx);
     }
-    std::fill(PT + s.F * n, PT + s.ldf * n, 0.f);
+    std::fill(PT + s.F * n, PT + s.ldf * n, T(0.f));
     hide(s, head, chunk, PT);
   }
 
   // zero the features of tokens that do not exist or are masked (keys only)
-  void hide(const Sizes& s, int64_t head, int64_t chunk, float* PT) const {
+  template <class T>
+  void hide(const Sizes& s, int64_t head, int64_t chunk, T* PT) const {
     const int64_t t = chunk * s.n, count = s.tokens(chunk);
     const bool* real = mask ? mask->const_data_ptr<bool>() + head / x.size(1) * s.T + t : nullptr;
     for (int64_t j = 0; j < s.n; ++j)
@@ -477,37 +524,40 @@ struct Side {
         for (int64_t f = 0; f < s.F; ++f) PT[f * s.n + j] = 0.f;
   }
 
+  // W tokens, one in each lane: from u - b (D rows) softmax(u) in p and softmax(-u) in m. Softmax does not need its
+  // largest exponent if all are small: exp(-u) is then a division, 1 / exp(u). Each token decides for itself, because
+  // others must not change its bits.
   template <class T>
-  static Vec exp(Vec x) { return x.exp_u20(); }
-  template <class T>
-  static Vec reciprocal(Vec x) { return Vec(1.f) / x; }
-
-  template <class T>
-  static Vec rounded(Vec x) { return x; }
-
-  // W tokens, one in each lane: u - b (D rows) becomes softmax(u) in p and softmax(-u) in m
-  template <class T>
-  static void hedgehog(float* p, float* m, const float* b, int64_t D, int64_t n) {
-    Vec top = Vec::loadu(p) + Vec(b[0]), low = top, sum_p(0.f), sum_m(0.f);
-    for (int64_t d = 1; d < D; ++d) {
-      const Vec u = Vec::loadu(p + d * n) + Vec(b[d]);
-      top = at::vec::maximum(top, u), low = at::vec::minimum(low, u);
-    }
-    // exp(low - u) = exp(low - top) / exp(u - top), whose constant factor cancels: a division instead of a second
-    // exp, in those lanes where it cannot overflow (each token decides for itself: others must not change its bits)
-    const Vec narrow = (top - low) <= Vec(80.f);
-    const bool all = narrow.zero_mask() == 0;
+  static void hedgehog(const float* u, const float* b, int64_t D, int64_t n, float* e, T* p, T* m) {
+    float* f = e + D * W;
+    Vec size(0.f), sum_p(0.f), sum_m(0.f);
+#pragma GCC unroll 4
     for (int64_t d = 0; d < D; ++d) {
-      const Vec u = Vec::loadu(p + d * n) + Vec(b[d]), e = exp<T>(u - top);
-      Vec f = reciprocal<T>(e);
-      if (!all) f = Vec::blendv(exp<T>(low - u), f, narrow);
-      sum_p += e, sum_m += f;
-      e.store(p + d * n), f.store(m + d * n);
+      const Vec x = Vec::loadu(u + d * n) + Vec(b[d]), plus = exp(x, p), minus = reciprocal(plus, p);
+      size = at::vec::clamp_min(size, x.abs());  // NaN is in the sums
+      sum_p += plus, sum_m += minus;
+      plus.store(e + d * W), minus.store(f + d * W);
+    }
+    const Vec small = size <= Vec(40.f);
+    if (small.zero_mask()) {
+      Vec top = Vec::loadu(u) + Vec(b[0]), low = top, wide_p(0.f), wide_m(0.f);
+      for (int64_t d = 1; d < D; ++d) {
+        const Vec x = Vec::loadu(u + d * n) + Vec(b[d]);
+        top = at::vec::maximum(top, x), low = at::vec::minimum(low, x);
+      }
+      for (int64_t d = 0; d < D; ++d) {
+        const Vec x = Vec::loadu(u + d * n) + Vec(b[d]), plus = exp(x - top, p), minus = exp(low - x, p);
+        wide_p += plus, wide_m += minus;
+        Vec::blendv(plus, Vec::loadu(e + d * W), small).store(e + d * W);
+        Vec::blendv(minus, Vec::loadu(f + d * W), small).store(f + d * W);
+      }
+      sum_p = Vec::blendv(wide_p, sum_p, small), sum_m = Vec::blendv(wide_m, sum_m, small);
     }
     sum_p = Vec(1.f) / sum_p, sum_m = Vec(1.f) / sum_m;
+#pragma GCC unroll 4
     for (int64_t d = 0; d < D; ++d) {
-      rounded<T>(at::vec::fmadd(Vec::loadu(p + d * n), sum_p, Vec(FLOOR))).store(p + d * n);
-      rounded<T>(at::vec::fmadd(Vec::loadu(m + d * n), sum_m, Vec(FLOOR))).store(m + d * n);
+      store_vec(at::vec::fmadd(Vec::loadu(e + d * W), sum_p, Vec(FLOOR)), p + d * n);
+      store_vec(at::vec::fmadd(Vec::loadu(f + d * W), sum_m, Vec(FLOOR)), m + d * n);
     }
   }
 
@@ -534,53 +584,106 @@ struct Side {
   }
 };
 
-#ifdef __AVX512BF16__  // to 1e-4, which rounding would lose
+// W numbers of a row, from column j on: zero beyond column i, or before it
+Vec columns_up_to(int64_t i, const float* row, int64_t j) {
+  return j + W <= i + 1 ? Vec::loadu(row + j) : Vec::loadu(row + j, std::max<int64_t>(0, i + 1 - j));
+}
+Vec columns_from(int64_t i, Vec x, int64_t j) {
+  return j >= i ? x : j + W <= i ? Vec(0.f) : Vec::blendv(x, Vec(0.f), Vec::arange(float(j), 1.f) < Vec(float(i)));
+}
+
+// A (n, lda) = Q K^T, a row for each query, zero where the key comes later; total (n) = A 1
+template <class T>
+void scores(const Sizes& s, Left<T> Q, Right<T> KT, float* exact, T* A, int64_t lda, float* total) {
+  const int64_t n = s.n;
+  for (int64_t b = 0; b < n; b += BLOCK<T>) {
+    const int64_t end = std::min(n, b + BLOCK<T>);
+    product(exact + b * n, n, Q.at(b, 0), KT, end - b, end, s.F, false);
+    for (int64_t i = b; i < end; ++i) {
+      Vec of_row(0.f);
+      for (int64_t j = 0; j < end; j += W) {
+        const Vec x = rounded(columns_up_to(i, exact + i * n, j), A);
+        store_vec(x, A + i * lda + j);
+        of_row += x;
+      }
+      total[i] = sum(of_row);
+    }
+  }
+}
+
+// AT (n, n) = K Q^T + 1 c^T, a row for each key, zero where the query comes earlier; c: n numbers, or none
+template <class T>
+void scores_of_keys(const Sizes& s, Left<T> K, Right<T> QT, int64_t depth, const float* c, float* exact, T* AT) {
+  const int64_t n = s.n;
+  for (int64_t b = 0; b < n; b += BLOCK<T>) {
+    const int64_t end = std::min(n, b + BLOCK<T>);
+    product(exact + b * n + b, n, K.at(b, 0), QT.at(0, b), end - b, n - b, depth, false);
+    for (int64_t j = b; j < end; ++j)
+      for (int64_t i = b; i < n; i += W) {
+        const Vec x = Vec::loadu(exact + j * n + i);
+        store_vec(columns_from(j, c ? x + Vec::loadu(c + i) : x, i), AT + j * n + i);
+      }
+  }
+}
+
+// The sum of a row of numbers, or of their products with c
+template <class T>
+float sum_of(const T* row, const float* c, int64_t n) {
+  Vec total(0.f);
+  for (int64_t i = 0; i < n; i += W)
+    total = c ? at::vec::fmadd(load_vec(row + i), Vec::loadu(c + i), total) : total + load_vec(row + i);
+  return sum(total);
+}
+
+#ifdef __AVX512BF16__
 template <>
-Vec Side::exp<BFloat16>(Vec x) { return x.fexp_u20(); }
-template <>
-Vec Side::reciprocal<BFloat16>(Vec x) { return _mm512_rcp14_ps(x); }
-template <>
-Vec Side::rounded<BFloat16>(Vec x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+float sum_of(const BFloat16* row, const float* c, int64_t n) {
+  Vec total(0.f);
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    const __m512i x = _mm512_loadu_si512(row + i);
+    if (!c) {
+      total = _mm512_dpbf16_ps(total, (__m512bh)x, (__m512bh)_mm512_set1_epi16(0x3f80));  // ones
+    } else {
+      total = at::vec::fmadd(load_vec(row + i), Vec::loadu(c + i), total);
+      total = at::vec::fmadd(load_vec(row + i + W), Vec::loadu(c + i + W), total);
+    }
+  }
+  return sum(total);
 }
 #endif
 
-// Scores (n, n) = Q K^T, a row for each query, zero where the key comes later; or, upper, K Q^T, a row for each key
+// z Q^T (n): in float32, whatever T is
 template <class T>
-void scores(const Sizes& s, Left<T> Q, Right<T> KT, bool upper, float* A) {
-  const int64_t n = s.n;
-  for (int64_t i = 0; i < n; i += BLOCK<T>) {
-    const int64_t begin = upper ? i : 0, end = upper ? n : i + BLOCK<T>;
-    product(A + i * n + begin, n, Q.at(i, 0), KT.at(0, begin), BLOCK<T>, end - begin, s.F, false);
-    for (int64_t row = i; row < i + BLOCK<T>; ++row)
-      std::fill(A + row * n + (upper ? begin : row + 1), A + row * n + (upper ? row : end), 0.f);
+void weigh(const float* z, const T* QT, int64_t F, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    Vec total[4];  // of even and odd features
+    auto add = [&](int64_t f, int at) {
+      for (int j = 0; j < 2; ++j)
+        total[at + j] = at::vec::fmadd(Vec(z[f]), load_vec(QT + f * n + i + j * W), total[at + j]);
+    };
+    int64_t f = 0;
+    for (; f + 2 <= F; f += 2) add(f, 0), add(f + 1, 2);
+    if (f < F) add(f, 0);
+    (total[0] + total[2]).store(to + i), (total[1] + total[3]).store(to + i + W);
   }
 }
 
 // S += K^T V, z += K^T c, with c = 1 (nullptr) for keys and values; for queries and (dN, dd) c = dd
 template <class T>
-void accumulate(const Sizes& s, const float* KT, Left<T> KT_, Right<T> V, const float* c, float* state) {
-  product(state, s.ldd, KT_, V, s.F, s.ldd, s.n, true);
-  for (int64_t f = 0; f < s.F; ++f) {
-    Vec total(0.f);
-    for (int64_t i = 0; i < s.n; i += W) {
-      const Vec k = Vec::loadu(KT + f * s.n + i);
-      total = c ? at::vec::fmadd(k, Vec::loadu(c + i), total) : total + k;
-    }
-    state[s.F * s.ldd + f] += sum(total);
-  }
+void accumulate(const Sizes& s, const T* KT, Right<T> V, const float* c, float* state) {
+  product(state, s.ldd, left(KT, s.n), V, s.F, s.ldd, s.n, true);
+  for (int64_t f = 0; f < s.F; ++f) state[s.F * s.ldd + f] += sum_of(KT + f * s.n, c, s.n);
 }
 
 // What add_chunks(workspace, task, head, first chunk, last, sum) adds for the segments first .. last, and zeros for the
 // others: (segments, B H, State::size)
-template <class T, class AddChunks>
-Tensor segment_sums(const Sizes& s, int64_t first, int64_t last, const std::vector<int64_t>& sizes,
-                    const AddChunks& add_chunks) {
+template <class Space, class AddChunks>
+Tensor segment_sums(const Sizes& s, int64_t first, int64_t last, const AddChunks& add_chunks) {
   const int64_t heads = s.B * s.H, size = State::size(s);
   Tensor sums = at::zeros({s.segments, heads, size}, at::kFloat);
   float* sum = sums.mutable_data_ptr<float>();
   at::parallel_for(heads * first, heads * last, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w(sizes);
+    const Workspace<Space> w(s);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads;
       add_chunks(w, task, task % heads, s.first_chunk(segment), s.first_chunk(segment + 1), sum + task * size);
@@ -591,12 +694,11 @@ Tensor segment_sums(const Sizes& s, int64_t first, int64_t last, const std::vect
 
 // The state before each segment (or, from_end, after it): `first` (B H, State::size), plus the sums over the
 // segments on the way there
-template <class T, class AddChunks>
-void between_segments(const Sizes& s, Tensor& first, bool from_end, const std::vector<int64_t>& sizes,
-                      const AddChunks& add_chunks) {
+template <class Space, class AddChunks>
+void between_segments(const Sizes& s, Tensor& first, bool from_end, const AddChunks& add_chunks) {
   if (s.segments == 1) return;
   const int64_t heads = s.B * s.H, size = State::size(s);
-  const Tensor sums = segment_sums<T>(s, from_end, s.segments - 1 + from_end, sizes, add_chunks);
+  const Tensor sums = segment_sums<Space>(s, from_end, s.segments - 1 + from_end, add_chunks);
   const float* sum = sums.const_data_ptr<float>();
   float* to = first.mutable_data_ptr<float>();
   for (int64_t i = 1; i < s.segments; ++i) {
@@ -611,35 +713,45 @@ void between_segments(const Sizes& s, Tensor& first, bool from_end, const std::v
 // All segments: (B H, State::size)
 Tensor total(const Tensor& sums) { return sums.size(0) == 1 ? sums[0] : sums.sum(0); }
 
-// The sum of K^T V and K^T 1 over some chunks of a head, in a workspace of these sizes
-std::vector<int64_t> sizes_for_keys(const Sizes& s) {
-  return {s.n * s.ldx, s.ldx * s.n, s.ldf * s.n, s.n * s.ldd, s.ldf * s.n, s.n * s.ldd, 3 * s.ldx * s.ldx};
-}
 template <class T>
-void add_keys(const Workspace<T>& w, const Sizes& s, const Side& keys, const Tensor& v, int64_t head, int64_t c,
+struct KeySpace {  // what the sum of K^T V and K^T 1 over some chunks needs
+  using Number = T;
+  MapSpace<T> map;
+  T *KT, *V, *U;  // features; values; V as products take it
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    map.parts(s, take), take(KT, s.ldf * s.n), take(V, s.n * s.ldd), take(U, s.n * s.ldd);
+  }
+};
+
+template <class T>
+void add_keys(const KeySpace<T>& w, const Sizes& s, const Side& keys, const Tensor& v, int64_t head, int64_t c,
               int64_t end, float* sum) {
-  const int64_t n = s.n;
-  float *X = w[0], *KT = w[2], *V = w[3];
-  const Map<T> map = keys.map(s, head, w.copy(6));
+  const Map<T> map = keys.map(s, head, w.map.WT);
   for (; c < end; ++c) {
-    keys.features(s, map, head, c, X, w.copy(1), KT);
-    load(v, head, c * n, s.tokens(c), n, V, s.ldd);
-    accumulate(s, KT, left(KT, n, s.F, n, w.copy(4)), right(V, s.ldd, n, s.ldd, w.copy(5)), nullptr, sum);
+    keys.features(s, w.map, map, head, c, w.map.X, w.KT);
+    load(v, head, c * s.n, s.tokens(c), s.n, w.V, s.ldd);
+    accumulate(s, w.KT, right(w.V, s.ldd, s.n, s.ldd, w.U), nullptr, sum);
   }
 }
 
-// What products take for S: in bfloat16 S - z mean^T, where mean is that of v, so that rounding loses little (backward
-// says more); else S, and mean is 0
-template <class T>
-const float* for_rounding(const float* state, const Sizes& s, float* mean, float* centred) {
-  std::fill_n(mean, s.ldd, 0.f);
-  if (!rounds<T>) return state;
-  State::mean(state, s, mean);
-  return State::centred(state, s, mean, centred);
+// What products take for S: in bfloat16 S - z mean^T, where mean is about that of v, so that rounding loses little
+// (backward says more); else S. Zeros below an odd last row.
+const float* for_rounding(const float* S, const Sizes&, const float*, float*) { return S; }
+#ifdef __AVX512BF16__
+const BFloat16* for_rounding(const float* S, const Sizes& s, const float* mean, BFloat16* to) {
+  const float* z = S + s.F * s.ldd;
+  for (int64_t f = 0; f < s.F; ++f)
+    for (int64_t e = 0; e < s.ldd; e += W)
+      store_vec(Vec::loadu(S + f * s.ldd + e) - Vec(z[f]) * Vec::loadu(mean + e), to + f * s.ldd + e);
+  std::fill(to + s.F * s.ldd, to + s.ldf * s.ldd, BFloat16(0.f));
+  return to;
 }
+#endif
 
-// y = (N + Qz mean^T) / d, in the place of N
-void divide(const Sizes& s, int64_t count, const float* d, const float* Qz, const float* mean, float* N) {
+// y = (N + Qz mean^T) / d of tokens t .. t + count, in the place of N and then in y
+void divide(const Sizes& s, const float* d, const float* Qz, const float* mean, float* N, Tensor& y, int64_t head,
+            int64_t t, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const Vec scale(d[i] > 0 ? 1 / d[i] : 1), past(Qz[i]);
     for (int64_t e = 0; e < s.ldd; e += W) {
@@ -647,82 +759,111 @@ void divide(const Sizes& s, int64_t count, const float* d, const float* Qz, cons
       (numerator * scale).store(N + i * s.ldd + e);
     }
   }
+  store(N, s.ldd, y, head, t, count);
 }
 
 // ---------------------------------------------------------------- forward
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+template <class T>
+struct ForwardSpace {
+  using Number = T;
+  MapSpace<T> map;
+  T *QT, *KT, *V, *S;             // features, values, state: rounded
+  T *QA, *SV, *K, *WT;            // as products take them: Q and the scores A side by side, S above V, K^T, W of keys
+  float *exact, *N, *Qz, *d;      // scores, numerators, Q z and A 1, denominators
+  float *state, *mean;            // (S, z), and the mean of v in it
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    map.parts(s, take);
+    for (T** p : {&QT, &KT, &K}) take(*p, s.ldf * s.n);
+    take(V, s.n * s.ldd), take(S, s.ldf * s.ldd), take(WT, 4 * s.ldx * s.ldx);
+    take(QA, s.n * (s.ldf + s.n)), take(SV, (s.ldf + s.n) * s.ldd);
+    take(exact, s.n * s.n), take(N, s.n * s.ldd), take(Qz, s.n), take(d, s.n);
+    take(state, State::size(s)), take(mean, s.ldd);
+  }
+};
+
 // y (B, H, T, D), d (B, H, T), the new state S (B, H, F, D) and z (B, H, F), and states for backward.
-// `keep`: make states; `carry`: make the new state (without it S and z are of no use).
+// `keep`: make states; `carry`: make the new state (without it S and z are of no use); `narrow`: y has v's type, which
+// backward does not take.
 template <class T>
 Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
                    const Optional& Wk, const Optional& bk, const Optional& S0, const Optional& z0,
-                   const Optional& mask, bool keep, bool carry) {
+                   const Optional& mask, bool keep, bool carry, bool narrow) {
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
   const Sizes s = Sizes::of<T>(q, v, Wq.has_value());
-  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s);
-  Tensor y = at::empty({s.B, s.H, s.T, s.D}, at::kFloat), d = at::empty({s.B, s.H, s.T}, at::kFloat);
+  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), lda = s.ldf + n;
+  Tensor y = at::empty({s.B, s.H, s.T, s.D}, narrow ? v.scalar_type() : at::kFloat);
+  Tensor d = at::empty({s.B, s.H, s.T}, at::kFloat);
   Tensor S = at::empty({s.B, s.H, s.F, s.D}, at::kFloat), z = at::empty({s.B, s.H, s.F}, at::kFloat);
   Tensor states = at::empty({keep ? heads : 0, s.groups(), size}, at::kFloat);
-  Tensor before = State::at_segment(S0, z0, s, 0);  // the state before each segment, and then within it
-
-  const std::vector<int64_t> sizes{
-      n * s.ldx, s.ldx * n, s.ldf * n, s.ldf * n, n * n, n * s.ldd, n * s.ldd, n * s.ldf, s.ldf * n, s.ldf * n, n * n,
-      n * s.ldd, s.ldf * s.ldd, 3 * s.ldx * s.ldx, 3 * s.ldx * s.ldx, n, s.ldf * s.ldd, s.ldd};
-  between_segments<T>(s, before, false, sizes_for_keys(s), [&](const Workspace<T>& w, int64_t, int64_t head,
-                                                               int64_t c, int64_t end, float* sum) {
+  const bool tied = keys.shares_weight(queries);
+  const bool given = s.segments > 1 || S0;  // whether there is a state before the first chunk of a task
+  Tensor before = given ? State::at_segment(S0, z0, s, 0) : at::empty({0}, at::kFloat);  // ... of each segment
+  between_segments<KeySpace<T>>(s, before, false, [&](const KeySpace<T>& w, int64_t, int64_t head, int64_t c,
+                                                      int64_t end, float* sum) {
     add_keys(w, s, keys, v, head, c, end, sum);
   });
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w(sizes);
-    float *X = w[0], *KT = w[2], *QT = w[3], *A = w[4], *V = w[5], *N = w[6], *Qz = w[15], *centred = w[16],
-          *mean = w[17];
-    T* XT = w.copy(1);
+    const Workspace<ForwardSpace<T>> w(s);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
-      float* state = before.mutable_data_ptr<float>() + task * size;
-      const Map<T> map_q = queries.map(s, head, w.copy(13)), map_k = keys.map(s, head, w.copy(14));
-      for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
+      if (given) std::copy_n(before.const_data_ptr<float>() + task * size, size, w.state);
+      else std::fill_n(w.state, size, 0.f);
+      const Map<T> map_q = queries.map(s, head, w.map.WT), map_k = tied ? map_q : keys.map(s, head, w.WT);
+      for (int64_t c = s.first_chunk(segment), first = c; c < s.first_chunk(segment + 1); ++c) {
         const int64_t t = c * n, count = s.tokens(c);
         const bool past = c > 0 || S0;
-        std::fill_n(mean, s.ldd, 0.f), std::fill_n(Qz, n, 0.f);
         if (keep && c % GROUP == 0)
-          std::copy_n(state, size, states.mutable_data_ptr<float>() + (head * s.groups() + c / GROUP) * size);
-        queries.features(s, map_q, head, c, X, XT, QT);
-        keys.features(s, map_k, head, c, X, XT, KT);
-        load(v, head, t, count, n, V, s.ldd);
-        const Left<T> Q = left_transposed(QT, n, s.F, n, w.copy(7));
-        const Right<T> U = right(V, s.ldd, n, s.ldd, w.copy(11));
-
-        scores(s, Q, right(KT, n, s.F, n, w.copy(8)), false, A);
-        const Left<T> weights = left(A, n, n, n, w.copy(10));
-        if (past) {  // N = Q S, d = Q z
-          const float* S = for_rounding<T>(state, s, mean, centred);
-          product(N, s.ldd, Q, right(S, s.ldd, s.F, s.ldd, w.copy(12)), n, s.ldd, s.F, false);
-          product(Qz, n, Left<float>{state + s.F * s.ldd, s.F, 1}, Right<float>{QT, n}, 1, n, s.F, false);
+          std::copy_n(w.state, size, states.mutable_data_ptr<float>() + (head * s.groups() + c / GROUP) * size);
+        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT);
+        keys.features(s, w.map, map_k, head, c, w.map.X, w.KT);
+        load(v, head, t, count, n, w.V, s.ldd);
+        const Left<T> Q = left_transposed(w.QT, n, s.F, n, w.QA, lda);
+        const Right<T> V = right(w.V, s.ldd, n, s.ldd, w.SV + s.ldf * s.ldd);
+        scores(s, Q, right(w.KT, n, s.F, n, w.K), w.exact, w.QA + s.ldf, lda, w.d);  // d = A 1
+        Right<T> S{};
+        if (past) {  // N = Q S, d += Q z
+          if (c < first + GROUP || c % GROUP == 0) mean_of<T>(w.state, s, w.mean);
+          S = right(for_rounding(w.state, s, w.mean, w.S), s.ldd, s.ldf, s.ldd, w.SV);
+          if (!rounds<T>) product(w.N, s.ldd, Q, S, n, s.ldd, s.F, false);
+          weigh(w.state + s.F * s.ldd, w.QT, s.F, n, w.Qz);
+          for (int64_t i = 0; i < n; i += W) (Vec::loadu(w.d + i) + Vec::loadu(w.Qz + i)).store(w.d + i);
+        } else {
+          std::fill_n(w.mean, s.ldd, 0.f), std::fill_n(w.Qz, n, 0.f);
         }
-        for (int64_t i = 0; i < n; i += BLOCK<T>)  // + A V, of keys j < i + BLOCK
-          product(N + i * s.ldd, s.ldd, weights.at(i, 0), U, BLOCK<T>, s.ldd, i + BLOCK<T>, past);
-
-        float* ds = d.mutable_data_ptr<float>() + head * s.T + t;
-        for (int64_t i = 0; i < count; ++i) {  // + A 1
-          Vec total(0.f);
-          for (int64_t j = 0; j <= i; j += W) total += load_vec(weights.at(i, j).p);
-          ds[i] = sum(total) + Qz[i];
+        const bool both = past && rounds<T>;  // N = [Q A] [S V], one product
+        const int64_t from = both ? 0 : s.ldf;
+        for (int64_t i = 0; i < n; i += BLOCK<T>) {  // N += A V, of keys j < i + BLOCK
+          const int64_t last = std::min(n, i + BLOCK<T>);
+          product(w.N + i * s.ldd, s.ldd, left(w.QA + i * lda + from, lda), both ? S : V, last - i, s.ldd,
+                  s.ldf + last - from, past && !both);
         }
-        divide(s, count, ds, Qz, mean, N);
-        store(N, s.ldd, y, head, t, count);
-        if (carry || c + 1 < s.chunks) accumulate(s, KT, left(KT, n, s.F, n, w.copy(9)), U, nullptr, state);
+        std::copy_n(w.d, count, d.mutable_data_ptr<float>() + head * s.T + t);
+        divide(s, w.d, w.Qz, w.mean, w.N, y, head, t, count);
+        if (carry || c + 1 < s.chunks) accumulate(s, w.KT, V, nullptr, w.state);
       }
-      if (segment == s.segments - 1) State::store(state, S, z, head, s);
+      if (carry && segment == s.segments - 1) State::store(w.state, S, z, head, s);
     }
   });
   return {y, d, S, z, states};
 }
 
 // ---------------------------------------------------------------- backward
+
+template <class T>
+struct MapGradientSpace {
+  T *weight, *duT, *du, *X;  // W, as a product takes it; the gradient of u, and the inputs, as products take them
+  float* dx;
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    take(weight, 3 * s.ldx * s.ldx), take(duT, s.ldx * s.n), take(du, s.ldx * s.n), take(X, s.n * s.ldx);
+    take(dx, s.n * s.ldx);
+  }
+};
 
 // Through one side's feature map: the gradients of W and b, summed in a place of its own for each task
 template <class T>
@@ -734,39 +875,46 @@ class MapGradients {
     db_ = at::zeros({tasks, s.H, 1, D}, at::kFloat);
   }
 
-  // from the features PT of a chunk and their gradient dPT (F, n) to dx; XT, rows and copies are scratch
-  void chunk(int64_t task, int64_t chunk, const Map<T>& map, const float* X, float* XT, const float* PT, float* dPT,
-             float* rows, T* copy, Tensor& dx) {
+  // W^T of a head; it stays in w.weight
+  Right<T> weight(const MapGradientSpace<T>& w, int64_t head) const {
+    if (!side_.mapped()) return {};
+    const int64_t ld = s_.ldx;
+    side_.round_weight(s_, head, w.weight, w.weight + ld * ld);
+    return right_transposed(w.weight, ld, ld, ld, w.weight + 2 * ld * ld);
+  }
+
+  // from the features PT of a chunk and their gradient dPT (F, n) to dx
+  void chunk(const MapGradientSpace<T>& w, int64_t task, int64_t chunk, Right<T> WT, const T* X, const T* PT,
+             const float* dPT, Tensor& dx) {
     const int64_t head = task % (s_.B * s_.H), n = s_.n, count = s_.tokens(chunk), D = side_.width(), ld = s_.ldx;
     if (side_.mapped()) {
       float *dWT = dWT_.mutable_data_ptr<float>() + task * D * ld, *db = db_.mutable_data_ptr<float>() + task * D;
-      for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, D, n);
-      std::fill_n(dPT + D * n, n, 0.f);  // for an odd D
-      product(XT, n, map.W, right(dPT, n, D, n, copy), D, n, D, false);  // dx^T = W du^T
-      const Left<T> duT = left(dPT, n, D, n, copy);
-      product(dWT, ld, duT, right(X, ld, n, ld, copy + n * ld), D, ld, n, true);  // dW^T += du^T x
-      for (int64_t e = 0; e < D; ++e)
-        for (int64_t i = 0; i < n; i += W) db[e] += sum(Vec::loadu(dPT + e * n + i));
-      dPT = XT;
+      for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, w.duT + i, D, n);
+      std::fill(w.duT + D * n, w.duT + ld * n, T(0.f));
+      product(w.dx, ld, left_transposed(w.duT, n, D, n, w.du), WT, n, ld, D, false);          // dx = du W^T
+      product(dWT, ld, left(w.duT, n), right(X, ld, n, ld, w.X), D, ld, n, true);             // dW^T += du^T x
+      for (int64_t e = 0; e < D; ++e) db[e] += sum_of(w.duT + e * n, nullptr, n);
+      if (reaches_ceil(X, n * ld))  // the clamp lets no gradient through
+        for (int64_t i = 0; i < n * ld; ++i) w.dx[i] = std::abs(float(X[i])) < CEIL ? w.dx[i] : 0.f;
+    } else {
+      transpose(dPT, n, w.dx, ld, ld, n);
     }
-    transpose(dPT, n, rows, ld, ld, n);
-    if (side_.mapped())  // the clamp to CEIL lets no gradient through
-      for (int64_t i = 0; i < n * ld; ++i) rows[i] = std::abs(X[i]) < CEIL ? rows[i] : 0.f;
-    store(rows, ld, dx, head, chunk * n, count);
+    store(w.dx, ld, dx, head, chunk * n, count);
   }
 
-  // du = p (dp - p.dp) - m (dm - m.dm) for W tokens, in place of dp
-  static void hedgehog(const float* p, const float* m, float* dp, const float* dm, int64_t D, int64_t n) {
-    auto probability = [](const float* x) { return Vec::loadu(x) - Vec(FLOOR); };
+  // du = p (dp - p.dp) - m (dm - m.dm) for W tokens
+  static void hedgehog(const T* p, const T* m, const float* dp, const float* dm, T* du, int64_t D, int64_t n) {
+    auto probability = [](const T* x) { return load_vec(x) - Vec(FLOOR); };
     Vec p_dp(0.f), m_dm(0.f);
     for (int64_t d = 0; d < D * n; d += n) {
       p_dp = at::vec::fmadd(probability(p + d), Vec::loadu(dp + d), p_dp);
       m_dm = at::vec::fmadd(probability(m + d), Vec::loadu(dm + d), m_dm);
     }
+#pragma GCC unroll 4
     for (int64_t d = 0; d < D * n; d += n) {
       const Vec du_p = probability(p + d) * (Vec::loadu(dp + d) - p_dp);
       const Vec du_m = probability(m + d) * (Vec::loadu(dm + d) - m_dm);
-      (du_p - du_m).store(dp + d);
+      store_vec(du_p - du_m, du + d);
     }
   }
 
@@ -783,35 +931,87 @@ class MapGradients {
   Tensor dWT_, db_;
 };
 
-// dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d, dd_c = dd + dN c; ys is scratch
+// dN (n, ldd) = dy / d, dd (n) = -(dy . y) / d, dd_c = dd + dN c; dys and ys (n, ldd) are scratch
 template <class T>
 void through_division(const Sizes& s, const Tensor& dy, const Tensor& y, const Tensor& d, int64_t head, int64_t chunk,
-                      const float* c, float* dN, float* dd, float* dd_c, float* ys) {
+                      const float* c, float* dys, float* ys, T* dN, float* dd, float* dd_c) {
   const int64_t n = s.n, t = chunk * n, count = s.tokens(chunk), ldd = s.ldd;
   const float* ds = d.const_data_ptr<float>() + head * s.T + t;
-  load(dy, head, t, count, n, dN, ldd);
-  load(y, head, t, count, n, ys, ldd, c);
-  std::fill_n(dd, n, 0.f), std::fill_n(dd_c, n, 0.f);
+  load(dy, head, t, count, count, dys, ldd);
+  load(y, head, t, count, count, ys, ldd);
+  std::fill(dN + count * ldd, dN + n * ldd, T(0.f)), std::fill_n(dd, n, 0.f), std::fill_n(dd_c, n, 0.f);
   for (int64_t i = 0; i < count; ++i) {
     const float scale = ds[i] > 0 ? 1 / ds[i] : 1;
-    float* row = dN + i * ldd;
-    if (ds[i] > 0) dd_c[i] = -scale * dot(row, ys + i * ldd, ldd);
-    for (int64_t e = 0; e < s.D; ++e) row[e] = rounded<T>(row[e] * scale);
-    dd[i] = dd_c[i] - dot(row, c, ldd);
+    Vec along_y(0.f), along_c(0.f);
+    for (int64_t e = 0; e < ldd; e += W) {
+      const Vec g = Vec::loadu(dys + i * ldd + e) * Vec(scale), centre = Vec::loadu(c + e), of_N = rounded(g, dN);
+      along_y = at::vec::fmadd(g, Vec::loadu(ys + i * ldd + e) - centre, along_y);
+      along_c = at::vec::fmadd(of_N, centre, along_c);
+      store_vec(of_N, dN + i * ldd + e);
+    }
+    if (ds[i] > 0) dd_c[i] = -sum(along_y);
+    dd[i] = dd_c[i] - sum(along_c);
   }
 }
 
-// dz + (dS - dS') c, where dS' is dS as products take it
-template <class T>
-void through_rounding(const Sizes& s, const float* dstate, Left<T> dS, const float* c, float* dz) {
+// dS as products take it, with zeros below an odd last row, and dz + (dS - dS') c, where dS' is that
+const float* through_rounding(const Sizes& s, const float* dstate, const float*, float*, float* dz) {
   std::copy_n(dstate + s.F * s.ldd, s.F, dz);
-  for (int64_t f = 0; rounds<T> && f < s.F; ++f) {
-    Vec total(0.f);
-    for (int64_t e = 0; e < s.ldd; e += W)
-      total = at::vec::fmadd(Vec::loadu(dstate + f * s.ldd + e) - load_vec(dS.at(f, e).p), Vec::loadu(c + e), total);
-    dz[f] += sum(total);
-  }
+  return dstate;
 }
+#ifdef __AVX512BF16__
+const BFloat16* through_rounding(const Sizes& s, const float* dstate, const float* c, BFloat16* dS, float* dz) {
+  for (int64_t f = 0; f < s.F; ++f) {
+    Vec total(0.f);
+    for (int64_t e = 0; e < s.ldd; e += W) {
+      const Vec exact = Vec::loadu(dstate + f * s.ldd + e);
+      total = at::vec::fmadd(exact - rounded(exact, dS), Vec::loadu(c + e), total);
+      store_vec(exact, dS + f * s.ldd + e);
+    }
+    dz[f] = dstate[s.F * s.ldd + f] + sum(total);
+  }
+  std::fill(dS + s.F * s.ldd, dS + s.ldf * s.ldd, BFloat16(0.f));
+  return dS;
+}
+#endif
+
+template <class T>
+struct QuerySpace {  // what the sum of Q^T dN and Q^T dd over some chunks needs
+  using Number = T;
+  MapSpace<T> map;
+  T *QT, *dN, *right_dN;            // features, the gradient of N; as a product takes it
+  float *dys, *ys, *dd, *dd_c;      // see through_division
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    map.parts(s, take), take(QT, s.ldf * s.n);
+    for (T** p : {&dN, &right_dN}) take(*p, s.n * s.ldd);
+    for (float** p : {&dys, &ys}) take(*p, s.n * s.ldd);
+    for (float** p : {&dd, &dd_c}) take(*p, s.n);
+  }
+};
+
+template <class T>
+struct BackwardSpace : QuerySpace<T> {
+  MapGradientSpace<T> through_q, through_k;
+  T *WT, *Xs, *KTs, *Vs;                         // W of keys; of a group: inputs of keys, features, values
+  float* states;                                 // of a group: (S, z) before each chunk
+  T *AT, *dAT, *S, *dS;                          // transposed scores and their gradients; S and dS, rounded
+  T *K, *Q, *right_V, *VT, *dNT, *dA, *dA_T, *right_dS;  // K, Q^T, V, V^T, dN^T, dA, dA^T and dS as products take them
+  float *exact, *dQT, *dKT, *dV, *dz;            // scores; gradients of features and values; of z
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    QuerySpace<T>::parts(s, take), through_q.parts(s, take), through_k.parts(s, take);
+    take(WT, 4 * s.ldx * s.ldx);
+    take(Xs, GROUP * s.n * s.ldx), take(KTs, GROUP * s.ldf * s.n), take(Vs, GROUP * s.n * s.ldd);
+    take(states, GROUP * State::size(s));
+    for (T** p : {&AT, &dAT, &dA, &dA_T}) take(*p, s.n * s.n);
+    for (T** p : {&S, &dS, &right_dS}) take(*p, s.ldf * s.ldd);
+    for (T** p : {&K, &Q}) take(*p, s.ldf * s.n);
+    for (T** p : {&right_V, &VT, &dNT}) take(*p, s.n * s.ldd);
+    for (float** p : {&dQT, &dKT}) take(*p, s.ldf * s.n);
+    take(exact, s.n * s.n), take(dV, s.n * s.ldd), take(dz, s.ldf);
+  }
+};
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -822,12 +1022,13 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
                      const Optional& mask, const Tensor& y, const Tensor& d, const Tensor& states) {
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
   const Sizes s = Sizes::of<T>(q, v, Wq.has_value());
-  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
+  const int64_t heads = s.B * s.H, n = s.n, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd, F = s.F;
   TORCH_CHECK(states.size(0) == heads && states.size(1) == s.groups() && states.size(2) == size,
               "hedgehog: the states are of another forward pass");
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
   Tensor dv = at::empty(v.sizes(), v.options());
   MapGradients<T> gradients_q(queries, s), gradients_k(keys, s);
+  const bool tied = keys.shares_weight(queries);
   Tensor after = State::at_segment(dS, dz, s, s.segments - 1);  // (dS, dz) after each segment, and then within it
 
   // dS V^T + dz 1^T and S dN^T + z dd^T are small differences of large numbers if the mean of v is not zero: the keys
@@ -842,90 +1043,72 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
       for (int64_t e = 0; e < s.D; ++e) centres[head * ldd + e] += last[i * s.D + e] / rows;
   }
 
-  const std::vector<int64_t> sizes{
-      n * ldx, ldx * n, ldf * n, n * n, n * n, n * ldx, n * ldd, n, (ldf + 1) * n, (ldf + 1) * n, n * ldd,
-      GROUP * n * ldx, GROUP * ldf * n, GROUP * n * ldd, GROUP * size, n,
-      // as products take them
-      ldx * n, 3 * ldx * ldx, 3 * ldx * ldx, ldd * n, ldd * n, n * ldd, n * ldd, ldf * n, ldf * n, ldf * n, ldf * n,
-      n * n, n * n, n * n, ldf * ldd, ldf * ldd, ldf * ldd, 2 * ldx * n,
-      ldf * ldd, ldf};
-  between_segments<T>(s, after, true, sizes, [&](const Workspace<T>& w, int64_t, int64_t head, int64_t c, int64_t end,
-                                                 float* sum) {
-    float *QT = w[2], *dN = w[6], *dd = w[7];
-    const Map<T> map = queries.map(s, head, w.copy(17));
+  auto divided = [&](const QuerySpace<T>& w, int64_t head, int64_t c) {
+    through_division(s, dy, y, d, head, c, centres.data() + head * ldd, w.dys, w.ys, w.dN, w.dd, w.dd_c);
+    return right(w.dN, ldd, n, ldd, w.right_dN);
+  };
+  between_segments<QuerySpace<T>>(s, after, true, [&](const QuerySpace<T>& w, int64_t, int64_t head, int64_t c,
+                                                      int64_t end, float* sum) {
+    const Map<T> map = queries.map(s, head, w.map.WT);
     for (; c < end; ++c) {
-      queries.features(s, map, head, c, w[0], w.copy(16), QT);
-      through_division<T>(s, dy, y, d, head, c, centres.data() + head * ldd, dN, dd, w[15], w[10]);
-      accumulate(s, QT, left(QT, n, s.F, n, w.copy(23)), right(dN, ldd, n, ldd, w.copy(22)), dd, sum);
+      queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+      accumulate(s, w.QT, divided(w, head, c), w.dd, sum);
     }
   });
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w(sizes);
-    float *Xq = w[0], *XT = w[1], *QT = w[2], *AT = w[3], *dAT = w[4], *rows = w[5], *dN = w[6], *dd = w[7],
-          *dQT = w[8], *dKT = w[9], *dV = w[10];
-    float *Xs = w[11], *KTs = w[12], *Vs = w[13], *group = w[14], *dd_c = w[15];  // of a group: keys, values, states
-    T *XT_ = w.copy(16), *copy = w.copy(33);
+    const Workspace<BackwardSpace<T>> w(s);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
-      float *dstate = after.mutable_data_ptr<float>() + task * size, *centred = w[34], *dzs = w[35];
+      float* dstate = after.mutable_data_ptr<float>() + task * size;
       const float* centre = centres.data() + head * ldd;
-      const Map<T> map_q = queries.map(s, head, w.copy(17)), map_k = keys.map(s, head, w.copy(18));
+      const Map<T> map_q = queries.map(s, head, w.map.WT), map_k = tied ? map_q : keys.map(s, head, w.WT);
+      const Right<T> Wq_T = gradients_q.weight(w.through_q, head);
+      const Right<T> Wk_T = tied ? Wq_T : gradients_k.weight(w.through_k, head);
       for (int64_t c = s.first_chunk(segment + 1) - 1; c >= s.first_chunk(segment); --c) {
         const int64_t t = c * n, count = s.tokens(c), first = c / GROUP * GROUP, place = c - first;
         if (place == GROUP - 1 || c == s.chunks - 1) {  // entering a group: its keys, values and states, in order
-          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, group);
+          std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, w.states);
           for (int64_t i = 0; i <= place; ++i) {
-            float *KT = KTs + i * ldf * n, *V = Vs + i * n * ldd;
-            keys.features(s, map_k, head, first + i, Xs + i * n * ldx, XT_, KT);
+            T *KT = w.KTs + i * ldf * n, *V = w.Vs + i * n * ldd;
+            keys.features(s, w.map, map_k, head, first + i, w.Xs + i * n * ldx, KT);
             load(v, head, (first + i) * n, s.tokens(first + i), n, V, ldd);
             if (i == place) break;
-            std::copy_n(group + i * size, size, group + (i + 1) * size);
-            accumulate(s, KT, left(KT, n, s.F, n, w.copy(23)), right(V, ldd, n, ldd, w.copy(19)), nullptr,
-                       group + (i + 1) * size);
+            std::copy_n(w.states + i * size, size, w.states + (i + 1) * size);
+            accumulate(s, KT, right(V, ldd, n, ldd, w.right_V), nullptr, w.states + (i + 1) * size);
           }
         }
-        const float *Xk = Xs + place * n * ldx, *KT = KTs + place * ldf * n, *V = Vs + place * n * ldd;
-        const float* state = group + place * size;
-        queries.features(s, map_q, head, c, Xq, XT_, QT);
-        through_division<T>(s, dy, y, d, head, c, centre, dN, dd, dd_c, dV);
-        const Left<T> K = left_transposed(KT, n, s.F, n, w.copy(23)), K_T = left(KT, n, s.F, n, w.copy(24));
-        const Left<T> Q_T = left(QT, n, s.F, n, w.copy(25)), V_ = left(V, ldd, n, ldd, w.copy(21));
-        const Right<T> VT = right_transposed(V, ldd, n, ldd, w.copy(19));
-        const Right<T> dNT = right_transposed(dN, ldd, n, ldd, w.copy(20)), dN_ = right(dN, ldd, n, ldd, w.copy(22));
+        const T *Xk = w.Xs + place * n * ldx, *KT = w.KTs + place * ldf * n, *V = w.Vs + place * n * ldd;
+        const float *state = w.states + place * size, *z = state + F * ldd;
+        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT);
+        const Right<T> dN = divided(w, head, c), dNT = right_transposed(w.dN, ldd, n, ldd, w.dNT);
+        const Left<T> K = left_transposed(KT, n, F, n, w.K);
 
-        scores(s, K, right(QT, n, s.F, n, w.copy(26)), true, AT);
-        for (int64_t j = 0; j < n; j += BLOCK<T>) {  // dA^T = triu(V dN^T + 1 dd^T)
-          for (int64_t row = j; row < j + BLOCK<T>; ++row) std::copy_n(dd, n, dAT + row * n);
-          product(dAT + j * n + j, n, V_.at(j, 0), dNT.at(0, j), BLOCK<T>, n - j, ldd, true);
-          for (int64_t row = j; row < j + BLOCK<T>; ++row) std::fill_n(dAT + row * n + j, row - j, 0.f);
-        }
-        const Left<T> A_T = left(AT, n, n, n, w.copy(27));
-        const Right<T> dA_T = right(dAT, n, n, n, w.copy(28)), dA = right_transposed(dAT, n, n, n, w.copy(29));
+        scores_of_keys(s, K, right(w.QT, n, F, n, w.Q), F, nullptr, w.exact, w.AT);
+        scores_of_keys(s, left(V, ldd), dNT, ldd, w.dd, w.exact, w.dAT);  // dA^T = triu(V dN^T + 1 dd^T)
+        const Right<T> dA_T = right(w.dAT, n, n, n, w.dA_T), dA = right_transposed(w.dAT, n, n, n, w.dA);
 
         const bool past = State::any(state, s), future = State::any(dstate, s);
-        const Left<T> dS_ = left(dstate, ldd, s.F, ldd, w.copy(31));
-        through_rounding(s, dstate, dS_, centre, dzs);
-        for (int64_t f = 0; f < s.F; ++f)
-          for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = state[s.F * ldd + f] * dd_c[i], dKT[f * n + i] = dzs[f];
-        if (past) {  // dQ^T = S dN^T + z dd^T
-          const float* of = rounds<T> ? State::centred(state, s, centre, centred) : state;
-          product(dQT, n, left(of, ldd, s.F, ldd, w.copy(30)), dNT, s.F, n, ldd, true);
-        }
+        const T* dS = through_rounding(s, dstate, centre, w.dS, w.dz);
+        for (int64_t f = 0; f < F; ++f)
+          for (int64_t i = 0; i < n; ++i) w.dQT[f * n + i] = z[f] * w.dd_c[i], w.dKT[f * n + i] = w.dz[f];
+        if (past)  // dQ^T = S dN^T + z dd^T
+          product(w.dQT, n, left(for_rounding(state, s, centre, w.S), ldd), dNT, F, n, ldd, true);
         if (future) {  // dK^T = dS V^T + dz 1^T, dV = K dS
-          product(dKT, n, dS_, VT, s.F, n, ldd, true);
-          product(dV, ldd, K, right(dstate, ldd, s.F, ldd, w.copy(32)), n, ldd, s.F, false);
+          product(w.dKT, n, left(dS, ldd), right_transposed(V, ldd, n, ldd, w.VT), F, n, ldd, true);
+          product(w.dV, ldd, K, right(dS, ldd, F, ldd, w.right_dS), n, ldd, F, false);
         }
         for (int64_t b = 0; b < n; b += BLOCK<T>) {  // + K^T dA^T, + Q^T dA, + A^T dN: of pairs j <= i only
-          product(dQT + b, n, K_T.at(0, b), dA_T.at(b, b), s.F, n - b, BLOCK<T>, true);
-          product(dKT, n, Q_T.at(0, b), dA.at(b, 0), s.F, b + BLOCK<T>, BLOCK<T>, true);
-          product(dV + b * ldd, ldd, A_T.at(b, b), dN_.at(b, 0), BLOCK<T>, ldd, n - b, future);
+          const int64_t end = std::min(n, b + BLOCK<T>), depth = end - b;
+          product(w.dQT + b, n, left(KT + b, n), dA_T.at(b, b), F, n - b, depth, true);
+          product(w.dKT, n, left(w.QT + b, n), dA.at(b, 0), F, end, depth, true);
+          product(w.dV + b * ldd, ldd, left(w.AT + b * n + b, n), dN.at(b, 0), depth, ldd, n - b, future);
         }
-        accumulate(s, QT, Q_T, dN_, dd, dstate);
-        keys.hide(s, head, c, dKT);
-        store(dV, ldd, dv, head, t, count);
-        gradients_q.chunk(task, c, map_q, Xq, XT, QT, dQT, rows, copy, dq);
-        gradients_k.chunk(task, c, map_k, Xk, XT, KT, dKT, rows, copy, dk);
+        accumulate(s, w.QT, dN, w.dd, dstate);
+        keys.hide(s, head, c, w.dKT);
+        store(w.dV, ldd, dv, head, t, count);
+        gradients_q.chunk(w.through_q, task, c, Wq_T, w.map.X, w.QT, w.dQT, dq);
+        gradients_k.chunk(w.through_k, task, c, Wk_T, Xk, KT, w.dKT, dk);
       }
     }
   });
@@ -941,6 +1124,21 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
 
 using Bidirectional = std::tuple<Tensor, Tensor, Tensor>;
 
+template <class T>
+struct ReadSpace {  // what queries need that read one state
+  using Number = T;
+  MapSpace<T> map;
+  T *QT, *Q, *S, *right_S;  // features, the state rounded; as products take them
+  float *N, *Qz, *mean;
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    map.parts(s, take);
+    for (T** p : {&QT, &Q}) take(*p, s.ldf * s.n);
+    for (T** p : {&S, &right_S}) take(*p, s.ldf * s.ldd);
+    take(N, s.n * s.ldd), take(Qz, s.n), take(mean, s.ldd);
+  }
+};
+
 // y (B, H, T, D), d (B, H, T) and (S, z) of all keys (B H, State::size). There may be more or fewer keys than queries.
 template <class T>
 Bidirectional bidirectional_in(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq,
@@ -949,27 +1147,25 @@ Bidirectional bidirectional_in(const Tensor& q, const Tensor& k, const Tensor& v
   const Sizes s = Sizes::of<T>(q, v, Wq.has_value()), s_k = Sizes::of<T>(k, v, Wq.has_value());
   const int64_t heads = s.B * s.H, n = s.n, size = State::size(s);
   Tensor y = at::empty({s.B, s.H, s.T, s.D}, at::kFloat), d = at::empty({s.B, s.H, s.T}, at::kFloat);
-  auto add = [&](const Workspace<T>& w, int64_t, int64_t head, int64_t c, int64_t end, float* sum) {
+  auto add = [&](const KeySpace<T>& w, int64_t, int64_t head, int64_t c, int64_t end, float* sum) {
     add_keys(w, s_k, keys, v, head, c, end, sum);
   };
-  const Tensor states = total(segment_sums<T>(s_k, 0, s_k.segments, sizes_for_keys(s_k), add));
+  const Tensor states = total(segment_sums<KeySpace<T>>(s_k, 0, s_k.segments, add));
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w({n * s.ldx, s.ldx * n, s.ldf * n, n * s.ldd, n, s.ldd, s.ldf * s.ldd, n * s.ldf,
-                          s.ldf * s.ldd, 3 * s.ldx * s.ldx});
-    float *X = w[0], *QT = w[2], *N = w[3], *Qz = w[4], *mean = w[5];
+    const Workspace<ReadSpace<T>> w(s);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
-      const float *state = states.const_data_ptr<float>() + head * size, *z = state + s.F * s.ldd;
-      const Right<T> S = right(for_rounding<T>(state, s, mean, w[6]), s.ldd, s.F, s.ldd, w.copy(8));
-      const Map<T> map = queries.map(s, head, w.copy(9));
+      const float* state = states.const_data_ptr<float>() + head * size;
+      mean_of<T>(state, s, w.mean);
+      const Right<T> S = right(for_rounding(state, s, w.mean, w.S), s.ldd, s.F, s.ldd, w.right_S);
+      const Map<T> map = queries.map(s, head, w.map.WT);
       for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
-        queries.features(s, map, head, c, X, w.copy(1), QT);
-        product(N, s.ldd, left_transposed(QT, n, s.F, n, w.copy(7)), S, n, s.ldd, s.F, false);  // N = Q S
-        product(Qz, n, Left<float>{z, s.F, 1}, Right<float>{QT, n}, 1, n, s.F, false);          // d = Q z
-        std::copy_n(Qz, s.tokens(c), d.mutable_data_ptr<float>() + head * s.T + c * n);
-        divide(s, s.tokens(c), Qz, Qz, mean, N);
-        store(N, s.ldd, y, head, c * n, s.tokens(c));
+        queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+        product(w.N, s.ldd, left_transposed(w.QT, n, s.F, n, w.Q), S, n, s.ldd, s.F, false);  // N = Q S
+        weigh(state + s.F * s.ldd, w.QT, s.F, n, w.Qz);                                       // d = Q z
+        std::copy_n(w.Qz, s.tokens(c), d.mutable_data_ptr<float>() + head * s.T + c * n);
+        divide(s, w.Qz, w.Qz, w.mean, w.N, y, head, c * n, s.tokens(c));
       }
     }
   });
@@ -977,6 +1173,31 @@ Bidirectional bidirectional_in(const Tensor& q, const Tensor& k, const Tensor& v
 }
 
 using BidirectionalBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+struct QueryGradientSpace : QuerySpace<T> {
+  MapGradientSpace<T> through;
+  T *dNT, *S;
+  float *dQT, *mean;
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    QuerySpace<T>::parts(s, take), through.parts(s, take);
+    take(dNT, s.n * s.ldd), take(S, s.ldf * s.ldd), take(dQT, s.ldf * s.n), take(mean, s.ldd);
+  }
+};
+
+template <class T>
+struct KeyGradientSpace : KeySpace<T> {
+  MapGradientSpace<T> through;
+  T *dS, *right_dS, *K;
+  float *dKT, *dV, *mean, *dz;
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    KeySpace<T>::parts(s, take), through.parts(s, take);
+    for (T** p : {&dS, &right_dS}) take(*p, s.ldf * s.ldd);
+    take(K, s.ldf * s.n), take(dKT, s.ldf * s.n), take(dV, s.n * s.ldd), take(mean, s.ldd), take(dz, s.ldf);
+  }
+};
 
 // Gradients of q, k, v, Wq, bq, Wk, bk: those of the queries, with dS = Q^T dN and dz = Q^T dd, then those of the keys
 template <class T>
@@ -986,55 +1207,49 @@ BidirectionalBackward bidirectional_backward_in(const Tensor& dy, const Tensor& 
                                                 const Tensor& d, const Tensor& states) {
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, mask};
   const Sizes s = Sizes::of<T>(q, v, Wq.has_value()), s_k = Sizes::of<T>(k, v, Wq.has_value());
-  const int64_t heads = s.B * s.H, size = State::size(s), ldx = s.ldx, ldf = s.ldf, ldd = s.ldd;
+  const int64_t heads = s.B * s.H, size = State::size(s), ldd = s.ldd, n = s.n, n_k = s_k.n;
   TORCH_CHECK(states.size(0) == heads && states.size(1) == size, "hedgehog: the state is of another forward pass");
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
   Tensor dv = at::empty(v.sizes(), v.options());
   MapGradients<T> gradients_q(queries, s), gradients_k(keys, s_k);
 
-  const int64_t n = s.n, n_k = s_k.n;
-  const std::vector<int64_t> sizes{n * ldx, ldx * n, ldf * n, n * ldx, n * ldd, n, n, n * ldd, (ldf + 1) * n, ldd,
-                                   ldf * ldd, ldx * n, ldd * n, n * ldd, ldf * n, ldf * ldd, 2 * ldx * n, 3 * ldx * ldx};
-  auto add = [&](const Workspace<T>& w, int64_t task, int64_t head, int64_t c, int64_t end, float* sum) {
-    float *X = w[0], *QT = w[2], *dN = w[4], *dd = w[5], *dd_c = w[6], *dQT = w[8], *mean = w[9];
+  auto add = [&](const QueryGradientSpace<T>& w, int64_t task, int64_t head, int64_t c, int64_t end, float* sum) {
     const float *state = states.const_data_ptr<float>() + head * size, *z = state + s.F * ldd;
-    const Left<T> S = left(for_rounding<T>(state, s, mean, w[10]), ldd, s.F, ldd, w.copy(15));
-    const Map<T> map = queries.map(s, head, w.copy(17));
+    mean_of<T>(state, s, w.mean);
+    const Left<T> S = left(for_rounding(state, s, w.mean, w.S), ldd);
+    const Map<T> map = queries.map(s, head, w.map.WT);
+    const Right<T> WT = gradients_q.weight(w.through, head);
     for (; c < end; ++c) {
-      queries.features(s, map, head, c, X, w.copy(11), QT);
-      through_division<T>(s, dy, y, d, head, c, mean, dN, dd, dd_c, w[7]);
+      queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+      through_division(s, dy, y, d, head, c, w.mean, w.dys, w.ys, w.dN, w.dd, w.dd_c);
       for (int64_t f = 0; f < s.F; ++f)
-        for (int64_t i = 0; i < n; ++i) dQT[f * n + i] = z[f] * dd_c[i];
-      const Right<T> dNT = right_transposed(dN, ldd, n, ldd, w.copy(12));
-      product(dQT, n, S, dNT, s.F, n, ldd, true);  // dQ^T = S dN^T + z dd^T
-      accumulate(s, QT, left(QT, n, s.F, n, w.copy(14)), right(dN, ldd, n, ldd, w.copy(13)), dd, sum);
-      gradients_q.chunk(task, c, map, X, w[1], QT, dQT, w[3], w.copy(16), dq);
+        for (int64_t i = 0; i < n; ++i) w.dQT[f * n + i] = z[f] * w.dd_c[i];
+      product(w.dQT, n, S, right_transposed(w.dN, ldd, n, ldd, w.dNT), s.F, n, ldd, true);  // dQ^T = S dN^T + z dd^T
+      accumulate(s, w.QT, right(w.dN, ldd, n, ldd, w.right_dN), w.dd, sum);
+      gradients_q.chunk(w.through, task, c, WT, w.map.X, w.QT, w.dQT, dq);
     }
   };
-  const Tensor dstates = total(segment_sums<T>(s, 0, s.segments, sizes, add));
+  const Tensor dstates = total(segment_sums<QueryGradientSpace<T>>(s, 0, s.segments, add));
 
   at::parallel_for(0, heads * s_k.segments, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<T> w({n_k * ldx, ldx * n_k, ldf * n_k, n_k * ldx, n_k * ldd, n_k * ldd, (ldf + 1) * n_k, ldd,
-                          ldf * ldd, ldf, ldx * n_k, ldd * n_k, n_k * ldf, ldf * ldd, ldf * ldd, 2 * ldx * n_k,
-                          3 * ldx * ldx});
-    float *X = w[0], *KT = w[2], *V = w[4], *dV = w[5], *dKT = w[6], *mean = w[7], *dz = w[9];
+    const Workspace<KeyGradientSpace<T>> w(s_k);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
       const float* dstate = dstates.const_data_ptr<float>() + head * size;
-      for_rounding<T>(states.const_data_ptr<float>() + head * size, s, mean, w[8]);
-      const Left<T> dS = left(dstate, ldd, s.F, ldd, w.copy(13));
-      const Right<T> dS_ = right(dstate, ldd, s.F, ldd, w.copy(14));
-      through_rounding(s, dstate, dS, mean, dz);
-      const Map<T> map = keys.map(s_k, head, w.copy(16));
+      mean_of<T>(states.const_data_ptr<float>() + head * size, s, w.mean);
+      const T* dS = through_rounding(s, dstate, w.mean, w.dS, w.dz);
+      const Right<T> right_dS = right(dS, ldd, s.F, ldd, w.right_dS), WT = gradients_k.weight(w.through, head);
+      const Map<T> map = keys.map(s_k, head, w.map.WT);
       for (int64_t c = s_k.first_chunk(segment); c < s_k.first_chunk(segment + 1); ++c) {
-        keys.features(s_k, map, head, c, X, w.copy(10), KT);
-        load(v, head, c * n_k, s_k.tokens(c), n_k, V, ldd);
-        for (int64_t f = 0; f < s.F; ++f) std::fill_n(dKT + f * n_k, n_k, dz[f]);
-        product(dKT, n_k, dS, right_transposed(V, ldd, n_k, ldd, w.copy(11)), s.F, n_k, ldd, true);  // dK^T = dS V^T + dz 1^T
-        product(dV, ldd, left_transposed(KT, n_k, s.F, n_k, w.copy(12)), dS_, n_k, ldd, s.F, false);  // dV = K dS
-        keys.hide(s_k, head, c, dKT);
-        store(dV, ldd, dv, head, c * n_k, s_k.tokens(c));
-        gradients_k.chunk(task, c, map, X, w[1], KT, dKT, w[3], w.copy(15), dk);
+        keys.features(s_k, w.map, map, head, c, w.map.X, w.KT);
+        load(v, head, c * n_k, s_k.tokens(c), n_k, w.V, ldd);
+        for (int64_t f = 0; f < s.F; ++f) std::fill_n(w.dKT + f * n_k, n_k, w.dz[f]);
+        const Right<T> VT = right_transposed(w.V, ldd, n_k, ldd, w.U);
+        product(w.dKT, n_k, left(dS, ldd), VT, s.F, n_k, ldd, true);  // dK^T = dS V^T + dz 1^T
+        product(w.dV, ldd, left_transposed(w.KT, n_k, s.F, n_k, w.K), right_dS, n_k, ldd, s.F, false);  // dV = K dS
+        keys.hide(s_k, head, c, w.dKT);
+        store(w.dV, ldd, dv, head, c * n_k, s_k.tokens(c));
+        gradients_k.chunk(w.through, task, c, WT, w.map.X, w.KT, w.dKT, dk);
       }
     }
   });
@@ -1070,12 +1285,12 @@ bool in_bfloat16(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq, const Optional& bq,
                 const Optional& Wk, const Optional& bk, const Optional& S0, const Optional& z0, const Optional& mask,
-                bool keep, bool carry) {
+                bool keep, bool carry, bool narrow) {
   check(q, k, v, Wq, bq, Wk, bk, S0, z0, mask);
 #ifdef __AVX512BF16__
-  if (in_bfloat16(q, k, v)) return forward_in<BFloat16>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry);
+  if (in_bfloat16(q, k, v)) return forward_in<BFloat16>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry, narrow);
 #endif
-  return forward_in<float>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry);
+  return forward_in<float>(q, k, v, Wq, bq, Wk, bk, S0, z0, mask, keep, carry, narrow);
 }
 
 Backward backward(const Tensor& dy, const Optional& dS, const Optional& dz, const Tensor& q, const Tensor& k,
@@ -1140,6 +1355,15 @@ void step(const float* S, float* next, int64_t lds, const float* q, const float*
   c10::ForcedUnroll<N>{}([&](auto i) { sum[i].store(y + i * W); });
 }
 
+struct TokenSpace {  // a token's input, features, value and numerator
+  using Number = float;
+  float *x, *phi_q, *phi_k, *value, *N;
+  template <class Take>
+  void parts(const Sizes& s, const Take& take) {
+    take(x, s.ldx), take(phi_q, 2 * s.ldx), take(phi_k, 2 * s.ldx), take(value, s.ldd), take(N, s.ldd);
+  }
+};
+
 // One more token for every head after the state S (B, H, F, D), z (B, H, F): y (B, H, 1, D) and the next state
 std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& Wq,
                                           const Optional& bq, const Optional& Wk, const Optional& bk, const Tensor& S,
@@ -1147,18 +1371,20 @@ std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, cons
   check(q, k, v, Wq, bq, Wk, bk, S, z, {});
   TORCH_CHECK(q.size(2) == 1, "hedgehog: decode takes one token, not ", q.size(2));
   const Side queries{q, Wq, bq, {}}, keys{k, Wk, bk, {}};
-  const int64_t heads = S.size(0) * S.size(1), F = S.size(2), D = S.size(3), ld = round_up(q.size(3), W);
+  const Sizes s = Sizes::of<float>(q, v, Wq.has_value());
+  const int64_t heads = S.size(0) * S.size(1), F = S.size(2), D = S.size(3);
   Tensor y = at::empty(v.sizes(), at::kFloat), next_S = at::empty_like(S), next_z = at::empty_like(z);
   const float *Ss = S.const_data_ptr<float>(), *zs = z.const_data_ptr<float>();
   float *next_Ss = next_S.mutable_data_ptr<float>(), *next_zs = next_z.mutable_data_ptr<float>();
   float* ys = y.mutable_data_ptr<float>();
   at::parallel_for(0, heads, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, F * D)), [&](int64_t begin, int64_t end) {
-    const Workspace<float> w({ld, 2 * ld, 2 * ld, round_up(D, W), round_up(D, W)});
-    float *x = w[0], *phi_q = w[1], *phi_k = w[2], *value = w[3], *N = w[4];
+    const Workspace<TokenSpace> w(s);
+    const float *phi_q = w.phi_q, *phi_k = w.phi_k, *value = w.value;
+    float* N = w.N;
     for (int64_t head = begin; head < end; ++head) {
-      queries.token(head, x, phi_q);
-      keys.token(head, x, phi_k);
-      load(v, head, 0, 1, 1, value, round_up(D, W));
+      queries.token(head, w.x, w.phi_q);
+      keys.token(head, w.x, w.phi_k);
+      load(v, head, 0, 1, 1, w.value, s.ldd);
       const float *S_h = Ss + head * F * D, *z_h = zs + head * F;
       float *to_S = next_Ss + head * F * D, *to_z = next_zs + head * F, d = 0;
       for (int64_t f = 0; f < F; ++f) d += phi_q[f] * (to_z[f] = z_h[f] + phi_k[f]);
@@ -1198,7 +1424,8 @@ TORCH_LIBRARY(hedgehog, m) {
   auto cpu = [](auto f) { return torch::dispatch(c10::DispatchKey::CPU, f); };
   m.def("multiply(Tensor A, Tensor B, int times) -> Tensor", cpu(multiply));
   m.def("forward(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor? S, Tensor? z, "
-        "Tensor? mask, bool keep, bool carry) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(forward));
+        "Tensor? mask, bool keep, bool carry, bool narrow=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu(forward));
   m.def("backward(Tensor dy, Tensor? dS, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, "
         "Tensor? bk, Tensor? mask, Tensor y, Tensor d, Tensor states) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", cpu(backward));

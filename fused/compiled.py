@@ -3,7 +3,7 @@ of each operator which shapes it gives, for compilers and tracers, and which gra
 
 A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
 computes Hedgehog's features itself. For every other feature map it is given the features. The gradients of q, k
-and v have their dtypes, y of Triton's has v's; all other results are float32.
+and v have their dtypes, y of Triton's has v's (of chunked.cpp's if asked); all other results are float32.
 """
 
 import functools
@@ -42,10 +42,11 @@ def register(space: str, triton) -> None:
     """Register shapes and gradients of the operators in a namespace; those of Triton are defined here, too."""
     ops, lanes = getattr(torch.ops, space), None if triton else numbers_in_a_vector()
 
-    def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry):
-        """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward."""
+    def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry, narrow=False):
+        """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward. With
+        `narrow`, which chunked.cpp alone has, y has v's dtype."""
         (B, H, T, E), F = v.shape, n_features(q, Wq)
-        found = value(v, (B, H, T, E)), *(empty(q, size) for size in ((B, H, T), (B, H, F, E), (B, H, F)))
+        found = value(v, (B, H, T, E), narrow), *(empty(q, size) for size in ((B, H, T), (B, H, F, E), (B, H, F)))
         if triton:
             states = triton.new_states(q, k, v, Wq) if keep else ()
             states = *states, *(empty(q, (0,)) for _ in range(4 - len(states)))
@@ -55,8 +56,8 @@ def register(space: str, triton) -> None:
             states = [empty(q, (B * H * keep, groups, F * (n * up(E, n) + 1)))]
         return *found, *states
 
-    def value(v, shape):
-        return v.new_empty(shape) if triton else empty(v, shape)
+    def value(v, shape, narrow=False):
+        return v.new_empty(shape) if triton or narrow else empty(v, shape)
 
     def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, *states):
         """The gradients of q, k, v, Wq, bq, Wk, bk (without a map of no elements), S, z."""
@@ -180,7 +181,8 @@ def causal(
     q, k, v = (innermost_dense(x) for x in (q, k, v))
     inputs = q, k, v, *dense(maps), S, z
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry)
+    narrow = [True] if hasattr(kernel, "bidirectional") and not keep else []  # of chunked.cpp: saves a copy
+    y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry, *narrow)
     return y.to(v.dtype), S, z
 
 

@@ -28,7 +28,7 @@ from fused.chunked import chunked, normalise
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++").split()[0]):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
-CPP = fused.load("cpp", "cpu")
+CPP, BF16 = fused.load("cpp", "cpu"), torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -191,12 +191,13 @@ def test_wide_inputs(scale):
     check(q, k, v, dy, untied(2, 16), *state(1, 2, 32, 16), bounds=(1e-4, 1e-3))
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (BF16, 1e-2)])
 @pytest.mark.parametrize("size", [1e14, 1e16, 1e30])
-def test_extreme_inputs_are_clamped_like_the_map_clamps_them(size):
-    q, k, v, dy = sequence(1, 2, 70, 5)
+def test_extreme_inputs_are_clamped_like_the_map_clamps_them(size, dtype, bound):
+    q, k, v, dy = sequence(1, 2, 70, 5, dtype=dtype)
     q[:, :, 3], k[:, :, 7], k[:, :, 9, 2] = size, -size, size
     maps = [p for _ in "qk" for p in (torch.eye(5).repeat(2, 1, 1), torch.zeros(2, 1, 5))]
-    check(q, k, v, dy, maps, *state(1, 2, 10, 5))
+    check(q, k, v, dy, maps, *state(1, 2, 10, 5), bounds=(bound, bound))
     y, d, S, z, states = CPP.forward(q, k, v, *maps, None, None, None, True, True)
     dq, dk, *_ = CPP.backward(dy, S, z, q, k, v, *maps, None, y, d, states)
     assert size < CEIL or not (dq[:, :, 3].any() or dk[:, :, 9, 2].any())
@@ -209,6 +210,19 @@ def test_nan_is_never_hidden(at):
     y = CPP.forward(q, k, v, *untied(1, 16), None, None, None, False, True)[0]
     bad = y.isnan().any(-1)[0, 0]
     assert bad[130] and not bad[:128].any() and (at == "q" or bad[131:].all())
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (BF16, 1e-2)])
+def test_features_whose_exponents_are_small_and_large_side_by_side(dtype, bound):
+    """Around 40 the kernel begins to subtract the largest exponent: neighbours in a vector differ, and so do maps whose
+    every exponent is of one sign."""
+    q, k, v, dy = sequence(1, 2, 130, 16, dtype=dtype)
+    size = torch.linspace(38.0, 42.0, 130)[None, None, :, None]
+    q, k = ((x.float() / x.float().abs().amax(-1, keepdim=True) * size).to(dtype) for x in (q, k))
+    shift = torch.tensor([-60.0, 60.0])[:, None, None].expand(2, 1, 16)
+    for bias in (torch.zeros(2, 1, 16), shift):
+        maps = [p.contiguous() for _ in "qk" for p in (torch.eye(16).repeat(2, 1, 1), bias)]
+        check(q, k, v, dy, maps, *state(1, 2, 32, 16), bounds=(bound, bound))
 
 
 def test_no_tokens():
@@ -257,7 +271,7 @@ def bidirectional_errors(q, k, v, dy, maps, mask=None):
     return [relative_error(y, want), *(relative_error(g, w) for g, w in zip(grads, wanted))]
 
 
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BOUND = {torch.float32: 1e-5, BF16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -326,8 +340,6 @@ def test_an_encoder_runs_the_kernel(monkeypatch):
 
 # ---------------------------------------------------------------- bfloat16
 
-BF16 = torch.bfloat16
-
 
 def chunked_reference(q, k, v, maps, dy):
     """y and the gradients of q, k, v and the maps in float64, for sequences that Eq. 6 would take hours for."""
@@ -374,6 +386,8 @@ def test_what_bfloat16_gives_is_float32_and_gradients_of_the_inputs_have_their_d
     grads = CPP.backward(dy, S, z, q, k, v, *maps, None, y, d, states)
     assert {x.dtype for x in (y, d, S, z, states, *grads[3:])} == {torch.float32}
     assert [g.dtype for g in grads[:3]] == [BF16] * 3
+    y2, *others = CPP.forward(q, k, v, *maps, None, None, None, False, True, True)
+    assert torch.equal(y2, y.to(BF16)) and {x.dtype for x in others} == {torch.float32}
 
 
 def test_float32_queries_and_keys_of_bfloat16_values_are_multiplied_in_float32():
@@ -411,6 +425,15 @@ def test_weights_of_a_map_lose_nothing_in_bfloat16():
 def test_bfloat16_after_8192_tokens(mean):
     """Also where all values are alike, so that their gradients are small differences of large sums."""
     assert max(bfloat16_errors(8192, 64, mean)) < 1e-2
+
+
+def test_bfloat16_values_whose_mean_moves():
+    """The state is rounded less a mean of v that is not that of the first chunks for ever."""
+    q, k, v, dy = sequence(1, 1, 4096, 64, dtype=BF16)
+    v, maps = (v + torch.linspace(-8.0, 32.0, 4096)[:, None]).to(BF16), untied(1, 64)
+    y = CPP.forward(q, k, v, *maps, None, None, None, True, False)[0]
+    want = chunked_reference(q, k, v, maps, dy)[0]
+    assert relative_error(y, want) < 1e-4
 
 
 @pytest.mark.slow
@@ -1003,10 +1026,12 @@ def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["avx2", "default", "avx512 without bfloat16", "an old oneDNN"])
+@pytest.mark.parametrize(
+    "capability", ["avx2", "default", "avx512 without bfloat16", "an old oneDNN", "bfloat16 without AMX"]
+)
 def test_other_processors(tmp_path, capability):
     """Built for vectors of 8 floats, for the portable ones, for AVX512 whose products are float32, and where
-    oneDNN is told to do without AVX512: the same numbers."""
+    oneDNN is told to do without AVX512, or without AMX: the same numbers."""
     script = """
 from attention import LinearAttention
 from feature_maps import make_feature_map
@@ -1029,11 +1054,15 @@ assert states.size(-1) == 1 + VECTOR, states.shape
 """
     if capability not in ("avx2", "default") and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX512")
-    lanes = {"avx2": 8, "default": None}.get(capability, 16)  # 32 where bfloat16 is multiplied
+    if capability == "bfloat16 without AMX" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this processor does not multiply bfloat16")
+    lanes = {"avx2": 8, "default": None, "bfloat16 without AMX": 32}.get(capability, 16)
     script = script.replace("VECTOR", str(lanes) if lanes else "states.size(-1) - 1")
     env = {"ATEN_CPU_CAPABILITY": capability} if capability in ("avx2", "default") else {}
     if capability == "an old oneDNN":
         env["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    elif capability == "bfloat16 without AMX":
+        env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     elif not env:
         script = "torch.cpu.get_capabilities = dict\n" + script
     run = loader_in_a_new_process(tmp_path, script, **env)
