@@ -466,7 +466,7 @@ struct Side {
   template <class T>
   bool round_weight(const Sizes& s, int64_t head, T* to, T* rest) const {
     const int64_t D = width(), ld = s.ldx;
-    std::fill_n(to, ld * ld, T(0.f)), std::fill_n(rest, ld * ld, T(0.f));
+    if (D < ld) std::fill_n(to, ld * ld, T(0.f)), std::fill_n(rest, ld * ld, T(0.f));
     bool inexact = false;
     for (int64_t i = 0; i < D; ++i) {
       const float* exact = head_weight(head) + i * D;
@@ -812,7 +812,7 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
       if (given) std::copy_n(before.const_data_ptr<float>() + task * size, size, w.state);
-      else std::fill_n(w.state, size, 0.f);
+      else if (keep || carry || s.chunks > 1) std::fill_n(w.state, size, 0.f);  // else no one reads it
       const Map<T> map_q = queries.map(s, head, w.map.WT), map_k = tied ? map_q : keys.map(s, head, w.WT);
       for (int64_t c = s.first_chunk(segment), first = c; c < s.first_chunk(segment + 1); ++c) {
         const int64_t t = c * n, count = s.tokens(c);
