@@ -857,9 +857,10 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 template <class T>
 struct MapGradientSpace {
   T *weight, *duT, *du, *X;  // W, as a product takes it; the gradient of u, and the inputs, as products take them
-  float* dx;
+  float *dx, *lanes;         // sums of du over tokens, W at a time
   template <class Take>
   void parts(const Sizes& s, const Take& take) {
+    take(lanes, s.ldx * W);
     take(weight, 3 * s.ldx * s.ldx), take(duT, s.ldx * s.n), take(du, s.ldx * s.n), take(X, s.n * s.ldx);
     take(dx, s.n * s.ldx);
   }
@@ -889,11 +890,13 @@ class MapGradients {
     const int64_t head = task % (s_.B * s_.H), n = s_.n, count = s_.tokens(chunk), D = side_.width(), ld = s_.ldx;
     if (side_.mapped()) {
       float *dWT = dWT_.mutable_data_ptr<float>() + task * D * ld, *db = db_.mutable_data_ptr<float>() + task * D;
-      for (int64_t i = 0; i < n; i += W) hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, w.duT + i, D, n);
+      std::fill_n(w.lanes, D * W, 0.f);
+      for (int64_t i = 0; i < n; i += W)
+        hedgehog(PT + i, PT + D * n + i, dPT + i, dPT + D * n + i, w.duT + i, w.lanes, D, n);
       std::fill(w.duT + D * n, w.duT + ld * n, T(0.f));
       product(w.dx, ld, left_transposed(w.duT, n, D, n, w.du), WT, n, ld, D, false);          // dx = du W^T
       product(dWT, ld, left(w.duT, n), right(X, ld, n, ld, w.X), D, ld, n, true);             // dW^T += du^T x
-      for (int64_t e = 0; e < D; ++e) db[e] += sum_of(w.duT + e * n, nullptr, n);
+      for (int64_t e = 0; e < D; ++e) db[e] += sum(Vec::loadu(w.lanes + e * W));
       if (reaches_ceil(X, n * ld))  // the clamp lets no gradient through
         for (int64_t i = 0; i < n * ld; ++i) w.dx[i] = std::abs(float(X[i])) < CEIL ? w.dx[i] : 0.f;
     } else {
@@ -902,8 +905,9 @@ class MapGradients {
     store(w.dx, ld, dx, head, chunk * n, count);
   }
 
-  // du = p (dp - p.dp) - m (dm - m.dm) for W tokens
-  static void hedgehog(const T* p, const T* m, const float* dp, const float* dm, T* du, int64_t D, int64_t n) {
+  // du = p (dp - p.dp) - m (dm - m.dm) for W tokens, also added to lanes (D, W)
+  static void hedgehog(const T* p, const T* m, const float* dp, const float* dm, T* du, float* lanes,
+                       int64_t D, int64_t n) {
     auto probability = [](const T* x) { return load_vec(x) - Vec(FLOOR); };
     Vec p_dp(0.f), m_dm(0.f);
     for (int64_t d = 0; d < D * n; d += n) {
@@ -911,10 +915,11 @@ class MapGradients {
       m_dm = at::vec::fmadd(probability(m + d), Vec::loadu(dm + d), m_dm);
     }
 #pragma GCC unroll 4
-    for (int64_t d = 0; d < D * n; d += n) {
+    for (int64_t d = 0; d < D * n; d += n, lanes += W) {
       const Vec du_p = probability(p + d) * (Vec::loadu(dp + d) - p_dp);
       const Vec du_m = probability(m + d) * (Vec::loadu(dm + d) - m_dm);
       store_vec(du_p - du_m, du + d);
+      (Vec::loadu(lanes) + du_p - du_m).store(lanes);
     }
   }
 
