@@ -124,7 +124,7 @@ def test_there_is_a_notebook_of_the_course_and_one_for_each_task():
         "docs/notebook.ipynb",
         *(f"exercises/{s.removesuffix('.py')}.ipynb" for s in STUBS),
     ]
-    assert len(STUBS) == 10
+    assert len(STUBS) == 11
 
 
 def without_outputs(book: dict) -> dict:
