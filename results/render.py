@@ -148,6 +148,7 @@ def glance() -> list[str]:
         "(SmolLM2-135M-Instruct)",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
         f"{percent(finetuned.recovered(read('vit-digits'), 'hedgehog'))} on digits (3 seeds)",
+        arena_in_short(),
         f"{timings('bench-bfloat16')['forward', 32768, 'cpp']['ratio']:.0f} in bfloat16, "
         f"{timings('bench-cpu')['forward', 32768, 'cpp']['ratio']:.0f} in float32 (one CPU thread)",
     ]
@@ -265,6 +266,17 @@ def taylor() -> str:
     passes = ("forward", "forward and backward")
     heads = [f"{which}, {how}" for which in passes for how in ("from features", "directly")]
     return f"{markdown(['tokens', *heads], rows)}\n\n{source(read('bench-taylor'))}"
+
+
+def arena_in_short() -> str:
+    """The average accuracy of three attentions over the tasks that were run."""
+    tasks = [lra.by_attention(facts["runs"]) for facts in all_of("lra-*")]
+    if not tasks:
+        return "not run"
+    names = {"softmax": "softmax", "hedgehog": "Hedgehog", "elu": "1+ELU"}
+    means = {name: mean([mean(finals(runs[name], "accuracy")) for runs in tasks]) for name in names}
+    found = ", ".join(f"{label} {means[name]:.1f}%" for name, label in names.items())
+    return f"{found} ({len(tasks)} of 5 tasks, in minutes a run)"
 
 
 def arena() -> str:
