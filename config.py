@@ -12,8 +12,8 @@ from pathlib import Path
 
 from attention import attentions
 from model import GPTConfig
-from support.checkpoints import LANGUAGE_MODEL, load_checkpoint
 from support.cli import UserError, as_user_error, parse, setting
+from support.header import LANGUAGE_MODEL
 
 may_change = partial(setting, may_change=True)
 
@@ -63,9 +63,7 @@ class TrainConfig(GPTConfig, FitConfig):
     block_size: int = 256  # tokens of context in training and evaluation
     rope_base: float = 100.0  # the slowest rotation of rope: small, since 256 bytes are near each other
     qk_gain: float = 0.5  # scales the initial query and key projections: a gentle start for learned maps
-    qk_bias: float = (
-        1.0  # initial query and key biases, where bias is true; with rope, attention begins nearby
-    )
+    qk_bias: float = 1.0  # initial query and key biases, if bias is true; with rope, attention begins nearby
     vocab_size: int = setting(256, hidden=True)  # that of the tokenizer
     # -- data
     dataset: str = "stdlib"  # stdlib, shakespeare, wikitext2, wikitext103 or text
@@ -131,6 +129,8 @@ def read_config(argv: list[str], description: str) -> tuple[TrainConfig, set[str
     if config.eval_only and not config.init_from:
         config.init_from = config.out_dir or f"out/{config.dataset}-{config.attention}"
     if config.init_from:  # the model, tokens and data of the checkpoint, unless flags say otherwise
+        from support.checkpoints import load_checkpoint  # the recipes need only PyTorch, and no safetensors
+
         saved = load_checkpoint(config.init_from, LANGUAGE_MODEL)[1]
         with as_user_error():
             there = GPTConfig.of(saved["config"])

@@ -3,7 +3,6 @@ tensors."""
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.cli import RunError, UserError
+from support.cli import UserError
 from support.header import ANY, LANGUAGE_MODEL, Kind, command, read_header  # noqa: F401  for who loads one
+from support.writing import write_atomically, write_json  # noqa: F401
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -69,23 +69,6 @@ def checksum(tensors: dict[str, Tensor], meta: str) -> str:
     return f"{crc:08x}"
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary file beside path), fsync, rename: path is old or new at any moment, never half."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        write(beside)
-        with open(beside, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the rename itself
-            os.close(folder)
-    except (OSError, SafetensorError) as e:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {e}; what was there before is intact") from e
-
-
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **meta
 ) -> None:
@@ -127,10 +110,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     tensors = {name: on_host(t) for name, t in tensors.items()}
 
     def write(beside: Path) -> None:
-        save_file(tensors, beside, header)
-        with safe_open(beside, "pt") as f:  # what cannot be read back does not replace what can
-            if f.metadata() != header or set(f.keys()) != set(tensors):
-                raise OSError("it cannot be read back")
+        try:
+            save_file(tensors, beside, header)
+            with safe_open(beside, "pt") as f:  # what cannot be read back does not replace what can
+                if f.metadata() != header or set(f.keys()) != set(tensors):
+                    raise OSError("it cannot be read back")
+        except SafetensorError as e:
+            raise OSError(str(e)) from e
 
     write_atomically(path, write)
 
@@ -206,7 +192,3 @@ def misfits(have: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
         elif n.endswith((".exp_avg_sq", ".step")) and (t < 0).any():
             wrong.append(f"{n} is negative")
     return [text.removeprefix("model.") for text in wrong]
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))

@@ -152,11 +152,22 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return zlib.crc32(f"{seed} {step} {rank}".encode())
 
 
-def machine() -> str:
-    """The processor by name, with the number of threads or GPUs in use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+def features(device: torch.device | None = None) -> list[str]:
+    """What products can use, as far as PyTorch knows it: instructions of the processor, or the GPU's generation."""
+    if device is not None and device.type == "cuda":
+        return ["sm_{}{}".format(*torch.cuda.get_device_capability(device))]
+    known = {"AVX2": "avx2", "AVX512": "avx512", "AVX512-BF16": "avx512_bf16", "AMX": "amx_tile"}
+    found = [name for name, word in known.items() if getattr(torch.cpu, f"_is_{word}_supported")()]
+    return found or [torch.backends.cpu.get_cpu_capability()]  # of another kind, such as SVE256
+
+
+def machine(device: torch.device | None = None) -> str:
+    """The processor by name, with its features and the number of threads; or the GPUs, if there are some and
+    `device` is no processor."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line (ARM)
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name} ({', '.join(features())}), {threads} thread{'s' * (threads > 1)}"

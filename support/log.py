@@ -1,10 +1,8 @@
-"""The log of a run, where a number comes from, and the report at the end."""
+"""The log of a run, and the report at the end."""
 
 import contextlib
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,29 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import plots
-from support.checkpoints import load_checkpoint, restore, write_atomically, write_json
-from support.devices import World, machine, peak_gib
-from support.header import command
-
-
-def provenance() -> dict[str, Any]:
-    """Commit, command, versions and machine: a number without them cannot be checked."""
-
-    def git(*args: str) -> str:
-        try:
-            command = ["git", "-C", str(Path(__file__).parent.parent), *args]
-            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
-    return {
-        "command": command(),
-        "commit": (commit or "unknown") + ("+changes" if changes else ""),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": machine(),
-    }
+from support.checkpoints import load_checkpoint, restore
+from support.devices import World, peak_gib
+from support.provenance import provenance
+from support.writing import write_atomically, write_json
 
 
 def is_entry(e: Any) -> bool:
