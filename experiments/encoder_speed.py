@@ -96,9 +96,14 @@ def main() -> None:
     report.begin("forward", f"Forward pass of a BERT, {config.n_layer} layers")
     for T in lengths:
         calls = {name: forward(model, config, T) for name, model in models.items()}
-        report.time(T, config.n_head, calls, config.rounds)
-    large = ((T, config.n_head, name) for T in lengths if T >= 512 for name in models)
-    report.memory("Memory that the forward pass adds", large, extra_mib, config)
+        report.time(T, config.n_head, {"float32": calls}, config.rounds)
+    large = (
+        (T, config.n_head, "float32", name, partial(extra_mib, config, name, T, device))
+        for T in lengths
+        if T >= 512
+        for name in models
+    )
+    report.memory("Memory that the forward pass adds", large)
     facts["crossover"] = report.crossover("forward", config.feature_map)
     print(f"\n{table(facts | {'rows': report.rows})}")
     report.save(config.out, facts)
