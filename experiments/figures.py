@@ -285,7 +285,7 @@ def patches(figure, images: list, weights: dict[str, list], title: str) -> None:
 
 @picture
 def speed(figure, rows: list[dict], title: str = "Time and memory of attention") -> None:
-    """Fig. 7: time and memory of attention against length.
+    """Fig. 7: time and memory of attention against length, one row of panels for each dtype.
 
     A length that was measured with fewer heads is multiplied, and its mark is hollow."""
     parts = {
@@ -295,19 +295,24 @@ def speed(figure, rows: list[dict], title: str = "Time and memory of attention")
     parts["memory"] = ("extra memory", "MiB", 1)
     order = "softmax cpp triton torch elu taylor recurrent quadratic".split()
     rows = [r for r in rows if r["part"] in parts]
+    dtypes = list(dict.fromkeys(r.get("dtype", "") for r in rows))  # a row of panels each
     heads = max(r["heads"] for r in rows)
     fewer = sorted({r["heads"] for r in rows} - {heads})
-    figure.set_size_inches(12.5, 4)
-    for axis, (part, (what, unit, factor)) in zip(figure.subplots(1, 3), parts.items()):
-        for name in select(dict.fromkeys(r["contender"] for r in rows), first=order):
-            points = [r for r in rows if (r["part"], r["contender"]) == (part, name)]
-            few = [r for r in points if r["heads"] < heads]
-            for some, look in ((points, {"label": label(name)}), (few, {"linestyle": "", "mfc": "w"})):
-                costs = [r["median"] * factor * heads / r["heads"] for r in some]
-                axis.plot([r["T"] for r in some], costs, markersize=5, **style(name), **look)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=what, ylabel=f"{unit}, {heads} heads")
-        axis.set_xticks(*LENGTHS)
-        axis.minorticks_off()
+    figure.set_size_inches(12.5, 0.6 + 3.4 * len(dtypes))
+    panels = figure.subplots(len(dtypes), 3, sharey="col", squeeze=False)
+    for dtype, axes in zip(dtypes, panels):
+        for axis, (part, (what, unit, factor)) in zip(axes, parts.items()):
+            for name in select(dict.fromkeys(r["contender"] for r in rows), first=order):
+                at = part, name, dtype
+                points = [r for r in rows if (r["part"], r["contender"], r.get("dtype", "")) == at]
+                few = [r for r in points if r["heads"] < heads]
+                for some, look in ((points, {"label": label(name)}), (few, {"linestyle": "", "mfc": "w"})):
+                    costs = [r["median"] * factor * heads / r["heads"] for r in some]
+                    axis.plot([r["T"] for r in some], costs, markersize=5, **style(name), **look)
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{unit}, {heads} heads")
+            axis.set_title(f"{what}, {dtype}" if len(dtypes) > 1 else what)
+            axis.set_xticks(*LENGTHS)
+            axis.minorticks_off()
     hollow = ", ".join(f"measured with {n} heads, times {heads / n:g}" for n in fewer)
     figure.suptitle(title + (f"; hollow marks: {hollow}" if fewer else ""))
     beside(figure)

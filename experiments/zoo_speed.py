@@ -86,7 +86,7 @@ def main() -> None:
     report.begin("forward", f"Forward pass of one attention, {config.n_head} heads of {config.head_dim}")
     for T in sorted(config.lengths):
         calls = {name: forward(config, name, T, device) for name in config.attentions}
-        report.time(T, config.n_head, calls, config.rounds)
+        report.time(T, config.n_head, {"float32": calls}, config.rounds)
     print(f"\n{table(facts | {'rows': report.rows})}")
     report.save(config.out, facts)
 

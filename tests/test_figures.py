@@ -225,6 +225,28 @@ def test_a_picture_of_speed_has_the_heads_of_the_tables(contenders, drawn, tmp_p
     assert "measured with 2 heads, times 6" in drawn[0].get_suptitle()
 
 
+def test_a_picture_of_speed_has_a_row_of_panels_for_each_dtype(drawn, tmp_path):
+    """Softmax and Hedgehog in float32 above, in bfloat16 below, on the same scale."""
+    rows = [
+        {"part": part, "contender": c, "T": T, "heads": 12, "dtype": dtype, "median": T * cost}
+        for part in ("forward", "training", "memory")
+        for c in ("softmax", "cpp")
+        for dtype, cost in (("float32", 2), ("bfloat16", 1))
+        for T in (128, 8192)
+    ]
+    assert figures.speed(tmp_path / "speed.png", "python bench.py", rows, "A finding")
+    check(drawn[0])
+    assert drawn[0].get_suptitle() == "A finding"
+    titles = ("forward", "forward and backward", "extra memory")
+    assert [a.get_title() for a in drawn[0].axes] == [
+        f"{t}, {d}" for d in ("float32", "bfloat16") for t in titles
+    ]
+    above, below = drawn[0].axes[0], drawn[0].axes[3]
+    assert above.get_ylim() == below.get_ylim()
+    assert above.lines[0].get_ydata().tolist() == [256e3, 16384e3]
+    assert below.lines[0].get_ydata().tolist() == [128e3, 8192e3]
+
+
 def test_six_series_are_in_colour_and_a_readers_own_map_is_among_them():
     chosen = figures.select(ALL)
     assert len(chosen) == 6 and {"softmax", "hedgehog", "a_map_of_my_own"} <= set(chosen)

@@ -1,6 +1,7 @@
 """README and the pages in results/ tell the truth: every number in their text is one of a result,
 of a setting, or of the paper. (Their tables are rendered: test_readme.py.)"""
 
+import importlib.util
 import json
 import re
 from functools import cache
@@ -388,27 +389,24 @@ def rank_correlations() -> list[str]:
 
 
 def speed() -> list[str]:
-    bench = read("bench-cpu")
-    c, rates, cross = bench["config"], bench["speed"], bench["crossover"]
-    assert c["threads"] == 1 and c["dtype"] == "float32"
-    assert rates["vector_gflops"] > rates["blas_gflops"]
-    assert cross["forward cpp"] == cross["training cpp"] and cross["forward torch"] == cross["training torch"]
-    (of_peak,) = (r["of_peak"] for r in bench["rows"] if r["T"] == 32768 and r.get("of_peak", 0) > 0.5)
+    import bench
+
+    facts, threads, recipe = read("bench-cpu"), read("bench-threads"), read("bench-recipe")
+    c = facts["config"]
+    assert c["threads"] == 1 and threads["config"]["threads"] == recipe["config"]["threads"] == 2
+    assert all(f["config"]["dtype"] == ["float32", "bfloat16"] for f in (facts, threads, recipe))
+    assert {(r["part"], r["contender"]) for r in recipe["rows"]} == {
+        ("recipe", "softmax"), ("recipe", "hedgehog")
+    }  # fmt: skip
     shortest = min(r["T"] for r in read("bench-encoder")["rows"] if r["part"] == "memory")
     return [
         f"(2 heads where the table says so), {2 * c['head_dim']} features",
         "it has 2 layers and is 384 wide",  # time_model of bench.py
-        f"faster than softmax from {cross['forward cpp']} tokens on, PyTorch's form from "
-        f"{cross['forward torch']:,} on",
-        f"At 32,768 tokens the kernel computes at {of_peak:.0%} of {rates['vector_gflops']:.0f} GFLOP/s",
-        f"reach {rates['blas_gflops']:.0f} GFLOP/s",
-        f"copied at {rates['copy_gb_s']:.0f} GB/s",
+        f"take turns of {bench.STEPS} steps each",
         f"from {shortest} tokens on",
         "from 1K to 1M tokens",
         "Above 1, linear attention is faster",
         f"{c['n_head']} heads of {c['head_dim']} dimensions",
-        f"Taylor's column was measured with {1 + 64 + 64 * 65 // 2:,} features",
-        f"up to {2145 // 2:,} tokens",
         "within 99 KB",  # fused.resources
         "below 0.01 at 8,192 tokens and below 0.02 at 102,400",  # test_fused.py
     ]
@@ -507,3 +505,70 @@ def test_gaps_are_closed_as_the_page_says_in_perplexity_too():
     for name in ("compare-stdlib-paper", "compare-stdlib"):
         of = losses(name)
         assert f"| {sd(closed(of), '.1f')}% | {sd(closed(of, measure=exp), '.1f')}% | 3 |" in text
+
+
+# ---------------------------------------------------------------- the speed of a GPU, which no result has yet
+
+
+@pytest.fixture(scope="module")
+def render():
+    spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_a_gpu() -> dict:
+    """A made-up file of bench.py --device cuda: no C++, other parts than on a CPU, and rows that are lost."""
+    rows = [
+        {
+            "part": part, "T": T, "heads": 16, "dtype": dtype, "contender": name, "median": 1e-3 * T / (1 + i),
+            "ratio": 1.0 + i, "kv_bytes": 2**20, "state_bytes": 2**19, "tokens_per_s": 1e5 * (1 + i),
+        }
+        for part in ("forward", "forward-graph", "training", "memory", "decode-graph", "recipe")
+        for T in (512, 8192)
+        for dtype in ("float32", "bfloat16")
+        for i, name in enumerate(["softmax", "hedgehog"] if part == "recipe" else ["softmax", "triton", "torch"])
+        if (part, T, dtype, name) != ("forward", 8192, "bfloat16", "triton")
+    ]  # fmt: skip
+    lost = {"part": "forward", "T": 8192, "heads": 16, "dtype": "bfloat16", "contender": "triton"}
+    crossed = {f"{part} {name}": 512 for part in ("forward", "training") for name in ("triton", "torch")}
+    return {
+        "rows": rows, "failed": [lost | {"error": "RuntimeError: no luck"}], "minutes": 4.2, "commit": "abc",
+        "command": "python bench.py --device cuda", "machine": "1 x NVIDIA H100",
+        "config": {"dtype": ["float32", "bfloat16"]}, "softmax": {"float32": "efficient", "bfloat16": "flash"},
+        "crossover": dict.fromkeys(("float32", "bfloat16"), crossed), "speed": {},
+        "check": {"rows": [{"ok": True}, {"ok": False}]},
+    }  # fmt: skip
+
+
+def test_a_file_of_a_gpu_is_shown_beside_the_cpus(render, tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    assert "nothing was measured on a GPU" in render.gpu()
+    (tmp_path / "bench-gpu-h100.json").write_text(json.dumps(of_a_gpu()))
+    text = render.gpu()
+    assert "float32: softmax, ms | float32: Hedgehog, Triton | float32: Hedgehog, PyTorch | bfloat16" in text
+    assert "| 8,192 | 8,192.00 | 2.00 | 3.00 | 8,192.00 |  | 3.00 |" in text, "what failed is empty"
+    assert "- Failed: triton, forward, bfloat16, 8,192 tokens: RuntimeError: no luck" in text
+    assert "| **faster from** |  | 512 | 512 |  | 512 | 512 |" in text
+    assert "Times softmax, forward, as CUDA graphs" in text and "times the faster of two KV caches" in text
+    assert "| steps of training at 512 tokens | 100,000 | 200,000 | 100,000 | 200,000 |" in text
+    assert "softmax in PyTorch's efficient and flash kernel" in text and "1 x NVIDIA H100" in text
+    assert "fused.check: 1 of 2 cases right" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    for table in "\n".join(text.splitlines()).split("\n\n"):
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1, table
+    assert len(lines) > 20
+
+
+def test_the_table_of_a_page_is_the_processors_own(render):
+    """Features of the processor, the kernel of softmax and both crossovers stand under the tables."""
+    facts = read("bench-cpu")
+    text = render.speed()
+    assert ", ".join(facts["features"]) in text and "softmax in PyTorch's flash kernel" in text
+    for dtype, crossed in facts["crossover"].items():
+        assert (
+            f"Faster than softmax in {dtype}: Hedgehog, C++: forward {render.since(crossed['forward cpp'])}"
+            in text
+        )
