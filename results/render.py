@@ -347,10 +347,11 @@ def said_of(facts: dict) -> str:
             if "of_peak" in found.get((dtype, "forward", 32768, name), {})
         ]
         if shares:
+            blas, copies = f"{rates['blas_gflops']:,.0f}", f"{rates['copy_gb_s']:.0f}"
             lines.append(
-                f"- At 32,768 tokens in {dtype}, {' and '.join(shares)} of {best:,.0f} GFLOP/s, the highest rate of "
-                f"products that was measured here. PyTorch's matrix products reach {rates['blas_gflops']:,.0f} "
-                f"GFLOP/s; memory is copied at {rates['copy_gb_s']:.0f} GB/s."
+                f"- At 32,768 tokens in {dtype}, {' and '.join(shares)} of {best:,.0f} GFLOP/s, the highest "
+                f"rate of products that was measured here. PyTorch's matrix products reach {blas} GFLOP/s; "
+                f"memory is copied at {copies} GB/s."
             )
     return "\n".join(lines)
 
@@ -460,7 +461,7 @@ def rendered(page: str) -> str:
 
 
 def computed(page: str) -> str:
-    """docs/scaling.md with the tables that its own Python makes: the variable NAME_table between its marks."""
+    """docs/scaling.md with the tables that its Python makes: the variable NAME_table between its marks."""
     made: dict = {}
     for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         exec(code, made)
