@@ -1,15 +1,13 @@
 """Time and memory of linear attention and of softmax attention, measured side by side (Fig. 7).
 
     python bench.py                                      about half an hour on a laptop
-    python bench.py --what forward --lengths 512 2048    about a minute
     python bench.py --what recipe --threads 2            the first command: tokens/s of whole steps
     python bench.py --device cuda                        on a GPU, after python -m fused.check
 
 The contenders take turns, so that whatever else the machine does slows all of them down alike. Each
 number is a median, printed with its quartiles. "times softmax" is the time of softmax divided by
 the time of the contender, in the same dtype, at the same length and with as many heads: above 1, the
-contender is faster. The feature map counts. On a GPU, rows "-graph" are CUDA graphs: no launches
-from Python. The file is written after every row. The clock is in support/timing.py.
+contender is faster. The feature map counts. On a GPU, parts "-graph" are measured as CUDA graphs.
 """
 
 import os
@@ -202,8 +200,7 @@ def time_model(part: str, names: list[str], report: Report, config: BenchConfig)
     for T in lengths:
         idx = torch.randint(256, (tokens // T, T), device=device)
         models = gpts(GPTConfig(block_size=T, vocab_size=256, n_layer=2, n_head=6, n_embd=384), device)
-        step = timing.gradients
-        calls = {d: {name: partial(step, models[name], idx, d) for name in models} for d in config.dtype}
+        calls = {d: timing.passes_of(models, idx, d) for d in config.dtype}
         report.time(T, 6, calls, min(3, config.rounds), idx.numel())
     for batch, prompts in PROMPTS.items():
         title = f"A GPT of GPT-2's size: one more token after a prompt, batch size {batch}"

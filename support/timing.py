@@ -173,6 +173,11 @@ def gradients(model: nn.Module, idx: Tensor, dtype: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
+def passes_of(models: dict[str, nn.Module], idx: Tensor, dtype: str) -> dict[str, Callable]:
+    """The forward and backward pass of each GPT."""
+    return {name: partial(gradients, model, idx, dtype) for name, model in models.items()}
+
+
 def training_step(model: nn.Module, optimizer: Any, rows: Tensor, pieces: int, dtype: str) -> None:
     """The step of fit() in train.py: gradients piece by piece, their norm clipped to 1, AdamW."""
     params = list(model.parameters())
