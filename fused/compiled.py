@@ -46,7 +46,10 @@ def register(space: str, triton) -> None:
         """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward. With
         `narrow`, which chunked.cpp alone has, y has v's dtype."""
         (B, H, T, E), F = v.shape, n_features(q, Wq)
-        found = value(v, (B, H, T, E), narrow), *(empty(q, size) for size in ((B, H, T), (B, H, F, E), (B, H, F)))
+        found = (
+            value(v, (B, H, T, E), narrow),
+            *(empty(q, size) for size in ((B, H, T), (B, H, F, E), (B, H, F))),
+        )
         if triton:
             states = triton.new_states(q, k, v, Wq) if keep else ()
             states = *states, *(empty(q, (0,)) for _ in range(4 - len(states)))

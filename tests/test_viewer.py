@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scipy.stats import kendalltau
 from tiny import save_encoder
 
 from attention import LinearAttention, linear_weights, softmax_weights
