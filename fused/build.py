@@ -42,7 +42,8 @@ def load_cpp(source: Path) -> SimpleNamespace:
     try:
         home = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
         library = Path(home) / f"hedgehog_{key}.so"
-        if library.exists():
+        loaded = hasattr(torch.ops.hedgehog, "forward")  # the operators can be registered once in a process
+        if library.exists() and not loaded:
             try:
                 torch.ops.load_library(str(library))
             except OSError:  # half a file, or one of another system
