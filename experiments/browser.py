@@ -172,7 +172,7 @@ class PhotographConfig:
     page: str = "docs/attention.html"  # the page, an HTML file
     picture: str = "docs/figures/viewer.png"  # the PNG that is written
     width: int = 1000  # of the window, in CSS pixels
-    height: int = 640
+    height: int = 640  # of the window, in CSS pixels
     dark: bool = False  # for readers who prefer dark colours
     point: str = ""  # what the mouse points at: a CSS selector, such as [data-token="40"]
 

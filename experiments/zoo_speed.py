@@ -36,10 +36,10 @@ CAUSAL = ("h3", "hyena", "hedgehog_window", "softmax_window")  # they have no ot
 class ZooSpeedConfig:
     # -- what is measured
     attentions: list[str] = setting(TIMED)  # which ones to time
-    lengths: list[int] = setting([1024, 4096, 16384])  # numbers of tokens
-    n_head: int = 2  # heads
+    lengths: list[int] = setting([1024, 4096, 16384])  # how many tokens a sequence has
+    n_head: int = 2  # number of heads
     head_dim: int = 32  # dimensions of a head
-    batch_size: int = 1  # sequences
+    batch_size: int = 1  # number of sequences
     rounds: int = 3  # number of turns that each system takes
     # -- machine
     device: str = "auto"  # where to run: auto, cpu, cuda, cuda:N or mps

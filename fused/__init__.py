@@ -194,7 +194,8 @@ def describe(device: str | torch.device) -> str:
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor):
-    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond DTYPES."""
+    """The compiled kernel for these tensors, or None: chunked.py. "auto" takes None for dtypes beyond
+    DTYPES."""
     if chosen == "auto" and is_recorded():
         return None
     if q.dtype in DTYPES and k.dtype in DTYPES and v.dtype in DTYPES:
@@ -226,8 +227,8 @@ def picked(chosen: str, device: str) -> str:
 
 @torch.compiler.assume_constant_result
 def proven(chosen: str, device: str, index: int | None, dtype: torch.dtype, D: int) -> bool:
-    """Whether Triton's kernels are right for this dtype and head dim on this very device, decoding included. Each of
-    these is code of its own, and is checked before its first use."""
+    """Whether Triton's kernels are right for this dtype and head dim on this very device, decoding
+    included. Each of these is code of its own, and is checked before its first use."""
     with LOCK:
         return checked(chosen, device if index is None else f"{device}:{index}", dtype, D)
 
@@ -269,7 +270,8 @@ def load_once(name: str, device: str):
 
 
 def verified(kernel, device: str, dtype: torch.dtype = torch.float32, D: int = 16):
-    """The kernel, if its numbers and gradients here are Eq. 2's: compilers and cards are not taken on trust."""
+    """The kernel, if its numbers and gradients here are Eq. 2's: compilers and cards are not taken on
+    trust."""
     try:
         errors = undisturbed(kernel_deviations, kernel, device, dtype, D)
     except Exception as e:  # whatever a driver may raise
@@ -282,8 +284,8 @@ def verified(kernel, device: str, dtype: torch.dtype = torch.float32, D: int = 1
 
 
 def kernel_deviations(kernel, device: str, dtype: torch.dtype = torch.float32, D: int = 16) -> list[float]:
-    """Relative errors of y, dq, dk, dv and one decoded token against Eq. 2 in float64, of 70 tokens with the map in
-    the kernel. Where D is too large for that, the kernel is given features."""
+    """Relative errors of y, dq, dk, dv and one decoded token against Eq. 2 in float64, of 70 tokens with
+    the map in the kernel. Where D is too large for that, the kernel is given features."""
     kind, generator = dict(dtype=torch.float64, device="cpu"), torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(4, 1, 2, 70, D, generator=generator, **kind).to(dtype).double()
     q, k, v, dy = (x.requires_grad_() for x in drawn.unbind())

@@ -207,7 +207,7 @@ def test_no_number_of_any_command_is_huge_tiny_infinite_or_absent(name, monkeypa
     flags = {f.name: f.type for f in fields(default) if not tagged(default, f.name, "hidden")}
     kinds = {int: int, float: float, list[int]: int, list[float]: float}
     numbers = [(flag, word) for flag, kind in flags.items() if kind in kinds for word in WORDS[kinds[kind]]]
-    assert numbers
+    assert numbers or name == "experiments.feature_map_page"  # which has none
     for flag, word in numbers:
         with pytest.raises(UserError, match=f"^--{flag} (must be|takes) ") as e:
             parse(default, [f"--{flag}", word], "")

@@ -222,7 +222,7 @@ def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
     [
         ("--attentions softmax h3", "h3 is causal only"),
         ("--attentions hyena", "hyena is causal only"),
-        ("--attentions hedgehog_window", "attention with a window is causal"),
+        ("--attentions hedgehog_window", "a window by name is causal"),
         ("--attentions linforme", "--attentions takes softmax, elu"),
         ("--task lostops", "--task takes listops or text"),
         ("--setting papr", "--setting takes ours or paper"),
