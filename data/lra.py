@@ -5,17 +5,17 @@
 
 listops     the value of a nested expression     generated (data/listops.py), or the official files
 text        is a review of IMDB positive?        bytes; from the hub, or its parquet files
-retrieval   does one paper cite the other?       bytes, two texts; only the official files. Without them there is a
-                                                 stand-in: are two passages from the same article of WikiText-2?
+retrieval   does one paper cite the other?       bytes, two texts; the official files. Without them a stand-in:
+                                                 are two passages from one article of WikiText-2?
 image       CIFAR-10 in grey                     1,024 pixels; from the hub, or its parquet files
-pathfinder  are two dots on one dashed curve?    1,024 pixels; drawn (data/pathfinder.py), or the official files
+pathfinder  are two dots on one dashed curve?    1,024 pixels; data/pathfinder.py, or the official files
 
 The official files are those of the archive `lra_release`; data_dir is its folder:
     listops-1000/basic_{train,val,test}.tsv              columns Source, Target
     tsv_data/new_aan_pairs.{train,eval,test}.tsv         label, id1, id2, text1, text2, without a header
     pathfinder32/curv_contour_length_14/{imgs,metadata}  drawings, and lines that name them with their labels
-Text and Image are not in the archive. The benchmark gets them from a hub, and so do we; data_dir may be a folder with
-train*.parquet and test*.parquet in the hub's own form, or a folder that holds it as imdb/ or cifar10/.
+Text and Image are not in the archive. The benchmark gets them from a hub, and so do we; data_dir may be a folder
+with train*.parquet and test*.parquet in the hub's own form, or a folder that holds it as imdb/ or cifar10/.
 """
 
 if __name__ == "__main__":
@@ -83,9 +83,9 @@ class Task:
 
 
 def batch(split: Split, which: Tensor, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """The examples `which` (B,) as (idx (B, T), key_mask (B, T), labels (B,)); of pairs, idx and key_mask (2, B, T).
+    """The examples `which` (B,) as (idx (B, T), key_mask (B, T), labels (B,)); of pairs, (2, B, T).
 
-    idx is a row's values plus one, and 0 behind its end; T is the longest row of the batch. key_mask: True = a token.
+    idx is a row's values plus one, and 0 behind its end; T is the longest row of the batch. key_mask: True = token.
     """
     rows = [split.tokens[i] for i in which.tolist()]
     if split.others is not None:
@@ -101,7 +101,7 @@ def batch(split: Split, which: Tensor, device="cpu") -> tuple[Tensor, Tensor, Te
 def batches(
     split: Split, batch_size: int, device="cpu", generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every example once, as `batch` has them; the last batch may be smaller. Shuffled if there is a generator."""
+    """Every example once, as `batch` has them; the last batch may be smaller. A generator shuffles them."""
     n = len(split)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     for which in order.split(batch_size):
@@ -125,8 +125,8 @@ def load_task(
     data_dir: the official archive or local files, see above. Without it: generated, or from the hub.
     seed: of the generator; and of the choice of examples, and of dev's from the training set.
     sizes: examples for training, dev and test; without it the official numbers, or all that the files have.
-    max_len: tokens. Longer texts are cut, as in the benchmark, and a line says how many; expressions are generated
-        shorter. Images have 1,024.
+    max_len: tokens. Longer texts are cut, as in the benchmark, and a line says how many. Expressions are never
+        cut, but generated shorter. Images have 1,024.
     min_len: tokens of a generated expression, at least; without it a quarter of max_len, as officially.
     Raises UserError for an unknown name, files that are missing or damaged, and more examples than there are.
     """
@@ -171,7 +171,7 @@ def found(name, data_dir, seed, sizes, max_len, min_len) -> tuple[dict[str, Spli
 
 
 def chosen(name: str, pools: dict[str, Split], sizes, seed: int) -> dict[str, Split]:
-    """The splits in the sizes that are asked for, at random. Where there is no dev set, it is a part of train."""
+    """The splits in the sizes that are asked for, at random. Without a dev set, it is a part of train."""
     rng = np.random.default_rng(seed)
     wanted = dict(zip(SPLITS, sizes or [None] * 3))
     if "dev" not in pools:
@@ -205,7 +205,7 @@ def part(split: Split, which: np.ndarray) -> Split:
 def prepared(
     name: str, source: str, facts: tuple, parts: tuple[str, ...], make: Callable
 ) -> list[np.ndarray]:
-    """The arrays that make() gives, named `parts`; from the folder of prepared data if an earlier call wrote them.
+    """The arrays `parts` of make(), from the folder of prepared data if an earlier call wrote them there.
 
     source: the file whose functions make them. A change of the file, or of the facts, makes new ones.
     """

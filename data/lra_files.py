@@ -1,4 +1,4 @@
-"""The files of the Long Range Arena: the official archive, data sets of the hub, and a stand-in from WikiText-2.
+"""The files of the Long Range Arena: the official archive, the hub's data sets, a stand-in from WikiText-2.
 
 A function a task. Each gives {split: Split}, where "dev" may be missing; data/lra.py describes the files.
 """
@@ -55,7 +55,7 @@ def label_of(word, n_classes: int, where: str) -> int:
 
 
 def split_of(rows: list[tuple], where: str) -> Split:
-    """rows: (tokens, label) or (tokens, tokens, label), as bytes. Empty texts have no token, and are left out."""
+    """rows: (tokens, label) or (tokens, tokens, label), tokens as bytes. Rows with an empty text are left out."""
     kept = [row for row in rows if all(row[:-1])]
     if not kept:
         raise UserError(f"{where} holds no examples")
@@ -71,7 +71,8 @@ def split_of(rows: list[tuple], where: str) -> Split:
 def say_cut(n: int, rows: int, max_len: int, where: str) -> None:
     if n:
         print(
-            f"{where}: {n:,} of {rows:,} texts are longer than {max_len:,} bytes and end there, as in the benchmark"
+            f"{where}: {n:,} of {rows:,} texts are longer than {max_len:,} bytes and end there, "
+            "as in the benchmark"
         )
 
 
@@ -136,7 +137,7 @@ def drawing_files(data_dir: str) -> list[Path]:
 
 
 def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """pixels (N, 1024) and labels (N,) of all drawings. The .npy files of the archive are text: a line a drawing."""
+    """pixels (N, 1024) and labels (N,) of all drawings. The archive's .npy files are text: a line a drawing."""
     pixels, labels = [], []
     for path in tqdm(drawing_files(data_dir), desc="pathfinder32", unit="file"):
         if path.read_bytes()[:6] == b"\x93NUMPY":  # as the program that draws them writes them
@@ -258,7 +259,7 @@ def articles(lines) -> list[str]:
 
 
 def passages(article: str, max_len: int) -> list[bytes]:
-    """Pieces of at most max_len bytes, one after the other, that end with a word. A short last one is left out."""
+    """Pieces of at most max_len bytes, one after the other, that end with a word; without a short last one."""
     pieces, n = [[]], 0
     for word in article.split():
         size = len(word.encode()) + 1

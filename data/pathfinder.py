@@ -1,15 +1,16 @@
 """Pathfinder-32 (Linsley et al., 2018; Tay et al., 2020, Sec. 2.2.5), drawn here from its definition.
 
-A drawing has two long dashed curves, a few short ones, and two dots. One dot is at the beginning of a long curve. The
-other is at the end of the same curve (label 1), or of the other long curve (label 0). So the classes differ in nothing
-but the path. The numbers below are those of the benchmark's hard form, curv_contour_length_14.
+A drawing has two long dashed curves, a few short ones, and two dots. One dot is at the beginning of a long
+curve. The other is at the end of the same curve (label 1), or of the other long curve (label 0). So the classes
+differ in nothing but the path. The numbers are those of the benchmark's hard form, curv_contour_length_14.
 
-    next pivot = pivot + 4 (cos a, sin a),  a = last angle + turn,  density of the turn: 2/pi cos^2(turn), below 90 deg
+    next pivot = pivot + 4 (cos a, sin a)
+    a          = last angle + turn, where a turn below 90 degrees has the density 2/pi cos^2(turn)
     dash       = from 1 to 3 pixels behind a pivot, so dashes of a curve are 2 pixels long and about 2 apart
 
-Every other dash is at least 2 pixels away. A curve that has no way to go on is given up: long ones with their drawing,
-short ones after four attempts. What differs from the published program: places are real numbers, not whole pixels, and
-lines get grey edges by a formula, not by scaling down a larger drawing.
+Every other dash is about 2 pixels away, or more. This differs from the published program in three ways. A long
+curve that has no way to go on goes back a few dashes; there, the drawing is begun again. Places are real numbers,
+not whole pixels. Lines get grey edges by a formula, not by scaling down a larger drawing.
 """
 
 if __name__ == "__main__":
@@ -51,8 +52,8 @@ FREE = 255  # of the map: no dash is near
 
 @dataclass
 class Drawings:
-    """dashes: (N, TOTAL, 2, 2), both ends as (y, x), curve after curve; the first two are the long ones. NaN where a
-    short curve found no room. dots: (N, 2, 2). labels: (N,), 1 if the dots are on one curve."""
+    """dashes: (N, TOTAL, 2, 2), both ends as (y, x), curve after curve; the first two are the long ones. NaN
+    where a short curve found no room. dots: (N, 2, 2). labels: (N,), 1 if the dots are on one curve."""
 
     dashes: np.ndarray
     dots: np.ndarray
@@ -77,8 +78,8 @@ def cells_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def has_room(nearest: np.ndarray, points: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Which dashes (N, K, 3, 2) are inside the drawing, can go on there, and are 2 pixels away from the first `before`
-    (N,) dashes of the drawing: (N, K). nearest: (N, WIDTH, WIDTH), the first dash that is near a cell."""
+    """Which dashes (N, K, 3, 2) are inside the drawing, can go on there, and are 2 pixels away from its first
+    `before` (N,) dashes: (N, K). nearest: (N, WIDTH, WIDTH), the first dash that is near a cell."""
     tail, after = points[:, :, 0], points[:, :, 2] + (points[:, :, 2] - points[:, :, 0]) * (MARGIN / DASH)
     middle = (SIZE - 1) / 2
     inside = np.abs(tail - middle).max(-1) <= middle - PADDING
@@ -100,9 +101,9 @@ def take(nearest: np.ndarray, rows: np.ndarray, points: np.ndarray, step: np.nda
 def draw(rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Without end: dashes (n, TOTAL, 2, 2) of finished drawings, as in Drawings.
 
-    POOL drawings grow side by side, each by a dash at a time and at a step of its own. A finished one makes room for
-    a new one. The two long curves come first. One that has no way to go on goes back a few dashes; a short curve is
-    tried ATTEMPTS times, and then left out.
+    POOL drawings grow side by side, each by a dash at a time and at a step of its own. A finished one makes room
+    for a new one. The two long curves come first. One that has no way to go on goes back a few dashes; a short
+    curve is tried ATTEMPTS times, and then left out.
     """
     rows = np.arange(POOL)
     nearest = np.full((POOL, WIDTH, WIDTH), FREE, np.uint8)
@@ -151,7 +152,7 @@ def draw(rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def marked(dashes: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Drawings:
-    """With two dots: at the beginning of a long curve, and at the end of the same one where the label is 1."""
+    """With two dots: at the beginning of a long curve, and at the end of the same one if the label is 1."""
     rows, begins = np.arange(len(labels)), rng.integers(0, 2, len(labels))  # the curve of the first dot
     ends = np.where(labels == 1, begins, 1 - begins)
     dots = [dashes[rows, begins * LENGTH, 0], dashes[rows, (ends + 1) * LENGTH - 1, 1]]
@@ -163,7 +164,7 @@ def render(drawings: Drawings) -> np.ndarray:
     image = np.zeros((len(drawings.labels), SIZE, SIZE), np.float32)
 
     def add(rows: np.ndarray, a: np.ndarray, b: np.ndarray, width: float, brightness: float) -> None:
-        """Draw the lines from a to b, both (n, 2), in the drawings `rows` (n,). Of two lines the brighter one stays."""
+        """Draw lines from a to b, both (n, 2), in the drawings `rows` (n,). Of two the brighter one stays."""
         pixels = np.clip(np.rint((a + b) / 2).astype(int)[:, None] + WINDOW, 0, SIZE - 1)  # (n, 25, 2)
         way, line = pixels - a[:, None], (b - a)[:, None]
         part = np.clip(

@@ -55,7 +55,7 @@ def nested(text: str) -> tuple[list[int], list[tuple[int, bool]]]:
 
 @pytest.fixture(scope="module")
 def expressions():
-    return load_task("listops", sizes=(1_000, 200, 200), max_len=200, seed=3)
+    return load_task("listops", sizes=(800, 200, 200), max_len=100, seed=3)
 
 
 def test_the_independent_evaluator_knows_the_examples_of_the_paper():
@@ -69,12 +69,12 @@ def test_every_generated_expression_has_the_value_that_it_says(expressions):
         for row, label in zip(examples.tokens, examples.labels.tolist()):
             text = listops.words(row.tolist())
             assert evaluate(text) == label, text
-            assert 50 <= len(text.split()) == len(row) <= 200
+            assert 25 <= len(text.split()) == len(row) <= 100
             assert listops.parse(text) == bytes(row.tolist())
 
 
 def test_official_expressions_nest_to_depth_10_with_2_to_10_arguments_a_quarter_of_them_operators():
-    task = load_task("listops", sizes=(300, 20, 20))
+    task = load_task("listops", sizes=(150, 20, 20))
     assert task.max_len == 2_000 and task.vocab_size == 16 and task.n_classes == 10
     texts = [listops.words(row.tolist()) for row in task.train.tokens]
     assert all(500 <= len(text.split()) <= 2_000 for text in texts)
@@ -226,9 +226,9 @@ def test_the_classes_differ_in_nothing_but_the_path(drawings):
 
 
 def test_pixels_are_those_of_a_loop_over_lines(drawings):
-    few = pathfinder.Drawings(drawings.dashes[:3], drawings.dots[:3], drawings.labels[:3])
+    few = pathfinder.Drawings(drawings.dashes[:1], drawings.dots[:1], drawings.labels[:1])
     images = pathfinder.render(few)
-    assert images.shape == (3, 32, 32) and images.dtype == np.uint8 and images.max() == 255
+    assert images.shape == (1, 32, 32) and images.dtype == np.uint8 and images.max() == 255
     for dashes, dots, image in zip(few.dashes, few.dots, images):
         for y in range(32):
             for x in range(32):
