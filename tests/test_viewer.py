@@ -259,7 +259,7 @@ def test_the_javascript_of_the_second_page_is_feature_maps_py(browser):
         assert np.allclose(of_page(browser, f"weights('softmax', {q})"), A, rtol=1e-9)
 
 
-def test_learning_lowers_eq_3_to_what_adam_finds_too(browser):
+def test_learning_lowers_eq_3_and_the_loss_is_that_of_python(browser):
     browser.open(DOCS / "feature_map.html")
     before, after, least = browser.js("[loss(start), loss(now), sum(teachers.map(entropy)) / keys.length]")
     assert least < after < least + 0.5 * (before - least)
