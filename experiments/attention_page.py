@@ -1,7 +1,7 @@
 """One HTML page of what every token of a text looks at, in all layers and heads: attention_maps --html FILE.
 
-The page needs no server and no network. Its weights are those of attention.py, rounded: to 4 decimals where
-the page stays under 2 MB, else to 3.
+The page needs no server and no network. Its weights are those of attention.py, rounded: to 1/50,000 where
+the page stays under 2 MB, else to 1/10,000 or 1/1,000.
 """
 
 import base64

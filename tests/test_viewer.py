@@ -187,8 +187,8 @@ def test_tokens_are_the_text():
 
 
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_144_heads_of_128_tokens_are_under_2_mb_and_right_to_3_decimals(tmp_path, causal):
-    """GPT-2's and BERT's sizes, with nearly flat and with spiky heads."""
+def test_a_page_of_144_heads_is_right_to_3_decimals_and_says_what_does_not_fit_into_2_mb(tmp_path, causal):
+    """GPT-2's and BERT's sizes, 128 tokens, with flat and with spiky heads: the precision is never below 3 decimals."""
     torch.manual_seed(0)
     L, H, T = 12, 12, 128
     size = torch.linspace(0.3, 2, L * H)[:, None, None].view(L, H, 1, 1)
