@@ -116,6 +116,14 @@ def test_generated_examples_are_all_different_and_depend_on_the_seed_alone(name,
         assert not set(rows(one)) & set(rows(three))
 
 
+def test_no_expression_occurs_twice_where_there_are_few():
+    task = load_task(
+        "listops", sizes=(200, 20, 30), min_len=4, max_len=4
+    )  # of 4 operators x 100 pairs of digits
+    texts = [row for split in SPLITS for row in rows(getattr(task, split))]
+    assert len(texts) == len(set(texts)) == 250
+
+
 def test_what_is_generated_is_kept_and_made_again_when_something_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "PREPARED", tmp_path)
     asked = dict(sizes=(20, 5, 5), max_len=30)
