@@ -7,7 +7,7 @@ The file of a data set has
     files(data_dir)    the local files that the data set is made from, if any
     splits(data_dir)   {split: pieces of text, which joined are its text}: train, validation, perhaps test
 
-glue.py and dialogue.py have examples for finetuning, and are not text for language modelling.
+glue.py, dialogue.py and lra.py have labelled examples or dialogues, and are not text for language modelling.
 """
 
 if __name__ == "__main__":
