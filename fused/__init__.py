@@ -2,8 +2,8 @@
 runs.
 
     torch     chunked.py: every device, dtype and feature map
-    cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use, where there is a C++ compiler, then kept
-    triton    chunked_triton.py, with Hedgehog's map inside, and features_triton.py: NVIDIA GPUs, float32 and bfloat16
+    cpp       chunked.cpp: CPU, float32 and bfloat16; built at its first use where there is a C++ compiler
+    triton    chunked_triton.py (Hedgehog's map inside), features_triton.py: NVIDIA GPUs, the same dtypes
 
 `attend` is linear attention by the fastest of these forms. `use(name)` chooses for this process: one of the
 three, or "auto" (the default), the compiled form for the tensors' device where there is one.
@@ -284,8 +284,8 @@ def verified(kernel, device: str, dtype: torch.dtype = torch.float32, D: int = 1
 
 
 def kernel_deviations(kernel, device: str, dtype: torch.dtype = torch.float32, D: int = 16) -> list[float]:
-    """Relative errors of y, dq, dk, dv and one decoded token against Eq. 2 in float64, of 70 tokens with
-    the map in the kernel. Where D is too large for that, the kernel is given features."""
+    """Relative errors of y, dq, dk, dv and one decoded token against Eq. 2 in float64, of 70 tokens
+    with the map in the kernel. Where D is too large for that, the kernel is given features."""
     kind, generator = dict(dtype=torch.float64, device="cpu"), torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(4, 1, 2, 70, D, generator=generator, **kind).to(dtype).double()
     q, k, v, dy = (x.requires_grad_() for x in drawn.unbind())

@@ -1,14 +1,15 @@
-"""Causal linear attention with Hedgehog's map for NVIDIA GPUs, in Triton: forward, backward and decode. Other maps
-go to features_triton.py.
+"""Causal linear attention with Hedgehog's map for NVIDIA GPUs, in Triton: forward, backward and decode.
+Other maps go to features_triton.py.
 
-Letters are attention.py's glossary. The sequence is cut twice: C tokens are a chunk, the tile of one program; L
-chunks are a segment. In the kernels Q, K are the features phi(q), phi(k) of a chunk, V its values and w = 1 (w = 0,
-K = V = 0 for a masked key), and [S z] is the state before the chunk. Eq. 6 for a whole chunk is
+Letters are attention.py's glossary. The sequence is cut twice: C tokens are a chunk, the tile of one
+program; L chunks are a segment. In the kernels Q, K are the features phi(q), phi(k) of a chunk, V its
+values and w = 1 (w = 0, K = V = 0 for a masked key), and [S z] is the state before the chunk. Eq. 6 for
+a whole chunk is
 
     [N d]  =  tril(Q K^T) [V w]  +  Q [S z],      y = N / d,      [S z] <- [S z] + K^T [V w]
 
-N and d are sums of products, so their gradients are sums of products too, with time reversed. From dN = dy / d and
-dd = -dN.y, with G = tril(dN V^T + dd w^T) and [dS dz] the gradient of the state after the chunk:
+N and d are sums of products, so their gradients are sums of products too, with time reversed. With
+dN = dy / d, dd = -dN.y, G = tril(dN V^T + dd w^T), and [dS dz], the gradient of the state after the chunk:
 
     dQ  =  G K    +  [dN dd] [S z]^T                  dV  =  tril(Q K^T)^T dN  +  K dS
     dK  =  G^T Q  +  [V w] [dS dz]^T                  [dS dz] <- [dS dz] + Q^T [dN dd]
@@ -23,19 +24,18 @@ db = sum of du. Two launches are the forward pass, four are the backward pass:
     keys       dk, dv, and the chunk's part of dW, db              a program: a chunk
     weights    dW, db: the sums of these parts                     a program: a part of W
 
-What is read and written: x and values once a launch, in their dtype; W once a program; features never. The state
-before a chunk is not scanned through memory. It is the sum of two parts: what the chunks before it in its segment
-added, and the sums of the segments before. There are few segments (SEGMENTS at most), and their sums are read at
-once, not one after the other.
+What is read and written: x and values once a launch, in their dtype; W once a program; features never.
+The state before a chunk is not scanned through memory. It is the sum of two parts: what the chunks
+before it in its segment added, and the sums of the segments before. There are few segments (SEGMENTS at
+most), and their sums are read at once, not one after the other.
 
 Precision. If q, k and v are bfloat16, the factors of all products are rounded to bfloat16 and their sums are
 float32. W keeps 16 bits: it is the sum of two bfloat16 numbers. Softmax, d, z and the sums of segments are
 float32. Otherwise everything is float32, and a product is three products of tensor cores (tf32x3).
 
-A row of features is two halves of D numbers, softmax(u) and softmax(-u): names end with p and n. D and E, the size
-of values, are padded to powers of two; values go in blocks of BE. `python -m fused.resources` prints what each
-kernel takes, without a GPU.
-"""
+A row of features is two halves of D numbers, softmax(u) and softmax(-u): names end with p and n. D and
+E, the size of values, are padded to powers of two; values go in blocks of BE. `python -m
+fused.resources` prints what each kernel takes, without a GPU."""
 
 import functools
 import math
@@ -103,8 +103,9 @@ def real_keys(mask, bh, rows, T, s: tl.constexpr):
 
 @triton.jit
 def block(x, bh, c, real, cols, n_cols, s: tl.constexpr):
-    """x[b, h, tokens of chunk c, cols] of x = (pointer, strides of b, h, tokens); zeros for tokens that are not
-    real. One address is 64 bits wide; the others are 32 bits from there, in half the registers."""
+    """x[b, h, tokens of chunk c, cols] of x = (pointer, strides of b, h, tokens); zeros for tokens that
+    are not real. One address is 64 bits wide; the others are 32 bits from there, in half the
+    registers."""
     base, stride = head(x, bh, s)
     at = base + (c * s.C).to(tl.int64) * stride + (tl.arange(0, s.C)[:, None] * stride + cols[None, :])
     return tl.load(at, mask=real[:, None] & (cols < n_cols)[None, :], other=0.0)
@@ -146,8 +147,8 @@ def clamped(x, bh, c, real, s: tl.constexpr):
 
 @triton.jit
 def features(X, near, rest, bias, real, s: tl.constexpr):
-    """phi(x) of the clamped x: its halves softmax(u) + 1e-15 and softmax(-u) + 1e-15 of u = x W + b, (C, BD) each.
-    Zeros for tokens that are not real."""
+    """phi(x) of the clamped x: its halves softmax(u) + 1e-15 and softmax(-u) + 1e-15 of u = x W + b,
+    (C, BD) each. Zeros for tokens that are not real."""
     u = product(X, near, tl.full([s.C, s.BD], 0.0, tl.float32), s)
     if s.HALF:
         u = product(X, rest, u, s)
@@ -179,7 +180,7 @@ def gradient_of_numerator(dy, d, bh, c, T, j, s: tl.constexpr):
     return block(dy, bh, c, real, values(j, s), s.E, s).to(tl.float32) * inv[:, None]
 
 
-# ---------------------------------------------------------------- states: of chunks (n = chunk) and of segments
+# ---------------------------------------------------------------- states of chunks and of segments, both called n
 # S (B, H, n, 2, D, E) and z (B, H, n, 2, D); half = 0, 1.
 
 
@@ -211,8 +212,8 @@ def save(S, z, bh, n, count, j, Sp, Sn, zp, zn, here, s: tl.constexpr):
 
 @triton.jit
 def S_before(S, S_sum, bh, c, half, j, N, G, first, last, here, s: tl.constexpr):
-    """Block j of the S before chunk c: the sums of segments first ... last - 1, and, if `here`, what was kept for
-    the chunk."""
+    """Block j of the S before chunk c: the sums of segments first ... last - 1, and, if `here`, what
+    was kept for the chunk."""
     at, inside = at_S(S, bh, c, N, half, j, s)
     total = tl.load(at, mask=inside & here, other=0.0).to(tl.float32)
     for i in range(first, last):
@@ -250,9 +251,9 @@ def store_final(S, z, S_sum, z_sum, S_end, z_end, bh, N, G, s: tl.constexpr):
 def states_kernel(
     x, v, dy, y, d, dd, mask, W, b, S0, z0, S, z, S_sum, z_sum, T, L, BACKWARD: tl.constexpr, s: tl.constexpr
 ):
-    """Of a segment: S, z before each chunk, counted from the start of the segment, and S_sum, z_sum after it. The
-    first segment starts from S0, z0. BACKWARD: queries and [dN dd] instead of keys and [V w], and from the end;
-    writes dd."""
+    """Of a segment: S, z before each chunk, counted from the start of the segment, and S_sum, z_sum
+    after it. The first segment starts from S0, z0. BACKWARD: queries and [dN dd] instead of keys and [V
+    w], and from the end; writes dd."""
     bh, g, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     N = tl.cdiv(T, s.C)
     G = tl.cdiv(N, L)
@@ -482,8 +483,9 @@ def features_of_token(x, W, b, bh, BLOCK: tl.constexpr, s: tl.constexpr):
 
 @triton.jit
 def decode_kernel(q, k, v, Wq, bq, Wk, bk, S, z, S_after, z_after, y, BLOCK: tl.constexpr, s: tl.constexpr):
-    """One token of one head and one block of values: S += phi(k) v^T, z += phi(k), y = phi(q) S / phi(q).z (Eq. 6).
-    The new state goes to other memory: otherwise a warp could read what another warp has already written."""
+    """One token of one head and one block of values: S += phi(k) v^T, z += phi(k), y = phi(q) S /
+    phi(q).z (Eq. 6). The new state goes to other memory: otherwise a warp could read what another warp
+    has already written."""
     bh, j = tl.program_id(0), tl.program_id(1)
     Qp, Qn = features_of_token(q, Wq, bq, bh, BLOCK, s)
     Kp, Kn = features_of_token(k, Wk, bk, bh, BLOCK, s)
@@ -531,8 +533,8 @@ def cuts(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
 
 
 def new_states(q: Tensor, k: Tensor, v: Tensor, W: Tensor | None) -> list[Tensor]:
-    """Memory for S, z of chunks and of segments; of features for those of chunks. S of chunks is bfloat16 where the
-    factors of products are."""
+    """Memory for S, z of chunks and of segments; of features for those of chunks. S of chunks is
+    bfloat16 where the factors of products are."""
     if W is None:
         return features_triton.new_states(q, v)
     (B, H, _, D), E, (N, G, _) = q.shape, v.size(-1), cuts(q, k, v)
@@ -553,17 +555,18 @@ def launch(kernel, grid: tuple, x, *args, **constants) -> None:
 
 @functools.cache
 def tuned(kernel):
-    """The kernel, which times CONFIGS at its first launch of each Sizes and keeps the fastest. No kernel reads what it
-    writes, so that it may run twice."""
+    """The kernel, which times CONFIGS at its first launch of each Sizes and keeps the fastest. No
+    kernel reads what it writes, so that it may run twice."""
     return triton.autotune([triton.Config({}, **config) for config in CONFIGS], key=["s"])(kernel)
 
 
 def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
-    """(y, d, S, z, states): y (B, H, T, E), in v's dtype, and d (B, H, T) of q, k (B, H, T, D), v (B, H, T, E)
-    after the state S, z (None: zero), the state after them (carry=False: no state), and what backward needs (with
-    `keep`). Float32, except y.
+    """(y, d, S, z, states): y (B, H, T, E), in v's dtype, and d (B, H, T) of q, k (B, H, T, D), v (B,
+    H, T, E) after the state S, z (None: zero), the state after them (carry=False: no state), and what
+    backward needs (with `keep`). Float32, except y.
 
-    Weights W (H, D, D), b (H, 1, D) of Hedgehog's map; all None: q and k are features. mask (B, T): key_mask."""
+    Weights W (H, D, D), b (H, 1, D) of Hedgehog's map; all None: q and k are features. mask (B, T):
+    key_mask."""
     if Wq is None:
         return features_triton.forward(q, k, v, S, z, mask, keep)
     s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)
@@ -587,8 +590,8 @@ def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry=True):
 
 
 def backward(dy, dS, dz, q, k, v, Wq, bq, Wk, bk, mask, y, d, states):
-    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z; dS, dz None: zero. dq, dk, dv have
-    the dtypes of q, k, v."""
+    """(dq, dk, dv, dWq, dbq, dWk, dbk, dS0, dz0) of forward's q ... bk, S, z; dS, dz None: zero. dq,
+    dk, dv have the dtypes of q, k, v."""
     if Wq is None:
         return backward_of_features(dy, dS, dz, q, k, v, mask, y, d, states)
     s, (B, H, T), (N, G, L) = sizes(q, k, v), q.shape[:3], cuts(q, k, v)

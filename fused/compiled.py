@@ -1,10 +1,10 @@
-"""The compiled kernels (chunked.cpp, chunked_triton.py) as operators of PyTorch. This is the one place that
-says of each operator which shapes it gives, for compilers and tracers, and which gradient it has.
+"""The compiled kernels (chunked.cpp, chunked_triton.py) as operators of PyTorch. This is the one place
+that says of each operator which shapes it gives, for compilers and tracers, and which gradient it has.
 
-A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which it
-computes Hedgehog's features itself. For every other feature map it is given the features. The gradients of
-q, k and v have their dtypes, y of Triton's has v's (of chunked.cpp's if asked); all other results are
-float32."""
+A kernel is an object with `forward`, `backward`, `decode` and MAX_DIM, the largest head dim for which
+it computes Hedgehog's features itself. For every other feature map it is given the features. The
+gradients of q, k and v have their dtypes, y of Triton's has v's (of chunked.cpp's if asked); all other
+results are float32."""
 
 import functools
 from types import SimpleNamespace
@@ -44,8 +44,8 @@ def register(space: str, triton) -> None:
     ops, lanes = getattr(torch.ops, space), None if triton else numbers_in_a_vector()
 
     def forward(q, k, v, Wq, bq, Wk, bk, S, z, mask, keep, carry, narrow=False):
-        """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for backward.
-        With `narrow`, which chunked.cpp alone has, y has v's dtype."""
+        """y (B, H, T, E), d (B, H, T), S (B, H, F, E), z (B, H, F) and, with `keep`, states for
+        backward. With `narrow`, which chunked.cpp alone has, y has v's dtype."""
         (B, H, T, E), F = v.shape, n_features(q, Wq)
         found = (
             value(v, (B, H, T, E), narrow),

@@ -1,8 +1,9 @@
-"""Causal linear attention for CUDA, in Triton, for features that PyTorch has made: attention.py's chunks, forward,
-backward and decode. chunked_triton.py is the same with Hedgehog's map inside.
+"""Causal linear attention for CUDA, in Triton, for features that PyTorch has made: attention.py's
+chunks, forward, backward and decode. chunked_triton.py is the same with Hedgehog's map inside.
 
-Letters are attention.py's glossary; C tokens are a chunk, E is the dim of the values. The equations are those of
-chunked_triton.py: rows [V w] with w = 1 (w = 0, V = 0 for a masked key) carry numerator and denominator,
+Letters are attention.py's glossary; C tokens are a chunk, E is the dim of the values. The equations are
+those of chunked_triton.py: rows [V w] with w = 1 (w = 0, V = 0 for a masked key) carry numerator and
+denominator,
 
     [N d]  =  tril(Q K^T) [V w]  +  Q [S z],        y = N / d
     dV     =  triu(K Q^T) dN            +  K dS               N with q and k exchanged, from the end

@@ -1,5 +1,5 @@
-"""What the Triton kernels take of a GPU, without one: they are compiled as forward, backward and decode launch them,
-and the bytes of their arguments are counted.
+"""What the Triton kernels take of a GPU, without one: they are compiled as forward, backward and decode
+launch them, and the bytes of their arguments are counted.
 
 python -m fused.resources
 """
@@ -27,8 +27,8 @@ INSTRUCTIONS = {  # of a GPU's machine code
 
 
 class Launch(NamedTuple):
-    """What a kernel takes: bytes of shared memory a block, registers a thread, bytes of stack (spills) a thread,
-    instructions of each kind."""
+    """What a kernel takes: bytes of shared memory a block, registers a thread, bytes of stack (spills)
+    a thread, instructions of each kind."""
 
     kernel: str
     shared: int
@@ -41,8 +41,8 @@ class Launch(NamedTuple):
 
 
 def resources(arch: int, dtype: torch.dtype, D: int, E: int, fused: bool) -> list[Launch]:
-    """What forward, backward and decode launch, compiled for sm_{arch}. Needs no GPU, and a process of its own: it
-    leaves Triton with a driver that only compiles."""
+    """What forward, backward and decode launch, compiled for sm_{arch}. Needs no GPU, and a process of
+    its own: it leaves Triton with a driver that only compiles."""
     found, jit_run = {}, triton.JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **constants):
@@ -84,8 +84,9 @@ def resources(arch: int, dtype: torch.dtype, D: int, E: int, fused: bool) -> lis
 def traffic(
     B: int, H: int, T: int, D: int, E: int, dtype: torch.dtype, carry: bool = False
 ) -> dict[str, list]:
-    """(kernel, bytes of its tensors) of each launch of Hedgehog's forward, backward and decode. Every tensor is read
-    or written at least once, so this is the least that goes through memory. Nothing is computed."""
+    """(kernel, bytes of its tensors) of each launch of Hedgehog's forward, backward and decode. Every
+    tensor is read or written at least once, so this is the least that goes through memory. Nothing is
+    computed."""
     found, now = {"forward": [], "backward": [], "decode": []}, "forward"
 
     def record(kernel, grid, *args, **constants):
