@@ -54,7 +54,7 @@ class BenchConfig:
     what: list[str] = setting(PARTS, choices=PARTS)  # Parts of the benchmark to run.
     lengths: list[int] = setting(LENGTHS)  # Numbers of tokens. If given, no part exceeds the largest.
     contenders: list[str] = setting([], choices=CONTENDERS)  # By default all; on a GPU, four of them.
-    batch: int = 1  # Number of sequences.
+    batch: int = 1  # Number of sequences in a batch of attention.
     n_head: int = 12  # Number of heads; --heads is the same. On a CPU there are 2 above 8,192 tokens.
     head_dim: int = 64  # Number of dimensions D of a head. Hedgehog has 2 D features.
     rounds: int = 7  # Number of turns that each contender takes.

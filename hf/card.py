@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from support.checkpoints import unwrapped
-from support.log import command
+from support.header import command
 
 OURS = "<!-- written by hf/card.py -->"
 GENERATED = "This model card has been automatically generated"  # what transformers puts where no card is
