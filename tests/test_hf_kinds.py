@@ -231,9 +231,9 @@ NO = {  # what: (class, options, what the line says)
     "BEiT with relative positions": (
         ("Beit", "Model"), dict(use_relative_position_bias=True, **IMAGE), "has use_relative_position_bias"),
     "Bloom": (
-        ("Bloom", LM), dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "has ALiBi"),
+        ("Bloom", LM), dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "has ALiBi, a bias of the scores by distance"),
     "CLIP's text tower": (
-        ("CLIPText", "Model"), dict(vocab_size=50, **WIDTHS), "in softmax mode the output of layer 0"),
+        ("CLIPText", "Model"), dict(vocab_size=50, **WIDTHS), "in softmax mode the output of layer 0 (CLIPAttention) differs"),
     "DeBERTa": (("DebertaV2", "Model"), SMALL, "relative positions in the scores"),
     "Falcon": (("Falcon", LM), SMALL, "attention code of its own"),
     "Gemma 2 with its soft cap": (
@@ -250,7 +250,7 @@ NO = {  # what: (class, options, what the line says)
     "Mamba": (
         ("Mamba", "Model"), dict(vocab_size=50, hidden_size=16, num_hidden_layers=1),
         "no attention of a known kind"),
-    "Mistral v0.1": (("Mistral", LM), dict(sliding_window=8, **GQA), "a sliding window of 8 tokens"),
+    "Mistral v0.1": (("Mistral", LM), dict(sliding_window=8, **GQA), "has a sliding window of"),
     "MPNet": (("MPNet", "Model"), SMALL, "a relative bias in the scores"),
     "Swin": (
         ("Swin", "Model"),

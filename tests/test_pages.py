@@ -423,7 +423,7 @@ def readme() -> list[str]:
         "takes 20 seconds more",
         f"After {seen / 1e6:.1f} million bytes",
         f"distances of up to {first['block_size']} bytes",
-        "(3 to 6 minutes)",
+        "(2 to 6 minutes)",
         "up to 1M tokens",
     ]
 
