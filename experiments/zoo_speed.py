@@ -37,9 +37,9 @@ class ZooSpeedConfig:
     # -- what is measured
     attentions: list[str] = setting(TIMED)  # which ones to time
     lengths: list[int] = setting([1024, 4096, 16384])  # how many tokens a sequence has
-    n_head: int = 2  # number of heads
+    n_head: int = 2  # number of attention heads
     head_dim: int = 32  # dimensions of a head
-    batch_size: int = 1  # number of sequences
+    batch_size: int = 1  # number of sequences in a batch
     rounds: int = 3  # number of turns that each system takes
     # -- machine
     device: str = "auto"  # where to run: auto, cpu, cuda, cuda:N or mps

@@ -14,12 +14,11 @@ from attention import attentions
 from config import FitConfig
 from data import ByteTokenizer
 from model import GPT, GPTConfig
-from support import log
 from support.checkpoints import checksum, load_checkpoint, save_checkpoint
 from support.cli import UserError
 from support.devices import World
 from support.header import GPT as A_GPT
-from support.header import LANGUAGE_MODEL, RUN
+from support.header import LANGUAGE_MODEL, RUN, command
 from support.resuming import begin
 
 SMALL = dict(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16, attention="softmax")
@@ -111,8 +110,8 @@ def test_a_header_claims_no_more_weights_than_an_honest_model_has(tmp_path, name
 def test_a_checkpoint_says_which_command_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--lr", "1"])
     save_checkpoint(tmp_path / "c.safetensors", GPT(GPTConfig(**SMALL)), step=1)
-    assert load_checkpoint(tmp_path / "c.safetensors")[1] == {"step": 1, "command": log.command()}
-    assert log.command().endswith(" --lr 1")
+    assert load_checkpoint(tmp_path / "c.safetensors")[1] == {"step": 1, "command": command()}
+    assert command().endswith(" --lr 1")
 
 
 def test_a_header_that_could_not_be_read_is_not_written(tmp_path):

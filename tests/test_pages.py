@@ -425,6 +425,8 @@ def readme() -> list[str]:
         f"distances of up to {first['block_size']} bytes",
         "(2 to 6 minutes)",
         "up to 1M tokens",
+        "softmax over the last 64 tokens",  # of the call beside it
+        "five sessions of 90 minutes",
     ]
 
 
