@@ -231,9 +231,11 @@ NO = {  # what: (class, options, what the line says)
     "BEiT with relative positions": (
         ("Beit", "Model"), dict(use_relative_position_bias=True, **IMAGE), "has use_relative_position_bias"),
     "Bloom": (
-        ("Bloom", LM), dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "has ALiBi, a bias of the scores by distance"),
+        ("Bloom", LM), dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),
+        "has ALiBi, a bias of the scores by distance"),
     "CLIP's text tower": (
-        ("CLIPText", "Model"), dict(vocab_size=50, **WIDTHS), "in softmax mode the output of layer 0 (CLIPAttention) differs"),
+        ("CLIPText", "Model"), dict(vocab_size=50, **WIDTHS),
+        "in softmax mode the output of layer 0 (CLIPAttention) differs"),
     "DeBERTa": (("DebertaV2", "Model"), SMALL, "relative positions in the scores"),
     "Falcon": (("Falcon", LM), SMALL, "attention code of its own"),
     "Gemma 2 with its soft cap": (
