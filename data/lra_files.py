@@ -101,7 +101,9 @@ def read_expressions(path: Path, max_len: int) -> Split:
         except KeyError as e:
             raise UserError(f"{where}: {e} is no word of ListOps") from None
         if len(tokens) > max_len:
-            raise UserError(f"{where} has {len(tokens):,} tokens: raise max_len, which is {max_len:,}")
+            raise UserError(
+                f"{where} has {len(tokens):,} tokens: raise max_len (--block_size), which is {max_len:,}"
+            )
         rows.append((tokens, label_of(cells[1], 10, where)))
     return split_of(rows, str(path))
 
@@ -141,7 +143,10 @@ def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = [], []
     for path in tqdm(drawing_files(data_dir), desc="pathfinder32", unit="file"):
         if path.read_bytes()[:6] == b"\x93NUMPY":  # as the program that draws them writes them
-            lines = [" ".join(map(str, row)) for row in np.load(path)]
+            try:
+                lines = [" ".join(map(str, row)) for row in np.load(path)]
+            except (OSError, ValueError, EOFError) as e:
+                raise UserError(f"cannot read {path} ({e}): it is damaged, or holds objects") from e
         else:
             lines = [line for line in read_lines(path) if line.strip()]
         for i, line in enumerate(lines, 1):
@@ -153,6 +158,8 @@ def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
             labels.append(label_of(cells[3], 2, where))
             file = path.parent.parent / cells[0] / cells[1]
             pixels.append(grey(file, str(file)))
+    if not pixels:
+        raise UserError(f"{data_dir}: the files in pathfinder32 name no drawings")
     return np.stack(pixels), np.array(labels)
 
 

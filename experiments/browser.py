@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, parse, run
+from support.cli import RunError, UserError, parse, run
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = (
@@ -51,11 +51,15 @@ class Browser:
         os.close(read_there)
         os.close(write_there)
         self.numbers, self.session, self.events = itertools.count(1), None, []
-        pages = self("Target.getTargets")["targetInfos"]
-        (page,) = (t["targetId"] for t in pages if t["type"] == "page")
-        self.session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self(f"{domain}.enable")
+        try:
+            pages = self("Target.getTargets")["targetInfos"]
+            (page,) = (t["targetId"] for t in pages if t["type"] == "page")
+            self.session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -186,11 +190,14 @@ class PhotographConfig:
 def main() -> None:
     config, _ = parse(PhotographConfig(), sys.argv[1:], __doc__, "page")
     config.check()
-    with Browser() as browser:
-        browser.open(Path(config.page), config.width, config.height, config.dark)
-        if config.point:
-            browser.hover(config.point)
-        browser.photograph(Path(config.picture))
+    try:
+        with Browser() as browser:
+            browser.open(Path(config.page), config.width, config.height, config.dark)
+            if config.point:
+                browser.hover(config.point)
+            browser.photograph(Path(config.picture))
+    except (RuntimeError, BrokenPipeError) as e:
+        raise RunError(f"cannot photograph {config.page}: {e}") from e
     print(f"written: {config.picture}, {Path(config.picture).stat().st_size / 1e3:.0f} kB")
 
 

@@ -105,8 +105,8 @@ def main() -> None:
     )
     report.memory("Memory that the forward pass adds", large)
     facts["crossover"] = report.crossover("forward", config.feature_map)
-    print(f"\n{table(facts | {'rows': report.rows})}")
     report.save(config.out, facts)
+    print(f"\n{table(facts | {'rows': report.rows})}")
 
 
 def table(facts: dict) -> str:
@@ -116,10 +116,12 @@ def table(facts: dict) -> str:
     head = ["tokens", "softmax, ms", f"{name}, ms", "times softmax", "softmax, MiB", f"{name}, MiB"]
     rows = []
     for T in sorted(facts["config"]["lengths"]):
-        cells = [f"{1e3 * found['forward', T, model]['median']:,.0f}" for model in ("softmax", name)]
+        times = [found.get(("forward", T, model)) for model in ("softmax", name)]
+        cells = ["failed" if r is None else f"{1e3 * r['median']:,.0f}" for r in times]
+        ratio = times[1] and times[1]["ratio"]
         memory = [found.get(("memory", T, model)) for model in ("softmax", name)]
         mib = ["" if r is None else f"{r['median']:,.0f}" for r in memory]
-        rows.append([f"{T:,}", *cells, f"{found['forward', T, name]['ratio']:.2f}", *mib])
+        rows.append([f"{T:,}", *cells, f"{ratio:.2f}" if ratio else "", *mib])
     pays = facts["crossover"]
     where = f"from {pays:,} tokens on, of" if pays else "at none of"
     return (

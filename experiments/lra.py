@@ -25,6 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -270,7 +271,10 @@ def step_mib(config: RunConfig) -> float:
 
 def one_run(config: RunConfig) -> dict:
     task = task_of(config)
-    mib = timing.alone(step_mib, config)
+    try:
+        mib = timing.alone(step_mib, config)
+    except BrokenProcessPool:  # killed, most likely for its memory; the table leaves the cell empty
+        mib = None
     return train_one(
         config,
         build=Classifier,
@@ -370,15 +374,18 @@ def made(base: RunConfig, out: Path, lrs: list[float]) -> list[dict]:
     rate, among lrs, that was best on dev data with the first seed."""
     found, tried = [], {}
     for path in sorted(out.glob("*/result.json")):
-        saved = json.loads(path.read_text())["config"]
-        of_run = {name: saved[name] for name in ("attention", "lr", "seed")}
+        try:
+            saved = json.loads(path.read_text())["config"]
+            of_run = {name: saved[name] for name in ("attention", "lr", "seed")}
+        except (OSError, ValueError, KeyError, TypeError):  # not a run of this command
+            continue
         result = finished(replace(base, **of_run, out_dir=str(path.parent)))
         if result is None or "failed" in result or saved["lr"] not in lrs:
             continue
         found.append(result)
         if saved["seed"] == base.seed:
             tried.setdefault(saved["attention"], []).append((result["dev_loss"], saved["lr"]))
-    best = {name: min(pairs)[1] for name, pairs in tried.items()}
+    best = {name: min(pairs, key=lambda p: (p[0], lrs.index(p[1])))[1] for name, pairs in tried.items()}
     return [r for r in found if r["config"]["lr"] == best.get(r["config"]["attention"])]
 
 

@@ -166,8 +166,11 @@ def check_attentions(config, causal: bool = True) -> None:
     check_names("attentions", config.attentions, attentions())
     options = {"max_len": config.block_size, **config.options}
     for name in config.attentions:
-        with as_user_error():
-            make_attention(name, config.n_head, config.n_embd // config.n_head, causal=causal, **options)
+        try:
+            with as_user_error():
+                make_attention(name, config.n_head, config.n_embd // config.n_head, causal=causal, **options)
+        except (TypeError, RuntimeError) as e:  # a value of a type that it does not take
+            raise UserError(f"options {config.options} do not fit {name}: {e}") from e
 
 
 def one(work: Callable, config, threads: int) -> dict:

@@ -69,8 +69,9 @@ def table(facts: dict) -> str:
     for name in config["attentions"]:
         cells = []
         for T in sorted(config["lengths"]):
-            r = found[T, name]
-            cells.append(f"{1e3 * r['median']:,.1f}" + (f" ({r['ratio']:.2g})" if r["ratio"] else ""))
+            r = found.get((T, name))
+            ratio = f" ({r['ratio']:.2g})" if r and r["ratio"] else ""
+            cells.append(f"{1e3 * r['median']:,.1f}{ratio}" if r else "failed")
         rows.append([label(name), *cells])
     return markdown(["system", *(f"{T:,} tokens, ms" for T in sorted(config["lengths"]))], rows)
 
@@ -87,8 +88,8 @@ def main() -> None:
     for T in sorted(config.lengths):
         calls = {name: forward(config, name, T, device) for name in config.attentions}
         report.time(T, config.n_head, {"float32": calls}, config.rounds)
-    print(f"\n{table(facts | {'rows': report.rows})}")
     report.save(config.out, facts)
+    print(f"\n{table(facts | {'rows': report.rows})}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,15 @@ class HybridAttention(LinearAttention):
         phi_k = without_padding(phi_k, key_mask)
         return linear_attention_chunked(phi_q, phi_k, v, state, chunk_size=self.chunk_size)
 
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """A (B, H, T, T), to look at. forward never computes it."""
+        seen = visible(q, k, self.causal, key_mask)
+        with without_autocast(q):
+            A = log_weights(self.phi, q, k, seen).exp().masked_fill(~seen, 0.0)
+        if kept := self.phi.kept:
+            A[:, kept] = softmax_weights(q[:, kept], k[:, kept], causal=self.causal, key_mask=key_mask)
+        return A
+
 
 class HybridMimic(MimicAttention):
     """Softmax for the model, and beside it Eq. 3 for the weights of a Hybrid map, window included. T x T
@@ -129,6 +138,17 @@ class HybridMimic(MimicAttention):
         return softmax_attention(q, k, v, **options)
 
 
+def log_weights(phi: Hybrid, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """The logarithms of a Hybrid map's weights: (B, H, T, T). In a row that sees no key they are NaN."""
+    log_A = (phi.query(q) @ phi.key(k).mT).clamp(min=TINY).log()
+    if phi.window:
+        at = torch.arange(q.size(2), device=q.device)
+        near = (at[:, None] - at).abs() < phi.window
+        scores = at_least_float32(q) @ at_least_float32(k).mT / math.sqrt(q.size(-1))
+        log_A = torch.where(near, scores + phi.log_gain[:, None, None], log_A)
+    return log_A.masked_fill(~seen, -math.inf).log_softmax(-1)
+
+
 def cross_entropy(
     phi: Hybrid, q: Tensor, k: Tensor, *, causal: bool, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -137,13 +157,7 @@ def cross_entropy(
     P = softmax_weights(q, k, causal=causal, key_mask=key_mask)
     with without_autocast(q):
         seen = visible(q, k, causal, key_mask)
-        log_A = (phi.query(q) @ phi.key(k).mT).clamp(min=TINY).log()
-        if phi.window:
-            at = torch.arange(q.size(2), device=q.device)
-            near = (at[:, None] - at).abs() < phi.window
-            scores = at_least_float32(q) @ at_least_float32(k).mT / math.sqrt(q.size(-1))
-            log_A = torch.where(near, scores + phi.log_gain[:, None, None], log_A)
-        log_A = log_A.masked_fill(~seen, -math.inf).log_softmax(-1).masked_fill(~seen, 0.0)
+        log_A = log_weights(phi, q, k, seen).masked_fill(~seen, 0.0)
         entropy = -torch.special.xlogy(P, P).sum(-1)  # (B, H, T)
         loss = -(P * log_A).sum(-1)
         if phi.kept:
@@ -202,6 +216,8 @@ def keep_heads(
 
 def named(keep, n_heads: list[int]) -> dict[int, list[int]]:
     """{layer: heads} of what a user wrote."""
+    if not isinstance(keep, (dict, list, tuple)):
+        raise ValueError(f"keep names layers or heads, such as [0, 5] or {{3: [0, 2]}}, not {keep!r}")
     chosen: dict[int, set[int]] = {}
     pairs = keep.items() if isinstance(keep, dict) else keep
     for item in pairs:
@@ -214,7 +230,7 @@ def named(keep, n_heads: list[int]) -> dict[int, list[int]]:
         if wrong := [h for h in heads if h not in every]:
             raise ValueError(f"keep names heads {wrong} of layer {layer}, and they are 0 .. {len(every) - 1}")
         chosen.setdefault(layer, set()).update(heads)
-    return {layer: sorted(heads) for layer, heads in chosen.items()}
+    return {layer: sorted(heads) for layer, heads in chosen.items() if heads}
 
 
 def worst(model: nn.Module, keep: str, n_heads: list[int], batches: Iterable | None) -> dict[int, list[int]]:

@@ -133,10 +133,11 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     like = skeleton(about, path)
     check_fit(tensors, like, path)
     if given:
-        how = like.config.hedgehog
-        model = linearize(
-            unwrapped(model), **{n: x for n, x in how.items() if n != "options"}, **how["options"]
-        )
+        how = dict(like.config.hedgehog)
+        options, kl = how.pop("options"), how.pop("kl", None)
+        model = linearize(unwrapped(model), **how, **options)
+        if kl is not None:
+            model.config.hedgehog["kl"] = kl
         check_fit(tensors, model, path)
     else:
         model, _ = with_weights(like, source, tensors)

@@ -12,6 +12,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,9 @@ def alone(measure: Callable, *args) -> Any:
     None where the memory of a process is not known, which is a GPU's and Linux's alone."""
     if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
         return None
-    threads = torch.set_num_threads, [torch.get_num_threads()]
-    with multiprocessing.get_context("spawn").Pool(1, *threads) as pool:
-        return pool.apply(measure, args)
+    context, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
+        return pool.submit(measure, *args).result()  # BrokenProcessPool where the process was killed
 
 
 # ---------------------------------------------------------------- softmax, and a step of training

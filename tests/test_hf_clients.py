@@ -150,6 +150,9 @@ def test_a_card_that_somebody_wrote_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert "| 0 | 0.2000 |\n| 1 | 0.5000 |\n| all | 0.3500 |" in (tmp_path / "README.md").read_text()
     assert Auto.from_pretrained(tmp_path).config.hedgehog["kl"] == [0.2, 0.5]
+    hf.save_linearized(model, tmp_path / "maps.safetensors")
+    again = hf.load_linearized(tmp_path / "maps.safetensors", build(*DECODERS["llama"]))
+    assert again.config.hedgehog["kl"] == [0.2, 0.5]
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from test_hf import DECODERS, SMALL, build, close, encoder, padded_batch  # noqa: E402
 
+from attention import LinearAttention  # noqa: E402
 from hf import keep_softmax, linearize, load_linearized, save_linearized  # noqa: E402
 from hf.hybrid import cross_entropy, kl_of_heads, make_attend  # noqa: E402
 from model import map_parameters  # noqa: E402
@@ -80,6 +81,7 @@ def test_a_hybrid_layer_is_the_formula_in_outputs_and_gradients(name, kept, caus
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0], [1] * 8], dtype=torch.bool) if padded else None
     y, want = attend(*inputs, key_mask=mask), wanted(attend, *inputs, causal, mask)
     torch.testing.assert_close(y, want)
+    torch.testing.assert_close(attend.weights(*inputs[:2], key_mask=mask) @ inputs[2], y)
     dy, leaves = torch.randn_like(y), [*inputs, *attend.parameters()]
     for got, ref in zip(*(torch.autograd.grad(x, leaves, dy) for x in (y, want)), strict=True):
         torch.testing.assert_close(got, ref)
@@ -240,6 +242,11 @@ def test_the_worst_heads_are_those_with_the_largest_kl_on_the_text(decoder):
     assert not other.config.hedgehog["keep"]
 
 
+def test_a_layer_of_which_no_head_is_kept_is_like_the_others(decoder):
+    model = linearize(decoder, keep={0: [], 1: [0]})
+    assert type(sockets(model)[0].attend) is LinearAttention and model.config.hedgehog["keep"] == {1: [0]}
+
+
 def softmax_config(model):
     config = model.config.to_dict()
     del config["hedgehog"], config["attn_implementation"]
@@ -253,6 +260,7 @@ def softmax_config(model):
         (dict(keep="best 10%", batches=[]), 'must be like "worst 10%"'),
         (dict(keep="worst 10%", batches=[]), "no batch"),
         (dict(keep=[2]), "layers are 0 .. 1"),
+        (dict(keep=5), "keep names layers or heads"),
         (dict(keep={0: [4]}), "they are 0 .. 3"),
         (dict(feature_map="hedgehog_window", window=0), "at least 1 token"),
         (dict(feature_map="nothing_window"), "unknown feature map"),

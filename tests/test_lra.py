@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from data.lra import Split
-from experiments import lra
+from experiments import lra, zoo_speed
 from experiments.lra import PAPER, Classifier, RunConfig, accuracy, training
 from support.cli import UserError
 
@@ -177,6 +177,12 @@ def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_
     found = json.loads((folder / "result.json").read_text())
     assert found["final"]["accuracy"] == last["final"]["accuracy"]
 
+    for name, content in (
+        ("half", '{"config"'),
+        ("other", '{"config": {"task": "x"}}'),
+    ):  # of another command
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(content)
     code, stdout, _ = command("experiments.lra", *flags, "--report")
     assert code == 0 and "| softmax |" in stdout and "| 1+ELU |" in stdout
 
@@ -223,6 +229,7 @@ def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
         ("--attentions softmax h3", "h3 is causal only"),
         ("--attentions hyena", "hyena is causal only"),
         ("--attentions hedgehog_window", "a window by name is causal"),
+        ("--attentions local --options window=x", "do not fit local"),
         ("--attentions linforme", "--attentions takes softmax, elu"),
         ("--task lostops", "--task takes listops or text"),
         ("--setting papr", "--setting takes ours or paper"),
@@ -239,3 +246,9 @@ def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
         text for text in stderr.splitlines() if text and "expr/s" not in text
     ]  # a bar while expressions are made
     assert code == 2 and len(said) == 1 and line in said[0], stderr
+
+
+def test_a_system_that_fails_at_one_length_keeps_its_other_cells():
+    row = {"T": 8, "contender": "local", "median": 0.002, "ratio": None}
+    config = {"attentions": ["local"], "lengths": [8, 16]}
+    assert "| 2.0 | failed |" in zoo_speed.table({"config": config, "rows": [row]})

@@ -510,6 +510,7 @@ DAMAGED = [  # task, file, what is there instead (None: nothing; a dictionary: a
     ("pathfinder", f"{HARD}/imgs/1/sample_3.png", None, "cannot read the picture"),
     ("pathfinder", f"{HARD}/imgs/1/sample_3.png", png(np.zeros((8, 9), np.uint8)), "9 x 8 pixels, not 32 x 32"),
     ("pathfinder", f"{HARD}/metadata/0.npy", b"imgs/0 a.png\n", "line 1 has 2 columns"),
+    ("pathfinder", f"{HARD}/metadata/0.npy", b"\x93NUMPY", "it is damaged"),
     ("text", REVIEWS, None, "has no test*.parquet"),
     ("text", REVIEWS, b"no", "not a parquet file"),
     ("text", REVIEWS, {"review": ["a"], "label": [0]}, NO_TEXT),
@@ -542,7 +543,7 @@ def test_more_examples_than_there_are_is_an_error_and_not_a_smaller_set(archive)
 
 
 def test_an_expression_is_never_cut(archive):
-    with pytest.raises(UserError, match="line 2 has 7 tokens: raise max_len, which is 6"):
+    with pytest.raises(UserError, match="line 2 has 7 tokens: raise max_len .--block_size., which is 6"):
         load_task("listops", data_dir=str(archive), max_len=6)
 
 
