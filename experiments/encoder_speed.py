@@ -105,8 +105,8 @@ def main() -> None:
     )
     report.memory("Memory that the forward pass adds", large)
     facts["crossover"] = report.crossover("forward", config.feature_map)
-    report.save(config.out, facts)
     print(f"\n{table(facts | {'rows': report.rows})}")
+    report.save(config.out, facts)
 
 
 def table(facts: dict) -> str:

@@ -88,8 +88,8 @@ def main() -> None:
     for T in sorted(config.lengths):
         calls = {name: forward(config, name, T, device) for name in config.attentions}
         report.time(T, config.n_head, {"float32": calls}, config.rounds)
-    report.save(config.out, facts)
     print(f"\n{table(facts | {'rows': report.rows})}")
+    report.save(config.out, facts)
 
 
 if __name__ == "__main__":
