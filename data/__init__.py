@@ -13,6 +13,7 @@ glue.py, dialogue.py and lra.py have labelled examples or dialogues, and are not
 if __name__ == "__main__":
     import not_a_command  # noqa: F401
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -119,13 +120,31 @@ def prepare(name: str, data_dir: str = "", tokenizer: str = "auto", say: Callabl
     return Tokens(folder)
 
 
-def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str, say: Callable) -> None:
-    """Write one file of token ids for each split. The folder appears when all are written."""
+@contextlib.contextmanager
+def whole_folder(folder: Path, mark: str = "") -> Iterator[Path]:
+    """A folder to write into. At the end it takes the place of `folder`, unless another process was faster:
+    `folder` holds everything or is not there. A folder without the file `mark` is the rest of a damaged one.
+    """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    counts = {}
     try:
         beside.mkdir(parents=True)
+        yield beside
+        if not (folder / mark).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(beside, folder)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere"
+        ) from e
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str, say: Callable) -> None:
+    """Write one file of token ids for each split. The folder appears when all are written."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    counts = {}
+    with whole_folder(folder, "meta.json") as beside:
         for split, pieces in splits.items():
             with (
                 open(beside / f"{split}.bin", "wb") as f,
@@ -140,15 +159,6 @@ def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str,
                 raise UserError(f"the {split} split of {name} is empty: give a file or folder with more text")
         meta = {"name": name, "tokenizer": tokenizer.name, "dtype": dtype.name}
         (beside / "meta.json").write_text(json.dumps({**meta, "tokens": counts}))
-        if not (folder / "meta.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # the rest of a damaged one
-            os.rename(beside, folder)
-    except OSError as e:
-        raise UserError(
-            f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere"
-        ) from e
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     say(f"prepared {name}: " + ", ".join(f"{n:,} {split} tokens" for split, n in counts.items()))
 
 

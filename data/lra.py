@@ -22,8 +22,6 @@ if __name__ == "__main__":
     import not_a_command  # noqa: F401
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,19 +211,9 @@ def prepared(
     folder = data.PREPARED / f"lra-{name}-{key}"
     if not folder.is_dir():
         arrays = make()
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            beside.mkdir(parents=True)
+        with data.whole_folder(folder) as beside:
             for part, array in zip(parts, arrays):
                 np.save(beside / f"{part}.npy", array)
-            if not folder.is_dir():
-                os.rename(beside, folder)
-        except OSError as e:
-            raise UserError(
-                f"cannot write {folder}: {e}; HEDGEHOG_DATA=FOLDER puts prepared data elsewhere"
-            ) from e
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     try:
         return [np.load(folder / f"{part}.npy") for part in parts]
     except (OSError, ValueError, EOFError) as e:

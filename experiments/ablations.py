@@ -22,7 +22,7 @@ from experiments.runs import conclude, run_all
 from experiments.tables import markdown
 from model import GPT
 from support.cli import run, setting
-from support.log import provenance
+from support.provenance import provenance
 
 ABLATIONS: dict[str, dict] = {  # the table's rows: name -> what is changed
     "as set": {},

@@ -39,8 +39,8 @@ from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
 from support.hub import one_line
-from support.log import provenance
 from support.plots import label
+from support.provenance import provenance
 from swap import SoftmaxTeacher, set_mode
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from experiments import figures
 from experiments.metrics import entropy
-from support.checkpoints import write_atomically
 from support.plots import STYLE
+from support.writing import write_atomically
 
 PAGES = Path(__file__).parent / "pages"
 LIMIT = 2_000_000  # bytes of a page

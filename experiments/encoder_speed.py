@@ -23,7 +23,7 @@ from experiments.tables import markdown
 from support import timing
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
-from support.log import provenance
+from support.provenance import provenance
 
 
 @dataclass

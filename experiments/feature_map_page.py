@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.attention_page import page
-from support.checkpoints import write_atomically
 from support.cli import UserError, parse, run
 from support.plots import label
+from support.writing import write_atomically
 
 N_KEYS, FEATURES = 24, 4  # points in the plane; columns of W
 

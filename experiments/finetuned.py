@@ -32,7 +32,7 @@ from model import map_parameters
 from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import UserError, setting
 from support.devices import pick_device
-from support.log import provenance
+from support.provenance import provenance
 from swap import set_mode, sockets
 
 HELP = __doc__.split("\n\n", 2)[2] + "\n" + ladder.HELP

@@ -32,8 +32,8 @@ from model import GPT
 from perplexity import perplexity
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_dtype
-from support.log import provenance
 from support.plots import label
+from support.provenance import provenance
 
 COMPARED = "softmax hedgehog elu relu performer cosformer t2r taylor".split()
 SETTINGS: dict[str, dict] = {  # changes of TrainConfig's defaults

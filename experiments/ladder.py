@@ -45,7 +45,7 @@ from perplexity import perplexity
 from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error, setting, tagged
 from support.devices import World, pick_device, pick_dtype
-from support.log import provenance
+from support.provenance import provenance
 from swap import set_mode, sockets
 from train import fit
 

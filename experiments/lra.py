@@ -52,8 +52,8 @@ from model import GPT, GPTConfig
 from support import timing
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import pick_device
-from support.log import provenance
 from support.plots import label
+from support.provenance import provenance
 
 PAPER = {  # Table 6 of the paper: accuracy in %
     "softmax": (36.37, 64.27, 57.46, 42.44, 71.40),

@@ -37,8 +37,8 @@ from feature_maps import FEATURE_MAPS
 from model import GPT, GPTConfig
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.devices import step_seed
-from support.log import provenance
 from support.plots import label
+from support.provenance import provenance
 
 N_KEYS = 20  # tokens 0 to 19 are keys, 20 to 39 values
 SHORTEST = 8  # tokens of the first stage's sequences

@@ -32,7 +32,8 @@ from support.checkpoints import load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error
 from support.devices import World, pick_device, pick_dtype, step_seed
 from support.earlier import changes, renewed
-from support.log import Log, provenance
+from support.log import Log
+from support.provenance import provenance
 from train import fit
 
 

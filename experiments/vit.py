@@ -40,7 +40,7 @@ from experiments.pretrained import check_shape, is_taught
 from hf.models import ImageClassifier, load, transformers
 from support.cli import UserError, as_user_error, parse, run, setting
 from support.hub import one_line
-from support.log import provenance
+from support.provenance import provenance
 
 KIND = transformers.AutoModelForImageClassification
 PAPER = dict(teacher=80.3, t2r_hh=77.0, hedgehog=79.5)  # ViT-B/16 on ImageNet-1k, top-1; second-hand

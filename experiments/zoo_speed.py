@@ -22,8 +22,8 @@ from experiments.tables import markdown
 from support import timing
 from support.cli import as_user_error, parse, run, setting
 from support.devices import pick_device
-from support.log import provenance
 from support.plots import label
+from support.provenance import provenance
 
 TIMED = (
     "softmax hedgehog elu performer local sparse longformer bigbird sinkhorn reformer linformer nystromformer "

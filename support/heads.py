@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 from support import plots
-from support.checkpoints import write_json
-from support.log import provenance
+from support.provenance import provenance
+from support.writing import write_json
 
 
 def heads_table(kl: Tensor) -> str:

@@ -24,7 +24,8 @@ from support.cli import RunError, UserError, as_user_error, tagged
 from support.devices import World
 from support.earlier import changes
 from support.header import RUN, read_header
-from support.log import Log, provenance
+from support.log import Log
+from support.provenance import provenance
 
 # Seconds in which a signal that comes twice counts once: torchrun kills its processes after as many.
 GRACE = 30.0
