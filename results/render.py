@@ -317,7 +317,10 @@ def of_run(facts: dict) -> str:
         softmax.append(
             f"fused.check: {sum(r['ok'] for r in check['rows'])} of {len(check['rows'])} cases right"
         )
-    said = [f"`{facts['command']}`", f"{facts['minutes']:.0f} minutes", *softmax, conditions([facts])]
+    minutes = f"{facts['minutes']:.0f} minute{'s' * (round(facts['minutes']) != 1)}"
+    said = [f"`{facts['command']}`", minutes, *softmax, conditions([facts])]
+    if "speed_after" not in facts:  # the file is written row by row, and this last
+        said.append("stopped before its end: what is missing above was not measured")
     lost = [f"{r['contender']}, {r['part']}, {r['dtype']}, {r['T']:,} tokens: {r['error']}" for r in failed]
     return "; ".join(said) + "." + "".join(f"\n- Failed: {line}" for line in lost)
 

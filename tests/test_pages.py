@@ -562,6 +562,10 @@ def test_a_file_of_a_gpu_is_shown_beside_the_cpus(render, tmp_path, monkeypatch)
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
     assert len(lines) > 20
+    assert "stopped before its end" in text
+    whole = of_a_gpu() | {"speed_after": {}, "minutes": 1.2}
+    (tmp_path / "bench-gpu-h100.json").write_text(json.dumps(whole))
+    assert "stopped" not in render.gpu() and "1 minute;" in render.gpu()
 
 
 def test_the_table_of_a_page_is_the_processors_own(render):
