@@ -1,7 +1,7 @@
 """The five tasks of the Long Range Arena (Tay et al., 2020): the paper's Table 6.
 
     task = load_task("listops", seed=0, sizes=(10_000, 500, 500), max_len=500)
-    for idx, key_mask, labels in batches(task.train, 32, "cpu", torch.Generator().manual_seed(0)): ...
+    idx, key_mask, labels = batch(task.train, torch.arange(32))
 
 listops     the value of a nested expression     generated (data/listops.py), or the official files
 text        is a review of IMDB positive?        bytes; from the hub, or its parquet files
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     import not_a_command  # noqa: F401
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -77,11 +77,11 @@ class Task:
         return torch.bincount(self.test.labels).max().item() / len(self.test)
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- a batch
 
 
-def batch(split: Split, which: Tensor, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """The examples `which` (B,) as (idx (B, T), key_mask (B, T), labels (B,)); of pairs, (2, B, T).
+def batch(split: Split, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The examples `which` (B,) as (idx (B, T), key_mask (B, T), labels (B,)); of pairs, (B, 2, T).
 
     idx is a row's values plus one, and 0 behind its end; T is the longest row of the batch. key_mask: True = token.
     """
@@ -91,19 +91,9 @@ def batch(split: Split, which: Tensor, device="cpu") -> tuple[Tensor, Tensor, Te
     lengths = torch.tensor([len(row) for row in rows])
     idx = torch.nn.utils.rnn.pad_sequence([row.long() + 1 for row in rows], batch_first=True)
     key_mask = torch.arange(idx.shape[1]) < lengths[:, None]
-    if split.others is not None:
-        idx, key_mask = idx.unflatten(0, (2, -1)), key_mask.unflatten(0, (2, -1))
-    return idx.to(device), key_mask.to(device), split.labels[which].to(device)
-
-
-def batches(
-    split: Split, batch_size: int, device="cpu", generator: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every example once, as `batch` has them; the last batch may be smaller. A generator shuffles them."""
-    n = len(split)
-    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    for which in order.split(batch_size):
-        yield batch(split, which, device)
+    if split.others is not None:  # all first texts, then all second ones
+        idx, key_mask = (x.unflatten(0, (2, -1)).transpose(0, 1) for x in (idx, key_mask))
+    return idx, key_mask, split.labels[which]
 
 
 # ---------------------------------------------------------------- loading

@@ -213,13 +213,6 @@ def task_of(config: RunConfig) -> Task:
     return load_task(config.task, data_dir=config.data_dir, sizes=tuple(config.sizes) or None, **lengths)
 
 
-def rows_of(split: Split, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(idx, key_mask, labels) of some examples, each with the examples as the first dimension."""
-    idx, key_mask, labels = batch(split, which)
-    pair = split.others is not None
-    return (idx.transpose(0, 1), key_mask.transpose(0, 1), labels) if pair else (idx, key_mask, labels)
-
-
 def length(split: Split, i: int) -> int:
     """Tokens of an example, of both texts of a pair."""
     return len(split.tokens[i]) + (0 if split.others is None else len(split.others[i]))
@@ -230,7 +223,7 @@ def training(split: Split, config: RunConfig) -> Callable[[int], tuple[Tensor, .
     if len(split) < config.batch_size:
         raise UserError(f"{len(split)} training examples are fewer than --batch_size {config.batch_size}")
     picked = batches_of(range(len(split)), partial(length, split), config.batch_size, config.seed)
-    return lambda step: rows_of(split, torch.tensor(picked(step)))
+    return lambda step: batch(split, torch.tensor(picked(step)))
 
 
 @torch.no_grad()
@@ -240,7 +233,7 @@ def accuracy(model: Classifier, split: Split, most: int = 0) -> dict[str, float]
     n = min(most or len(split), len(split))
     order = torch.tensor(sorted(range(n), key=partial(length, split)))  # little padding
     for which in order.split(model.config.batch_size):
-        idx, key_mask, labels = (x.to(device) for x in rows_of(split, which))
+        idx, key_mask, labels = (x.to(device) for x in batch(split, which))
         logits, mean = model(idx, key_mask, labels)
         right += (logits.argmax(-1) == labels).sum().item()
         loss += mean.item() * len(labels)
