@@ -1,4 +1,4 @@
-"""Task 1, 60 minutes: the recurrent form of linear attention. README.md has the task.
+"""Task 1, 60 minutes: the recurrent form of linear attention. exercises/README.md has the task.
 
 The answer is in attention.py: keep it closed. `python -c "import attention; print(attention.__doc__)"`
 prints the letters.

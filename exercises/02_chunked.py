@@ -1,4 +1,4 @@
-"""Task 2, 2 hours: the chunked form of linear attention. README.md has the task.
+"""Task 2, 2 hours: the chunked form of linear attention. exercises/README.md has the task.
 
 The answer is in attention.py: keep it closed. The formulas are in the docstring below.
 """

@@ -1,4 +1,4 @@
-"""Task 3, 2 hours: the gradient through the denominator, by hand. README.md has the task."""
+"""Task 3, 2 hours: the gradient through the denominator, by hand. exercises/README.md has the task."""
 
 import torch
 from torch import Tensor

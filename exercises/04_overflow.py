@@ -1,4 +1,4 @@
-"""Task 4, 2 hours: make exp overflow, and repair it with the same weights. README.md has the task."""
+"""Task 4, 2 hours: make exp overflow, and repair it with the same weights. exercises/README.md has the task."""
 
 import torch
 from torch import Tensor

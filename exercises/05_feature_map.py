@@ -1,4 +1,4 @@
-"""Task 5, 60 minutes and a training run: a feature map of your own. README.md has the task.
+"""Task 5, 60 minutes and a training run: a feature map of your own. exercises/README.md has the task.
 
     python -m exercises.my_feature_map                              softmax, 1+ELU and this map
     python -m exercises.my_feature_map --attentions mine hedgehog

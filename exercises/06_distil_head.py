@@ -1,4 +1,4 @@
-"""Task 6, 2 hours: distil one head, with Eq. 3 by hand. README.md has the task.
+"""Task 6, 2 hours: distil one head, with Eq. 3 by hand. exercises/README.md has the task.
 
 The answer is in distill.py: keep it closed.
 """

@@ -1,4 +1,4 @@
-"""Task 7, 2 hours: find the three faults in broken.py. README.md has the task."""
+"""Task 7, 2 hours: find the three faults in broken.py. exercises/README.md has the task."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Task 8, 90 minutes: grouped queries, and positions by rotation. README.md has the task."""
+"""Task 8, 90 minutes: grouped queries, and positions by rotation. exercises/README.md has the task."""
 
 from collections.abc import Callable
 

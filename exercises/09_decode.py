@@ -1,4 +1,4 @@
-"""Task 9, 90 minutes: the cost of one more token. README.md has the task."""
+"""Task 9, 90 minutes: the cost of one more token. exercises/README.md has the task."""
 
 
 def cache_bytes(T: int, H: int, D: int, itemsize: int = 4) -> int:

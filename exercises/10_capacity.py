@@ -1,4 +1,4 @@
-"""Task 10, 2 hours: where linear attention must lose. README.md has the task."""
+"""Task 10, 2 hours: where linear attention must lose. exercises/README.md has the task."""
 
 from torch import Tensor, nn
 

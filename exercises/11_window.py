@@ -1,4 +1,4 @@
-"""Task 11, 2 hours: Longformer's window, and why Linformer does not generate. README.md has the task.
+"""Task 11, 2 hours: Longformer's window, and why Linformer does not generate. exercises/README.md has the task.
 
 The answer is in zoo/sparse.py: keep it closed.
 """

@@ -102,7 +102,7 @@ function features(name, A) {
   const [f, g] = phiQ.map((_, i) => i).sort((i, j) => phiQ[j] - phiQ[i]).slice(0, 2).sort();
   const most = Math.max(...[phiQ, ...phiK].flatMap((p) => [p[f], p[g]])), place = (a) => 5.6 * a / most;
   let inside = line(0, 0, 6, 0, "axis") + line(0, 0, 0, -5.8, "axis");
-  inside += words(6, 0.5, `φ${f + 1}, to ${most.toPrecision(2)}`, "end") + words(0.1, -5.7, `φ${g + 1}`);
+  inside += words(6, 0.5, `φ${f + 1}, to ${most < 100 ? most.toPrecision(2) : Math.round(most)}`, "end") + words(0.1, -5.7, `φ${g + 1}`);
   phiK.forEach((p, j) => inside += circle(place(p[f]), -place(p[g]), A[j], j));
   return inside + line(0, 0, place(phiQ[f]), -place(phiQ[g]), "query");
 }
@@ -120,7 +120,7 @@ function buildCards() {
     card.innerHTML = `<h2></h2><p class="number"></p><p class="measures"></p>
       <svg class="plane" viewBox="-3.4 -3.4 6.8 6.8" tabindex="0" role="application"
         aria-label="The plane of queries and keys: arrows move the query"><g></g><circle class="handle" r=".32"/></svg>
-      ${svg("curve", "-4.3 -3.7 7.7 4.8")}<p class="soft">φ of the keys:</p>${svg("features", "-.4 -6.2 6.8 6.9")}`;
+      ${svg("curve", "-4.3 -3.7 7.7 4.8")}<p class="soft">φ of the keys, the two features that are largest for q; the line is φ(q):</p>${svg("features", "-.4 -6.2 6.8 6.9")}`;
     $("maps").append(card);
     listenToPlane(card.querySelector(".plane"));
   }
@@ -185,7 +185,7 @@ function addSlider(parent, symbol, name, row, n, least, most) {
   input.dataset.name = name;
   input.update = () => {
     input.value = row()[n];
-    text.textContent = `${name} = ${row()[n].toFixed(1)}`;
+    text.textContent = `${name} = ${(Math.round(10 * row()[n]) / 10 || 0).toFixed(1)}`; // not -0.0
   };
   input.addEventListener("input", () => {
     row()[n] = Number(input.value);
@@ -199,8 +199,8 @@ function addSlider(parent, symbol, name, row, n, least, most) {
 function buildSliders() {
   for (const n of [0, 1]) addSlider($("q"), "q", `q${n + 1}`, () => now.q, n, -3, 3);
   addSlider($("t"), "t", "t", () => now, "t", 0.1, 3);
-  for (const [name, row] of [["W1", () => now.W[0]], ["W2", () => now.W[1]], ["b", () => now.b]]) {
-    $("W").append(Object.assign(document.createElement("span"), { textContent: name }));
+  for (const [name, row, what] of [["W1", () => now.W[0], "of x₁"], ["W2", () => now.W[1], "of x₂"], ["b", () => now.b, "b"]]) {
+    $("W").append(Object.assign(document.createElement("span"), { textContent: what }));
     for (let f = 0; f < 4; f++) addSlider($("W"), name[0], `${name}${f + 1}`, row, f, -6, 6);
   }
 }
