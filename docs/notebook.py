@@ -110,13 +110,14 @@ print(f"perplexity {perplexity_of(teacher):.2f} a byte; {shape.n_layer} layers, 
 # %% [markdown]
 # ## 2. The attention weights of softmax
 #
-# The text is the docstring of the module `sched`, which is not in the training data. Every token has a query
-# q, which says what it looks for, a key k, which says what it offers, and a value v, which it hands over. The
-# output of attention is the mean of the values, weighted by how well keys fit a query. The weights of softmax are exp(q·k/√D), normalised (Eq. 1). We look at the head with the
-# **spikiest** weights, which is the head with the lowest entropy. The weights of softmax are also
-# **monotonic**: of two keys, the key with the larger q·k always has the larger weight. Kendall's tau measures
-# this by counting the pairs that are in order. For softmax it is 1. The picture shows the first tokens alone,
-# and its title has their numbers. The printed numbers are means over the whole text.
+# The text is the docstring of the module `sched`, which is not in the training data. Every token has a
+# query q, which says what it looks for, a key k, which says what it offers, and a value v, which it hands
+# over. The output of attention is the mean of the values, weighted by how well keys fit a query. The
+# weights of softmax are exp(q·k/√D), normalised (Eq. 1). We look at the head with the **spikiest** weights,
+# which is the head with the lowest entropy. The weights of softmax are also **monotonic**: of two keys, the
+# key with the larger q·k always has the larger weight. Kendall's tau measures this by counting the pairs
+# that are in order. For softmax it is 1. The picture shows the first tokens alone, and its title has their
+# numbers. The printed numbers are means over the whole text.
 
 # %%
 import sched
@@ -151,8 +152,8 @@ Picture("softmax.png", figures.one_head, {"softmax": softmax[0, head]}, list(tex
 #
 # Linear attention replaces exp(q·k) by φ(q)·φ(k), where φ is a positive function (Eq. 2). Here φ is 1+ELU,
 # applied to the same queries and keys. The resulting weights are flat: they are nearly the weights of an
-# average over all earlier tokens, whose entropy would be 4.56 nats. They are not monotonic either: a larger q·k need not have a larger weight.
-# The paper claims that these two properties cost such models quality.
+# average over all earlier tokens, whose entropy would be 4.56 nats. They are not monotonic either: a larger
+# q·k need not have a larger weight. The paper claims that these two properties cost such models quality.
 
 # %%
 from attention import LinearAttention

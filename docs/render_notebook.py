@@ -92,7 +92,7 @@ def exercise(stub: str) -> list[Cell]:
     ]
     if stub == "07_leaks.py":
         written += [("code", SHOW_BROKEN)]
-    code = (ROOT / "exercises" / stub).read_text(encoding="utf-8").rstrip("\n")
+    code = (ROOT / "exercises" / stub).read_text(encoding="utf-8").rstrip("\n").replace(f"my_{name}", mine)
     written += [
         ("markdown", CODE.format(path=path)),
         ("code", f"%%writefile {path}\n{code}"),
