@@ -34,7 +34,8 @@ if ROOT is None:  # a hosted machine
         subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "hedgehog"], check=True)
     wanted = [*(ROOT / "requirements.txt").read_text().split(), "pytest"]
     missing = [package for package in wanted if find_spec(package.split("==")[0]) is None]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
+    if missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 

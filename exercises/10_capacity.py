@@ -20,7 +20,7 @@ def accuracy(phi: nn.Module | None, keys: Tensor, values: Tensor) -> float:
 
 def least_that_cannot_fit(F: int, D: int) -> int:
     """Your prediction: the smallest n for which n random pairs cannot be retrieved exactly by any map
-    with F features, for any D. The reason is the rank of N = phi(K) S, or the size of S and z."""
+    with F features, for any D. The reason is the rank of A = phi(K) phi(K)ᵀ / d, n x n."""
     raise NotImplementedError("task 10: predict")
 
 

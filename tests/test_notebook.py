@@ -215,6 +215,9 @@ def test_the_first_cell_fetches_and_installs_what_is_missing_on_a_bare_machine_a
     for folder in (ROOT, ROOT / "docs", ROOT / "exercises"):
         monkeypatch.chdir(folder)
         assert first_cell() == []
+    (tmp_path / "hedgehog" / "requirements.txt").write_text("torch==2.13.0\n")
+    monkeypatch.chdir(tmp_path)  # a kernel that starts anew, and now nothing is missing
+    assert first_cell() == []
 
 
 # ---------------------------------------------------------------- docs/notebook.ipynb
