@@ -320,7 +320,7 @@ def test_it_has_the_task_the_stub_and_its_check_in_this_order(stub):
     number, name = int(stub[:2]), stub[3:].removesuffix(".py")
     mine = f"my_{stub[:2]}_{name}"
     task = re.split(r"^## \d+ .*\n", page, flags=re.MULTILINE)[number].strip().replace(f"my_{name}", mine)
-    code = (ROOT / "exercises" / stub).read_text(encoding="utf-8").rstrip("\n")
+    code = (ROOT / "exercises" / stub).read_text(encoding="utf-8").rstrip("\n").replace(f"my_{name}", mine)
     row = re.search(rf"^\| {number} \|.*`(tests/\w+\.py)` \|$", page, re.MULTILINE)
     check = f"!{{sys.executable}} -m pytest {row[1]} --attention exercises/{mine}.py -x --tb=short"
     wanted = [render.setup(), f"## The task\n\n{task}", f"%%writefile exercises/{mine}.py\n{code}", check]
