@@ -53,7 +53,7 @@ def perplexity(
     windows = windows_of(ids, block_size, stride, max_tokens)
     nats, per_pass = 0.0, max(1, 4096 // block_size)
     passes = range(0, len(windows), per_pass)
-    for i in tqdm(passes, desc="evaluating", unit="pass", delay=10.0, leave=False, mininterval=5.0):
+    for i in tqdm(passes, desc="evaluating", unit="pass", delay=10.0, leave=False, disable=None):
         rows = [torch.from_numpy(ids[s : e + 1].astype(np.int64)) for s, e, _ in windows[i : i + per_pass]]
         x, y = (torch.stack([row[part] for row in rows]) for part in (slice(-1), slice(1, None)))
         for target, (start, _, first) in zip(y, windows[i : i + per_pass]):

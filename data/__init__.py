@@ -148,7 +148,7 @@ def encode(folder: Path, splits: dict[str, Iterable[str]], tokenizer, name: str,
         for split, pieces in splits.items():
             with (
                 open(beside / f"{split}.bin", "wb") as f,
-                tqdm(desc=f"{name} {split}", unit="char", unit_scale=True) as bar,
+                tqdm(desc=f"{name} {split}", unit="char", unit_scale=True, disable=None) as bar,
             ):
                 for blocks in batched(pieces, BLOCK):
                     for ids in tokenizer.encode_many(blocks):

@@ -64,7 +64,7 @@ def generate(n: int, min_len: int, max_len: int, seed: int) -> Iterator[tuple[by
     (of MIN and MAX) about twice as often as the others.
     """
     rng, seen, failed = random.Random(seed), set(), 0
-    with tqdm(total=n, desc=f"listops, {min_len:,} to {max_len:,} tokens", unit="expr") as bar:
+    with tqdm(total=n, desc=f"listops, {min_len:,} to {max_len:,} tokens", unit="expr", disable=None) as bar:
         while len(seen) < n:
             tokens = bytearray()
             value = expression(rng, tokens, max_len)

@@ -92,7 +92,7 @@ def read_expressions(path: Path, max_len: int) -> Split:
     if header[:2] != ["Source", "Target"]:
         raise UserError(f"{path} does not begin with the columns Source and Target: {str(header)[:80]}")
     rows = []
-    for i, line in enumerate(tqdm(lines, desc=path.name, unit="expr"), 2):
+    for i, line in enumerate(tqdm(lines, desc=path.name, unit="expr", disable=None), 2):
         where, cells = f"{path}, line {i}", line.rstrip("\r\n").split("\t")
         if len(cells) != 2:
             raise UserError(f"{where} has {len(cells)} columns, not Source and Target")
@@ -119,7 +119,7 @@ def read_pairs(data_dir: str, max_len: int) -> dict[str, Split]:
 def read_papers(path: Path, max_len: int) -> Split:
     """Lines label, id1, id2, text1, text2, without a header or quotes."""
     rows, cut = [], 0
-    for i, line in enumerate(tqdm(read_lines(path), desc=path.name, unit="pair"), 1):
+    for i, line in enumerate(tqdm(read_lines(path), desc=path.name, unit="pair", disable=None), 1):
         cells = line.rstrip("\r\n").split("\t")
         if len(cells) != 5:
             raise UserError(f"{path}, line {i} has {len(cells)} columns, not label, id1, id2, text1, text2")
@@ -141,7 +141,7 @@ def drawing_files(data_dir: str) -> list[Path]:
 def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
     """pixels (N, 1024) and labels (N,) of all drawings. The archive's .npy files are text: a line a drawing."""
     pixels, labels = [], []
-    for path in tqdm(drawing_files(data_dir), desc="pathfinder32", unit="file"):
+    for path in tqdm(drawing_files(data_dir), desc="pathfinder32", unit="file", disable=None):
         if path.read_bytes()[:6] == b"\x93NUMPY":  # as the program that draws them writes them
             try:
                 lines = [" ".join(map(str, row)) for row in np.load(path)]
@@ -239,7 +239,8 @@ def read_image(data_dir: str) -> dict[str, Split]:
     for split, table in tables("uoft-cs/cifar10", "cifar10", ("img", "label"), data_dir).items():
         pixels, labels = [], []
         rows = zip(table.column("img").to_pylist(), table.column("label").to_pylist())
-        for i, (img, label) in enumerate(tqdm(rows, desc=f"cifar10 {split}", unit="image", total=len(table))):
+        shown = tqdm(rows, desc=f"cifar10 {split}", unit="image", total=len(table), disable=None)
+        for i, (img, label) in enumerate(shown):
             where = f"cifar10 {split}, row {i}"
             if not isinstance(img, dict) or not img.get("bytes"):
                 raise UserError(f"{where} has no coded picture in the column img")

@@ -191,7 +191,7 @@ def generate(sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]
     labels = np.concatenate([rng.permutation(np.arange(n) % 2) for n in sizes])
     order = rng.permutation(len(labels))  # for the easiest drawings are finished first
     pixels, drawn = np.empty((len(labels), SIZE * SIZE), np.uint8), draw(rng)
-    with tqdm(total=len(labels), desc="pathfinder", unit="drawing") as bar:
+    with tqdm(total=len(labels), desc="pathfinder", unit="drawing", disable=None) as bar:
         for start in range(0, len(labels), POOL):
             part, found = order[start : start + POOL], []
             while sum(map(len, found)) < len(part):

@@ -94,5 +94,5 @@ def by_length(rows: list, length: Callable, size: int, what: str) -> Iterator[li
     """The places of all rows, `size` at a time: like with like, so that little is padding."""
     order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
     starts = range(0, len(rows), size)
-    for start in tqdm(starts, what, unit="batch", delay=10.0, leave=False, mininterval=5.0):
+    for start in tqdm(starts, what, unit="batch", delay=10.0, leave=False, disable=None):
         yield order[start : start + size]

@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -233,8 +232,8 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
     threads = max(1, cores // jobs)
     spawn = multiprocessing.get_context("spawn")
     before = sum(progress(c)[0] for c in waiting)  # of interrupted runs; the bar's speed is without
-    bar = tqdm(total=sum(c.max_steps for c in waiting), initial=before, unit="step", dynamic_ncols=True)
-    bar.mininterval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
+    total = sum(c.max_steps for c in waiting)
+    bar = tqdm(total=total, initial=before, unit="step", dynamic_ncols=True, disable=None)
     with bar, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         futures = {pool.submit(one, work, config, threads): config for config in waiting}
         try:
@@ -243,7 +242,7 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
                     config = futures.pop(future)
                     results[config.out_dir] = future.result()
                     bar.write(told(results[config.out_dir], said))
-                steps, losses = bar.total, []
+                steps, losses = total, []
                 for future, config in futures.items():
                     step, loss = progress(config)
                     steps -= config.max_steps - step

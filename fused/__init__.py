@@ -29,7 +29,7 @@ from fused.chunked import CHUNK, bidirectional, chunked, chunks_at_once, quadrat
 from fused.compiled import bidirectional as compiled_bidirectional
 from fused.compiled import causal as compiled_causal
 from fused.compiled import decode, operators
-from fused.known import LOCK, is_known, is_unchanged, relative_errors, undisturbed
+from fused.known import LOCK, constant, is_known, is_unchanged, relative_errors, undisturbed
 
 KERNELS = ("auto", "torch", "cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16)  # of the compiled kernels
@@ -208,7 +208,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor):
     raise ValueError(f"kernel {chosen} takes float32 and bfloat16, not {q.dtype}: use kernel auto or torch")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def pick(chosen: str, device: str) -> str:
     """The name of the kernel for a device; "torch" has no entry in LOADED."""
     with LOCK:
@@ -225,7 +225,7 @@ def picked(chosen: str, device: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant
 def proven(chosen: str, device: str, index: int | None, dtype: torch.dtype, D: int) -> bool:
     """Whether Triton's kernels are right for this dtype and head dim on this very device, decoding
     included. Each of these is code of its own, and is checked before its first use."""

@@ -25,6 +25,13 @@ KNOWN: dict[
 ] = {}  # code of a map, or of attention.py -> whether it is what the fast forms compute
 
 
+def constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, but the compiler is not imported: that takes a second, and few
+    processes compile."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def is_known(phi: Hedgehog | Taylor) -> bool:
     """Whether a fast form may take the place of a map: its class computes what the fast form does, the module
     is nothing more than its class, and no hook watches it or changes what it gives."""
@@ -36,7 +43,7 @@ def is_known(phi: Hedgehog | Taylor) -> bool:
     return not any(hooks) and not _has_any_global_hook() and as_known(type(phi))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def as_known(kind: type[Hedgehog] | type[Taylor]) -> bool:
     """Whether the code of a map, as it is now, computes what a fast form computes in its place: products of
     features, and all gradients, on a few tokens. Otherwise the map itself runs."""
@@ -91,7 +98,7 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y.square().sum(), leaves, allow_unused=True, materialize_grads=True)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_unchanged(plain: Callable) -> bool:
     """Whether `plain`, which is attention.attend, computes what chunked.py does, in its code as it is now."""
     names = "normalise zero_state without_padding linear_attention_chunked linear_attention_bidirectional"

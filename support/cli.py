@@ -57,6 +57,8 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead
+    if not sys.stderr.isatty():
+        hold_back_bars()
     try:
         return main()
     except (UserError, RunError) as e:
@@ -78,6 +80,15 @@ def run(main: Callable[[], None]) -> None:
         message, code = f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 1
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def hold_back_bars() -> None:
+    """Let Hugging Face's libraries draw no bars in this process and its children, as into files and pipes. Our
+    own bars look for a terminal themselves (tqdm's disable=None)."""
+    for library in ("HUB", "DATASETS"):  # read when it is imported
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    if imported := sys.modules.get("transformers.utils.logging"):
+        imported.disable_progress_bar()
 
 
 # ---------------------------------------------------------------- fields

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -82,10 +81,8 @@ class Watch:
     def __init__(self, log: Log, config: Any, done: int, world: World):
         self.log, self.config, self.shown, self.result = log, config, world.is_main, {}
         self.clock, self.tokens = time.perf_counter(), 0
-        self.bar = tqdm(
-            total=config.max_steps, initial=done, unit="step", disable=not self.shown, dynamic_ncols=True
-        )
-        self.bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines
+        options = dict(unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=config.max_steps, initial=done, disable=None if self.shown else True, **options)
 
     def step(self, done: int, loss: Tensor, norm: Tensor, lr: float, tokens: int) -> None:
         self.bar.update()

@@ -52,11 +52,11 @@ def measured(command, tmp_path, monkeypatch):
     """
 
     def small(**shape) -> GPTConfig:
-        return GPTConfig(**{**shape, "n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 60000})
+        return GPTConfig(**{**shape, "n_layer": 1, "n_head": 2, "n_embd": 16})
 
     def call(*flags) -> tuple[str, dict]:
         monkeypatch.setattr(bench, "GPTConfig", small)
-        monkeypatch.setattr(small, "of", lambda values: small(dropout=values["dropout"]), raising=False)
+        monkeypatch.setattr(small, "of", lambda values: small(vocab_size=values["vocab_size"]), raising=False)
         monkeypatch.setattr(bench, "STEPS", 2)
         monkeypatch.setattr(timing, "machine_speed", lambda *args: FAST)
         monkeypatch.chdir(tmp_path)  # the path of the result is short

@@ -693,3 +693,27 @@ def test_a_wrong_flag_ends_with_exit_code_2_and_one_line():
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     line = "error: unknown flag --n_layr: did you mean --n_layer? (--help lists all)\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_other_libraries_are_for_a_terminal_too(llama, monkeypatch, capsys, terminal):
+    """Those that are imported already are told; the others read it from the environment."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.utils import logging
+
+    names = [f"HF_{library}_DISABLE_PROGRESS_BARS" for library in ("HUB", "DATASETS")]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    run(lambda: transformers.AutoModelForCausalLM.from_pretrained(llama))
+    assert ("Loading weights" in capsys.readouterr().err) == terminal
+    assert [os.environ.get(name) for name in names] == [None if terminal else "1"] * 2
+
+
+def test_help_needs_neither_the_compiler_nor_other_packages():
+    """torch._dynamo and transformers take a second or two each to import."""
+    code = "import sys, train, sample, bench; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    slow = {"torch._dynamo", "transformers", "datasets", "scipy", "matplotlib", "triton"}
+    assert done.returncode == 0 and not slow & set(done.stdout.split())

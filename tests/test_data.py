@@ -296,6 +296,16 @@ def test_the_file_of_a_data_set_is_a_command_that_prepares_it(tmp_path):
     assert code == 2 and stderr.count("\n") == 1 and "did you mean --tokenizer" in stderr
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_for_a_terminal_and_a_file_gets_one_line(tmp_path, monkeypatch, capsys, terminal):
+    folder = write_files(tmp_path, a=f"one {terminal} " * 50, b=f"two {terminal} " * 50)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    prepare("text", str(folder))
+    out, err = capsys.readouterr()
+    assert out.startswith("prepared text: ") and out.count("\n") == 1
+    assert ("\r" in err and "text train" in err) if terminal else err == ""
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in FILES if p.stem not in data.DATASETS))
 def test_a_file_that_is_no_command_says_so_in_one_line(name):
     code, stdout, stderr = run_file(name)

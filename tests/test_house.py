@@ -93,6 +93,21 @@ def test_there_is_no_circle():
     assert not left, {room: used & set(left) for room, used in left.items()}
 
 
+def test_no_bar_is_drawn_into_a_file_or_a_pipe():
+    """tqdm's disable=None looks for a terminal. A bar that never shows says disable=True."""
+    calls = [
+        (name, node)
+        for name in FILES
+        if "tqdm(" in FILES[name]
+        for node in ast.walk(ast.parse(FILES[name]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "tqdm"
+    ]
+    assert len(calls) > 8
+    for name, node in calls:
+        disable = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("disable", "")
+        assert disable.startswith("None"), f"{name}, line {node.lineno}"
+
+
 def test_a_low_file_names_no_field_of_a_high_file_as_a_string():
     """The field says itself what may change and what depends on it (support.cli.setting)."""
     assert not users_of(r"MAY_CHANGE|SHAPE_MAPS|SHAPE_TEACHER")
