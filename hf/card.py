@@ -36,7 +36,8 @@ def the_call(how: dict) -> str:
 def model_card(model: nn.Module) -> str:
     """The card of a linearized model, in Markdown with the header of the hub."""
     config = model.config
-    how, base = config.hedgehog, str(getattr(model, "source", config.name_or_path) or "")
+    how = config.hedgehog
+    base = how.get("source") or str(getattr(model, "source", config.name_or_path) or "")
     on_hub = base and not Path(base).exists() and base.count("/") <= 1  # the hub refuses other names here
     kinds = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
     auto = next((a for end, a in kinds.items() if type(model).__name__.endswith(end)), type(model).__name__)

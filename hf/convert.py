@@ -146,7 +146,7 @@ def keep_softmax(model: nn.Module, keep: str | dict | list, batches: Iterable | 
 
 def plug(
     model: nn.Module, feature_map: str, layers: list[int] | None, tie: bool, options: dict,
-    keep: dict[str, list[int]] | None = None, kl: list[float] | None = None,
+    keep: dict[str, list[int]] | None = None, kl: list[float] | None = None, source: str = "",
 ) -> list:  # fmt: skip
     """Add a map to each attention module, once all maps are made: [(module, handle of its hook)]."""
     part, modules, _ = convertible(model, layers)
@@ -195,6 +195,7 @@ def name_after(model: nn.Module, base: str) -> None:
     name = f"{base or 'a model'}, linearized in memory: call save_pretrained(folder) and load that folder"
     inner = unwrapped(model)
     inner.source, inner.name_or_path, inner.config.name_or_path = base, name, name
+    inner.config.hedgehog.setdefault("source", str(base or ""))  # stays when it is loaded and saved again
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.base_model_name_or_path = name
 
@@ -209,7 +210,12 @@ def post_init(model: PreTrainedModel) -> None:
     how = getattr(model.config, NAME, None)
     if how is None or sockets(model):  # the maps of a model's inner model are its own
         return
-    if not isinstance(how, dict) or set(how) - {"keep", "kl"} != {"feature_map", "layers", "tie", "options"}:
+    if not isinstance(how, dict) or set(how) - {"keep", "kl", "source"} != {
+        "feature_map",
+        "layers",
+        "tie",
+        "options",
+    }:
         raise ValueError(f"{NAME} in a config must have feature_map, layers, tie and options, not {how!r}")
     plug(model, **how)
     model.config.attn_implementation = NAME

@@ -26,10 +26,13 @@ PROVEN = {  # architecture: its attention module
     "Starcoder2": "Starcoder2Attention", "ViT": "ViTAttention", "XLM-RoBERTa": "XLMRobertaSelfAttention",
 }  # fmt: skip
 
-MORE = (  # fields of a module, or of its config, that say it is more than softmax(scale q.k) v
-    "attn_logit_softcapping", "attn_logit_softcap", "sinks",
-    "use_relative_position_bias", "use_shared_relative_position_bias",
-)  # fmt: skip
+MORE = {  # fields of a module, or of its config, that say it is more than softmax(scale q.k) v: what they are
+    "attn_logit_softcapping": "a soft cap of the scores",
+    "attn_logit_softcap": "a soft cap of the scores",
+    "sinks": "a learned logit of each head in softmax's sum",
+    "use_relative_position_bias": "a bias of the scores by distance",
+    "use_shared_relative_position_bias": "a bias of the scores by distance",
+}
 
 REFUSED = {  # how the class names of a family begin: what stands against it
     "Bloom": "ALiBi, a bias of the scores by distance",
@@ -147,7 +150,7 @@ def check_plain(module: nn.Module) -> None:
         for cap in MORE:
             if (value := getattr(where, cap, None)) is not None and value is not False:
                 raise ValueError(
-                    f"{name} has {cap}, which linear attention would ignore: it cannot be converted"
+                    f"{name} has {cap} ({MORE[cap]}), which linear attention would ignore: it cannot be converted"
                 )
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} belongs to a model with cross-attention, which is not converted here")

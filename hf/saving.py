@@ -134,7 +134,7 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     check_fit(tensors, like, path)
     if given:
         how = dict(like.config.hedgehog)
-        options, kl = how.pop("options"), how.pop("kl", None)
+        options, kl, _ = how.pop("options"), how.pop("kl", None), how.pop("source", None)
         model = linearize(unwrapped(model), **how, **options)
         if kl is not None:
             model.config.hedgehog["kl"] = kl

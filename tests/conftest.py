@@ -123,6 +123,14 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def workers_here(monkeypatch) -> None:
+    """Experiments train in this process and not in others."""
+    from in_this_process import InThisProcess
+
+    monkeypatch.setattr("experiments.runs.ProcessPoolExecutor", InThisProcess)
+
+
+@pytest.fixture
 def train(command, text):
     """train(*flags): a tiny run of train.py on the small text; returns (exit code, stdout, stderr)."""
     return lambda *flags: command("train", "--dataset", "text", "--data_dir", text, *TINY, *flags)

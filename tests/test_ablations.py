@@ -82,7 +82,7 @@ def test_ablations_are_one_run_each_with_a_table_of_differences():
     assert "| W = 3 I | 1.750 |  |" in text, "there is nothing to compare with"
 
 
-def test_the_command_trains_every_row_and_keeps_them(command, tmp_path, text, monkeypatch):
+def test_the_command_trains_every_row_and_keeps_them(command, workers_here, tmp_path, text, monkeypatch):
     few = {name: ABLATIONS[name] for name in ("as set", "W = 3 I", "convolution of 3 taps")}
     monkeypatch.setattr(ablations, "ABLATIONS", few)
     flags = ["--dataset", "text", "--data_dir", text, *FLAGS, "--max_steps", 2, "--jobs", 1]

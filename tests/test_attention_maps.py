@@ -229,7 +229,7 @@ def test_one_heads_picture_says_the_entropy_of_the_rows_it_shows():
     assert axes[1].images[0].get_array().mask.sum() == 6  # what no query may see
 
 
-def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, tmp_path):
+def test_a_recall_checkpoint_is_analysed_on_its_own_task(command, workers_here, tmp_path):
     from test_recall import TINY
 
     assert command("experiments.recall", *TINY, "--attentions", "softmax", "--out_dir", tmp_path)[0] == 0

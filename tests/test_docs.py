@@ -273,7 +273,10 @@ SMALLER = {  # of a flag that is given twice, the last value counts
 
 ONE_AFTER_THE_OTHER = """
 import importlib, json, sys
+import experiments.runs
+from in_this_process import InThisProcess
 from support.cli import run
+experiments.runs.ProcessPoolExecutor = InThisProcess
 for name, flags in json.loads(sys.argv[1]):
     print("#", name, *flags)
     sys.argv[1:] = flags
@@ -297,7 +300,7 @@ def test_every_command_of_the_guide_runs_and_finds_what_those_before_it_wrote(tm
     small = [(name, flags + SMALLER[name].split()) for name, flags in commands if name in SMALLER]
     assert len(small) == 5 and {name for name, _ in small} == set(SMALLER)
     driver = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(small)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(driver, cwd=tree, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 

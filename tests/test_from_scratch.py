@@ -60,7 +60,7 @@ def test_stopping_and_reporting_use_different_halves_of_the_validation_text(monk
     assert abs(len(seen["dev"]) - len(seen["test"])) <= 1 and seen["train"].shape == (4, 32)
 
 
-def test_the_command_sweeps_trains_every_seed_and_reports(command, tmp_path, text):
+def test_the_command_sweeps_trains_every_seed_and_reports(command, workers_here, tmp_path, text):
     flags = ["--dataset", "text", "--data_dir", text, *FLAGS, "--jobs", 1, "--out_dir", tmp_path]
     flags += ["--attentions", "softmax", "elu", "--lrs", 0.001, 0.01, "--sweep_steps", 3]
     code, stdout, stderr = command("experiments.from_scratch", *flags, "--seeds", 2, "--setting", "paper")
@@ -100,7 +100,9 @@ def test_defaults_are_the_first_commands_model_at_half_its_steps():
     assert changed == {"max_steps"} and 2 * ours["max_steps"] == first["max_steps"]
 
 
-def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_lr(command, tmp_path, text):
+def test_learned_maps_are_tried_at_every_pair_of_rates_and_the_others_at_every_lr(
+    command, workers_here, tmp_path, text
+):
     flags = ["--dataset", "text", "--data_dir", text, *FLAGS, "--jobs", 1, "--out_dir", tmp_path]
     flags += ["--attentions", "t2r", "elu", "--lrs", 0.001, 0.01, "--map_lr_scales", 1, 5]
     code, stdout, stderr = command("experiments.from_scratch", *flags, "--max_steps", 3, "--seeds", 1)

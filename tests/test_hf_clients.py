@@ -142,6 +142,34 @@ def test_the_page(tiny, tmp_path, monkeypatch):
     assert evaluated[0][1] == ["wikitext"] and evaluated[0][0]["pretrained"] is space["model"]
 
 
+def test_a_model_that_is_loaded_and_saved_again_names_its_true_base(tiny, tmp_path):
+    """Not the folder between, however often; also from one file, and where only one of two files is old."""
+    base = f"- base: {tiny}\n"
+
+    def card(model, name: str) -> str:
+        model.save_pretrained(tmp_path / name)
+        return (tmp_path / name / "README.md").read_text()
+
+    model = hf.linearize(Auto.from_pretrained(tiny))
+    assert base in card(model, "once")
+    assert base in card(Auto.from_pretrained(tmp_path / "once"), "twice")
+    again = hf.from_pretrained(tmp_path / "twice")
+    assert base in card(again, "thrice")
+    hf.save_linearized(again, tmp_path / "maps.safetensors")
+    assert base in card(hf.load_linearized(tmp_path / "maps.safetensors"), "from one file")
+    on_base = hf.load_linearized(tmp_path / "maps.safetensors", Auto.from_pretrained(tiny))
+    assert base in card(on_base, "on its base")
+    on_hub = hf.linearize(Auto.from_pretrained(tiny))
+    on_hub.config.hedgehog["source"] = "HuggingFaceTB/SmolLM2-135M"
+    on_hub.save_pretrained(tmp_path / "hub")
+    assert "\nbase_model: HuggingFaceTB/SmolLM2-135M\n" in card(
+        Auto.from_pretrained(tmp_path / "hub"), "pushed"
+    )
+    old = Auto.from_pretrained(tmp_path / "once")  # a folder of an earlier version
+    del old.config.hedgehog["source"]
+    assert f"- base: {tmp_path / 'once'}\n" in card(old, "old")
+
+
 def test_a_card_that_somebody_wrote_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()

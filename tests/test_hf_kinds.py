@@ -241,7 +241,8 @@ NO = {  # what: (class, options, what the line says)
     "Gemma 2 with its soft cap": (
         ("Gemma2", LM), dict(head_dim=8, sliding_window=4, **GQA), "has attn_logit_softcapping"),
     "gpt-oss": (
-        ("GptOss", LM), dict(head_dim=8, num_local_experts=4, sliding_window=4, **GQA), "has sinks"),
+        ("GptOss", LM), dict(head_dim=8, num_local_experts=4, sliding_window=4, **GQA),
+        "has sinks (a learned logit of each head in softmax's sum)"),
     "GPT-J": (
         ("GPTJ", LM), dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
         "attention code of its own"),

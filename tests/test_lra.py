@@ -145,7 +145,9 @@ def results_in(folder: Path) -> dict[str, float]:
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("*/result.json")}
 
 
-def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_one(command, tmp_path):
+def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_one(
+    command, workers_here, tmp_path
+):
     flags = [*TINY, "--lrs", 0.01, 0.001, "--out_dir", tmp_path]
     code, _, stderr = command("experiments.lra", *flags, "--attentions", "elu")
     assert code == 0, stderr

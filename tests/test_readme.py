@@ -216,7 +216,7 @@ def elsewhere(tmp_path, monkeypatch, text):
     }
 
 
-def test_commands_run(command, elsewhere):
+def test_commands_run(command, workers_here, elsewhere):
     """Every line of README in order, each with what the lines before it have left; and of the other
     pages the commands that README does not have. Models and data are small. torchrun's line runs in
     one process; two processes are in test_train.py."""

@@ -87,7 +87,7 @@ def test_accuracy_is_that_of_the_last_token():
     assert found["accuracy"] == 0.5 and found["loss"] == pytest.approx(25.0)
 
 
-def test_the_command_compares_and_keeps_a_curve_for_each_run(command, tmp_path):
+def test_the_command_compares_and_keeps_a_curve_for_each_run(command, workers_here, tmp_path):
     flags = [*TINY, "--attentions", "softmax", "hedgehog", "--seeds", 2, "--out_dir", tmp_path]
     code, stdout, stderr = command("experiments.recall", *flags)
     assert code == 0, stderr

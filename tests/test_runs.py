@@ -112,7 +112,7 @@ def test_a_run_with_a_map_that_was_changed_since_is_made_again_from_its_start(tm
     assert finished(config) is not None
 
 
-def test_a_shorter_sweep_has_runs_of_its_own(tmp_path):
+def test_a_shorter_sweep_has_runs_of_its_own(tmp_path, workers_here):
     found = sweep(tmp_path, lrs=(1.0, 2.0), sweep_steps=3)
     assert all("'max_steps': 3," in line for line in found["sweep"]) and len(found["sweep"]) == 2
     assert {r["config"]["max_steps"] for r in found["runs"]} == {10}

@@ -494,19 +494,21 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, D, T, dtype, bound",
+    "name, D, E, T, dtype, bound",
     [
-        ("hedgehog", 8, 20, torch.float32, 1e-5),
-        ("elu", 8, 20, torch.float32, 1e-5),
-        ("hedgehog", 130, 20, torch.float32, 1e-5),
-        ("hedgehog", 32, 20, torch.bfloat16, 1e-2),
-        ("hedgehog", 256, 17, torch.bfloat16, 1e-2),
+        ("hedgehog", 8, 8, 20, torch.float32, 1e-5),
+        ("elu", 8, 8, 20, torch.float32, 1e-5),
+        ("hedgehog", 130, 130, 20, torch.float32, 1e-5),
+        ("hedgehog", 32, 32, 20, torch.bfloat16, 1e-2),
+        ("hedgehog", 256, 8, 17, torch.bfloat16, 1e-2),
+        pytest.param("hedgehog", 256, 256, 17, torch.bfloat16, 1e-2, marks=pytest.mark.slow),
     ],
 )
-def test_the_module_gives_the_same_with_this_kernel_as_without(name, D, T, dtype, bound, chosen):
+def test_the_module_gives_the_same_with_this_kernel_as_without(name, D, E, T, dtype, bound, chosen):
     """Outputs, all gradients, generation. 130 and 256 dimensions are too many for the fused map: it is given features.
-    In bfloat16, against float64."""
-    q, k, v = inputs(T, D, D, dtype=dtype)
+    In bfloat16, against float64. (Triton's interpreter takes four times as long for 256 dimensions of values as for 8.)
+    """
+    q, k, v = inputs(T, D, E, dtype=dtype)
     results, exact = {}, torch.float32 if dtype == torch.float32 else torch.float64
     for kernel, kind in (("torch", exact), ("triton", dtype)):
         fused.use(kernel, DEVICE)
