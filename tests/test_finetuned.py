@@ -460,7 +460,7 @@ def test_digits_are_split_once_and_cover_the_pixels():
 
 
 def test_the_vit_command_converts_draws_and_keeps_what_it_made(command, tmp_path):
-    epochs = ["--teacher_epochs", 1, "--distil_epochs", 1, "--epochs", 1, "--eval_interval", 20]
+    epochs = "--train_rows 300 --teacher_epochs 1 --distil_epochs 1 --epochs 1 --eval_interval 20".split()
     flags = ["--out_dir", tmp_path / "vit", *epochs]
     arms = ["--arms", "teacher_finetuned", "hedgehog"]
     code, stdout, stderr = command("experiments.vit", *flags, *arms)

@@ -130,39 +130,65 @@ def test_accumulating_gradients_changes_nothing_but_rounding(train, tmp_path):
             torch.testing.assert_close(last(tmp_path / n)[name], t, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(train, text, tmp_path):
-    train("--out_dir", tmp_path / "one", "--grad_accum", 4)
+ACCUMULATED, STOPPED = ["--grad_accum", 4], ["--stop_loss", 100, "--max_steps", 90]
+IN_TURN = """
+import json, os, runpy, sys
+import train
+from support.cli import run
+root, first, last = json.loads(sys.argv[1])
+sys.argv[1:] = first
+run(train.main)
+if os.environ["RANK"] == "0":
+    print("=== the next run", flush=True)
+sys.argv[1:] = last
+runpy.run_path(f"{root}/train.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, text) -> tuple[Path, str, str]:
+    """(a folder with the runs "accumulated" and "stopped", what each printed): trained by two processes, one run after
+    the other."""
+    out = tmp_path_factory.mktemp("two")
+    (out / "in_turn.py").write_text(IN_TURN)
+    runs = (
+        ["--dataset", "text", "--data_dir", text, *TINY, "--out_dir", out / name, *flags]
+        for name, flags in (("accumulated", ACCUMULATED), ("stopped", STOPPED))
+    )
     process = start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-        "--dataset", "text", "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--grad_accum", 4,
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", out / "in_turn.py",
+        json.dumps([ROOT, *runs], default=str), PYTHONPATH=str(ROOT),
     )  # fmt: skip
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
+    accumulated, _, stopped = stdout.partition("=== the next run\n")
+    return out, accumulated, stopped
+
+
+def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(train, two_processes, tmp_path):
+    train("--out_dir", tmp_path / "one", *ACCUMULATED)
+    folder, stdout, _ = two_processes
     assert stdout.count("validation loss") == 1 + 2  # rank 0 alone speaks: two evaluations, one last line
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    one, two = losses(tmp_path / "one"), losses(folder / "accumulated")
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
     evaluations = [
-        [e for e in Log(tmp_path / n / "log.jsonl").read() if "val_loss" in e] for n in ("one", "two")
+        [e for e in Log(out / "log.jsonl").read() if "val_loss" in e]
+        for out in (tmp_path / "one", folder / "accumulated")
     ]
     np.testing.assert_allclose(*([e["val_loss"] for e in es] for es in evaluations), rtol=1e-5)
-    code, stdout, _ = train("--out_dir", tmp_path / "two", "--grad_accum", 4, "--resume", "--max_steps", 8)
+    code, stdout, _ = train("--out_dir", folder / "accumulated", *ACCUMULATED, "--resume", "--max_steps", 8)
     assert code == 0 and "resuming" in stdout  # a checkpoint of two processes loads in one
 
 
 def test_training_stops_at_the_first_validation_loss_that_is_low_enough_in_all_processes(
-    train, text, tmp_path
+    train, two_processes, tmp_path
 ):
-    process = start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "--dataset", "text",
-        "--data_dir", text, *TINY, "--out_dir", tmp_path / "two", "--stop_loss", 100, "--max_steps", 90,
-    )  # fmt: skip
-    assert train("--out_dir", tmp_path / "one", "--stop_loss", 100, "--max_steps", 90)[0] == 0
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, stderr
-    for name in ("one", "two"):
-        assert load_checkpoint(tmp_path / name / "last.safetensors")[1]["step"] == 3
-        assert max(losses(tmp_path / name)) == 3 and (tmp_path / name / "result.json").exists()
+    assert train("--out_dir", tmp_path / "one", *STOPPED)[0] == 0
+    assert two_processes[2].count("validation loss") == 1 + 1
+    for out in (tmp_path / "one", two_processes[0] / "stopped"):
+        assert load_checkpoint(out / "last.safetensors")[1]["step"] == 3
+        assert max(losses(out)) == 3 and (out / "result.json").exists()
     code, stdout, _ = train("--out_dir", tmp_path / "one", "--stop_loss", 100, "--max_steps", 90, "--resume")
     assert code == 0 and "resuming" in stdout and max(losses(tmp_path / "one")) == 3
     assert train("--out_dir", tmp_path / "on", "--max_steps", 6)[0] == 0 and max(losses(tmp_path / "on")) == 6
@@ -319,6 +345,7 @@ def asked() -> dict[str, str]:
     from one that has imported torch."""
     script = (
         "import os, signal, sys\nfrom support.resuming import StopSignal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "for case in sys.argv[1:]:\n"
         "    if child := os.fork():\n"
         "        if os.waitpid(child, 0)[1]: print(f'{case}: ended', flush=True)\n"
