@@ -1,7 +1,6 @@
 """bench.py: every part runs at tiny sizes, --lengths bounds every part, the report is legible."""
 
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -369,7 +368,7 @@ runpy.run_{kind}({name!r}, run_name="__main__")
     "kind, name, flags",
     [
         ("path", "bench.py", "--n_head 2 --head_dim 8 --rounds 1 --lengths 8 --contenders softmax torch --threads 1 "
-         "--device cpu --what forward decode recipe"),
+         "--device cpu --dtype float32 --what forward decode recipe"),
         ("module", "fused.check", "--device cpu --kernel torch --repeats 1 --dims 16"),
     ],
 )  # fmt: skip
@@ -621,8 +620,9 @@ def test_the_crossover_is_the_length_from_which_softmax_is_never_faster():
 # ---------------------------------------------------------------- a whole encoder
 
 
-def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp_path):
+def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(timing, "machine_speed", lambda *args: FAST)
     out = tmp_path / "new" / "encoder.json"
     flags = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--rounds", 1, "--lengths", 16, 8]
     code, stdout, stderr = command("experiments.encoder_speed", *flags, "--device", "cpu", "--out", out)
@@ -636,9 +636,8 @@ def test_an_encoder_and_its_conversion_are_timed_on_the_same_tokens(command, tmp
     assert facts["crossover"] == {(): None, (8,): None, (16,): 16, (8, 16): 8}[tuple(wins)]
     assert "| 16 |" in stdout and "The converted encoder is faster" in stdout
     assert len(rows_of(stdout)) == 4 and stdout.splitlines()[-1].endswith(str(out))
-    config, T = encoder_speed.EncoderConfig(lengths=[8192], n_layer=1, n_head=2, n_embd=32), 8192
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        mib = pool.apply(encoder_speed.extra_mib, (config, "hedgehog", T, CPU))
+    config, T = encoder_speed.EncoderConfig(lengths=[4096], n_layer=1, n_head=2, n_embd=32), 4096
+    mib = timing.alone(encoder_speed.extra_mib, config, "hedgehog", T, CPU)
     assert T * 4 * 32 * 4 / 2**20 < mib < T * T * 4 / 2**20  # the MLP's inner layer, and no T x T
     code, _, stderr = command("experiments.encoder_speed", "--n_head", 5, "--out", out)
     assert code == 2 and "must be a multiple" in stderr
