@@ -130,7 +130,7 @@ def test_accumulating_gradients_changes_nothing_but_rounding(train, tmp_path):
             torch.testing.assert_close(last(tmp_path / n)[name], t, rtol=1e-3, atol=1e-5, msg=name)
 
 
-ACCUMULATED, STOPPED = ["--grad_accum", 4], ["--stop_loss", 100, "--max_steps", 90]
+ACCUMULATED, STOPPED = ["--grad_accum", "4"], ["--stop_loss", "100", "--max_steps", "90"]
 IN_TURN = """
 import json, os, runpy, sys
 import train
