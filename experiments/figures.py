@@ -265,6 +265,53 @@ def recovery(figure, points: list[tuple], title: str) -> None:
 
 
 @picture
+def prices(figure, rows: list[dict], task: str) -> None:
+    """The price list: what is lost on held-out text against each cost, with the front of every panel."""
+    what = "perplexity over the finetuned teacher's" if task == "lm" else "share of the teacher's score"
+    memory = ("state", "state (MiB)", 2.0**-20) if task == "lm" else ("state", "memory of a pass (MiB)", 1.0)
+    time = ("seconds", "ms for one more token" if task == "lm" else "ms for a sequence", 1e3)
+    figure.set_size_inches(13, 4.8)
+    axes = figure.subplots(1, 3, sharey=True)
+    panels = memory, time, ("minutes", "minutes of conversion", 1.0)
+    for axis, (key, text, factor), front in zip(axes, panels, ("state", "speed", "minutes")):
+        for r in (r for r in rows if r[key] is not None):
+            name, softmax = figure_style(r["mine"], r["arm"])
+            dots = style(name) | {"s": 50, "label": softmax, "alpha": 0.85, "zorder": 3}
+            axis.scatter(factor * r[key], r["held_out"], **dots)
+        on = sorted((r for r in rows if front in r["fronts"]), key=lambda r: r[key])
+        line = dict(color="0.4", linewidth=1.2, where="post", label="front")
+        axis.step([factor * r[key] for r in on], [r["held_out"] for r in on], **line)
+        for r in on:
+            short = r["arm"].removeprefix("hedgehog-").replace("_finetuned", "")
+            at = factor * r[key], r["held_out"]
+            axis.annotate(short, at, xytext=(3, 4), textcoords="offset points", fontsize=6.5)
+        axis.set(xlabel=text, xscale="log")
+        axis.margins(0.12)
+    if task == "lm":
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:.2f}")
+        axes[0].yaxis.set_minor_formatter("{x:.2f}")
+    axes[0].set_ylabel(f"{what}, held-out text")
+    beside(figure)
+    best = min((r for r in rows if r["mine"].feature_map), key=lambda r: abs(r["held_out"] - 1), default=None)
+    said = f": nearest to the teacher is {best['arm']} ({best['held_out']:.3g})" if best else ""
+    figure.suptitle(f"The price of a conversion{said}; on the line nothing is both better and cheaper")
+
+
+def figure_style(arm, name: str) -> tuple[str, str]:
+    """(whose colour and marker, label) of an arm in the picture of prices."""
+    if arm.feature_map == "softmax":
+        return "local", "window alone"
+    if not arm.feature_map:
+        return "softmax", "teacher, finetuned"
+    if arm.kept_percent:
+        return "hedgehog_exp", "Hedgehog, some heads softmax"
+    if arm.window:
+        return "hedgehog_window", "Hedgehog + window"
+    return arm.feature_map, label(arm.feature_map)
+
+
+@picture
 def patches(figure, images: list, weights: dict[str, list], title: str) -> None:
     """At most six images, and under each the weights over its patches, 1 for the largest.
 

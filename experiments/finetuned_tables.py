@@ -48,7 +48,8 @@ def differences(runs: list[dict], scores: Callable) -> dict[str, list[float]]:
 
 def by_arm(facts: dict) -> dict[str, list[dict]]:
     """The runs of each arm, one for each seed."""
-    groups = {name: [r for r in facts["runs"] if r["arm"] == name] for name in ARMS}
+    names = dict.fromkeys([*ARMS, *(r["arm"] for r in facts["runs"])])  # variants last
+    groups = {name: [r for r in facts["runs"] if r["arm"] == name] for name in names}
     return {name: runs for name, runs in groups.items() if runs}
 
 

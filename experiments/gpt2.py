@@ -19,14 +19,18 @@ folder is the conversion alone, to be read from top to bottom.
 import copy
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from attention import LinearAttention
 from convert_gpt2 import load
 from distill import pupil_of
 from experiments import ladder
+from model import GPT
 from support.checkpoints import save_checkpoint
 from support.cli import as_user_error, parse, run
 from support.devices import pick_device
+from swap import sockets
 
 
 @dataclass
@@ -46,26 +50,46 @@ class GPT2Config(ladder.ConvertConfig):
     save_interval: int = 500
 
 
-def main() -> None:
-    with as_user_error():
-        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
-        config.check()  # before anything is loaded
+def pupil(teacher: GPT, attention: str, tie: bool = True, **options) -> GPT:
+    """A copy of the teacher with this attention; "" for its own. columns: those of W, times D."""
+    c = teacher.config
+    if not attention:
+        return copy.deepcopy(teacher)
+    if columns := options.pop("columns", 0):
+        options["n_features"] = round(columns * c.n_embd / c.n_head)
+    if "window" not in options:
+        return pupil_of(teacher, attention, tie=tie, options=options)
+    from experiments.pretrained import make_attend  # a window that can mimic: hf/hybrid.py
 
+    model, options = copy.deepcopy(teacher), {"tie": tie, **options}
+    for block in model.transformer.h:
+        attend = make_attend(attention, c.n_head, c.n_embd // c.n_head, True, [], options)
+        block.attn.attend = attend.to(block.ln_1.weight.device)
+    return model
+
+
+def subject_of(config: GPT2Config, given: set[str]) -> tuple[ladder.Subject, GPT]:
+    """(what the ladder needs, the teacher). Settings that were not given become those for this model."""
     teacher, tokenizer = load(config, given)
     config.out_dir = config.out_dir or f"out/{Path(config.model).name}-{config.dataset}-converted"
     teacher.to(pick_device(config.device))
 
-    def build(feature_map, tie=True, **options):
-        if not feature_map:
-            return copy.deepcopy(teacher)
-        return pupil_of(teacher, feature_map, tie=tie, options=options)
-
     def save(model, folder):
+        if any(type(socket.attend) is not LinearAttention for socket in sockets(model)):
+            return  # a checkpoint has one attention for all heads, and no window beside a map that mimics
         about = {"dataset": config.dataset, "data_dir": config.data_dir, **asdict(model.config)}
         save_checkpoint(folder / "best.safetensors", model, config=about, tokenizer=tokenizer)
 
-    subject = ladder.language_modelling(config, build, ladder.groups_of, save, tokenizer)
-    ladder.ladder(config, subject, ladder.table_perplexity)
+    return ladder.language_modelling(
+        config, partial(pupil, teacher), ladder.groups_of, save, tokenizer
+    ), teacher
+
+
+def main() -> None:
+    with as_user_error():
+        config, given = parse(GPT2Config(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
+        config.check()  # before anything is loaded
+    ladder.ladder(config, subject_of(config, given)[0], ladder.table_perplexity)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ The score of a converted model alone means little, so there are controls. Does t
 the table. All arms are finetuned on the same batches. With --same_time, arms without distillation get the
 time of a distillation as extra finetuning. The column KL is KL(softmax, linear) in nats, before finetuning.
 
+A variant of an arm has options behind its name: hedgehog-x2-untied-w64-keep5 has W of 2 D columns, a map each
+for queries and keys, softmax over the last 64 tokens, and softmax in the 5% of the heads whose KL is largest.
+softmax-w64 is the control of windows: softmax over the last 64 tokens, and nothing before them.
+
 Every stage keeps its checkpoints in a folder of its own in out_dir. The same command continues where it was
 interrupted.
 """
 
 import difflib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +39,7 @@ from torch import Tensor, nn
 
 import data
 import fused
-from attention import LinearAttention, learns_map, softmax_attention
+from attention import learns_map
 from config import FitConfig, may_change
 from convert_gpt2 import texts
 from distill import distill, mimicry, write_heads
@@ -46,7 +51,7 @@ from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import RunError, UserError, as_user_error, setting, tagged
 from support.devices import World, pick_device, pick_dtype
 from support.provenance import provenance
-from swap import set_mode, sockets
+from swap import set_mode
 from train import fit
 
 # ---------------------------------------------------------------- arms
@@ -60,33 +65,84 @@ class Arm(NamedTuple):
     mode: str = "linear"
     shared: bool = False  # one map for all heads
     kept: int = 0  # this many heads keep softmax: those with the largest KL
+    kept_percent: float = 0.0  # or so many of 100 heads
+    columns: float = 1.0  # W has this times D columns; any other number than 1 begins at random
+    tie: bool | None = None  # one map for queries and keys; None: as the settings say
+    window: int = 0  # softmax over the last so many tokens, the map before them
 
     @property
     def maps(self) -> str:
         """The folder of the distilled maps. Several arms may share it."""
-        return f"distil-{self.feature_map}{'-shared' if self.shared else ''}"
+        tied = {None: "", True: "-tied", False: "-untied"}[self.tie]
+        columns = f"-x{self.columns:g}" if self.columns != 1 else ""
+        window = f"-w{self.window}" if self.window else ""
+        return f"distil-{self.feature_map}{'-shared' if self.shared else ''}{columns}{tied}{window}"
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention, as hf.linearize takes it."""
+        return f"{self.feature_map}_window" if self.window else self.feature_map
 
 
-ARMS = {
-    "teacher": Arm("teacher", finetuned=False),
-    "teacher_finetuned": Arm("teacher, finetuned"),
-    "zero": Arm("zero attention, finetuned", "elu", mode="zero"),
-    "swap": Arm("Hedgehog, swapped only", "hedgehog", finetuned=False),
-    "elu": Arm("1+ELU, finetuned", "elu"),
-    "relu": Arm("ReLU, finetuned", "relu"),
-    "performer": Arm("Performer, finetuned", "performer"),
-    "cosformer": Arm("cosFormer, finetuned", "cosformer"),
-    "exp_t1": Arm("exp(x), finetuned", "exp_t1"),
-    "exp_t2": Arm("exp(2x), finetuned", "exp_t2"),
-    "taylor": Arm("Taylor, finetuned", "taylor"),
-    "t2r": Arm("T2R: learned map, finetuned", "t2r"),
-    "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
-    "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", True, shared=True),
-    "hedgehog_exp": Arm("Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True),
-    "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
-    "worst_heads": Arm("Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", True, False, kept=2),
-    "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
-}
+VARIANT = re.compile(r"(\w+?)(?:-x([\d.]+))?(?:-(tied|untied))?(?:-w([1-9]\d*))?(?:-keep([\d.]+))?")
+VARIED = ("hedgehog", "hedgehog_exp", "t2r", "t2r_hh", "softmax")  # arms that have variants
+
+
+class Arms(dict):
+    """The arms by name. A variant is made when it is asked for; a name that is none is a KeyError."""
+
+    def __missing__(self, name: str) -> Arm:
+        found = VARIANT.fullmatch(name)
+        base, columns, tie, window, kept = found.groups() if found else [""] * 5
+        alone = base == "softmax"
+        try:
+            columns, window, percent = float(columns or 1), int(window or 0), float(kept or 1)
+        except ValueError:
+            raise KeyError(name) from None
+        if base not in VARIED or not 0 < columns <= 64 or not 0 < percent <= 100 or alone and not window:
+            raise KeyError(name)
+        kept = percent if kept else 0.0
+        arm = Arm("Window alone", "softmax") if alone else self[base]
+        said = [f"W of {columns:g} D columns"] * (columns != 1) + [tie] * bool(tie)
+        said += [f"window {window}"] * bool(window) + [f"{kept:g}% of heads softmax"] * bool(kept)
+        label, _, trained = arm.label.partition(": ")
+        label = ", ".join([label, *said]) + f": {trained or 'finetuned'}"
+        options = dict(columns=columns, tie={"tied": True, "untied": False}.get(tie), window=window)
+        return arm._replace(label=label, kept_percent=kept, **options)
+
+    def known(self, name: str) -> bool:
+        try:
+            return bool(self[name])
+        except KeyError:
+            return False
+
+
+ARMS = Arms(
+    {
+        "teacher": Arm("teacher", finetuned=False),
+        "teacher_finetuned": Arm("teacher, finetuned"),
+        "zero": Arm("zero attention, finetuned", "elu", mode="zero"),
+        "swap": Arm("Hedgehog, swapped only", "hedgehog", finetuned=False),
+        "elu": Arm("1+ELU, finetuned", "elu"),
+        "relu": Arm("ReLU, finetuned", "relu"),
+        "performer": Arm("Performer, finetuned", "performer"),
+        "cosformer": Arm("cosFormer, finetuned", "cosformer"),
+        "exp_t1": Arm("exp(x), finetuned", "exp_t1"),
+        "exp_t2": Arm("exp(2x), finetuned", "exp_t2"),
+        "taylor": Arm("Taylor, finetuned", "taylor"),
+        "t2r": Arm("T2R: learned map, finetuned", "t2r"),
+        "t2r_hh": Arm("T2R-HH: distilled, finetuned", "t2r", distilled=True),
+        "shared": Arm("Hedgehog, one map for all heads: distilled, finetuned", "hedgehog", True, shared=True),
+        "hedgehog_exp": Arm(
+            "Hedgehog, plain exp (Eq. 5): distilled, finetuned", "hedgehog_exp", distilled=True
+        ),
+        "distilled": Arm("Hedgehog, distilled only", "hedgehog", distilled=True, finetuned=False),
+        "worst_heads": Arm(
+            "Hedgehog, distilled only, 2 worst heads softmax", "hedgehog", True, False, kept=2
+        ),
+        "hedgehog": Arm("Hedgehog: distilled, finetuned", "hedgehog", distilled=True),
+    }
+)
 LADDER = "teacher teacher_finetuned zero swap elu relu exp_t1 t2r t2r_hh distilled hedgehog".split()
 HELP = __doc__.split("\n\n", 2)[2] + f"\nArms: {', '.join(ARMS)}."  # for --help of the commands
 RENAMED = {"exp": "exp_t1", "exp2": "exp_t2"}  # how earlier results call two of the arms
@@ -146,9 +202,12 @@ class ConvertConfig(FitConfig):
 
     def check(self) -> None:
         super().check()
-        for name in set(self.arms) - set(ARMS):
+        for name in [name for name in self.arms if not ARMS.known(name)]:
             near = RENAMED.get(name) or difflib.get_close_matches(name, ARMS, 1, cutoff=0.0)[0]
-            raise UserError(f"--arms takes {', '.join(ARMS)}, not {name!r}: did you mean {near}?")
+            raise UserError(
+                f"--arms takes {', '.join(ARMS)}, or a variant such as hedgehog-x2-untied-w64-keep5, not "
+                f"{name!r}: did you mean {near}?"
+            )
         if not self.resume:
             raise UserError("stages always continue: to start again, name a new --out_dir")
         if self.eval_stride > self.block_size:
@@ -195,14 +254,18 @@ def made_before(config: ConvertConfig, subject: Subject) -> dict | None:
 def build(config: ConvertConfig, subject: Subject) -> nn.Module:
     """The pretrained model with the feature maps of an arm as they begin."""
     arm, options = config.arm, {}
-    if learns_map(arm.feature_map):
-        options["tie"] = config.tie
-        if config.map_features:
+    if learns_map(arm.attention):
+        options["tie"] = config.tie if arm.tie is None else arm.tie
+        if arm.columns != 1:
+            options |= {"columns": arm.columns, "init": "random"}
+        elif config.map_features:
             options |= {"n_features": config.map_features, "init": "random"}
         if arm.shared:
             options["share_heads"] = True
+    if arm.window:
+        options["window"] = arm.window
     torch.manual_seed(config.seed)
-    return subject.build(arm.feature_map, **options)
+    return subject.build(arm.attention, **options)
 
 
 def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
@@ -211,7 +274,7 @@ def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
         return result
     arm, out, stages = config.arm, Path(config.out_dir), STAGES[: STAGES.index(config.stage) + 1]
     model = build(config, subject)
-    minutes, trained, dev_loss, kl = {}, 0, None, None  # KL(softmax, linear): (L, H)
+    minutes, trained, dev_loss, kl, kept = {}, 0, None, None, {}  # KL(softmax, linear): (L, H)
     if arm.distilled and "distil" in stages:
         kl, minutes["distil"] = distil_maps(model, config, subject)
     elif arm.feature_map and arm.mode == "linear":
@@ -221,8 +284,9 @@ def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
         kl = mimicry(model.eval(), held_out, subject.forward)["kl"]
     if arm.feature_map:
         set_mode(model, arm.mode)
-    if arm.kept and "distil" in stages:
-        keep_softmax(model, kl, arm.kept)
+    if (arm.kept or arm.kept_percent) and "distil" in stages:
+        kept = worst_heads(kl, arm.kept or round(arm.kept_percent / 100 * kl.numel()))
+        keep_softmax(model, kept)
     if arm.finetuned and "finetune" in stages:
         dev_loss, minutes["finetune"] = finetune(model, config, subject)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -239,13 +303,14 @@ def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
         "map_parameters": sum(p.numel() for p in map_parameters(model)),
         "finetuned_parameters": trained,
         "kl": None if kl is None else kl.mean().item(),
+        "kept": kept,
         "dev_loss": dev_loss,
         "minutes": minutes,
         "final": subject.final(model.eval()),
     }
     minutes["evaluate"] = round((time.perf_counter() - began) / 60, 2)
     out.mkdir(parents=True, exist_ok=True)
-    if (arm.finetuned or arm.distilled) and not arm.kept:
+    if arm.finetuned or arm.distilled:
         subject.save(model, out)
     write_json(out / "result.json", result)
     return result
@@ -303,27 +368,21 @@ def minutes_together(runs: list[dict]) -> float:
     return round(sum(each.values()), 1)
 
 
-class PartlySoftmax(LinearAttention):
-    """Softmax in `heads` (a list), linear attention in the others. For whole sequences only."""
-
-    heads: list[int]
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        y = super().forward(q, k, v, key_mask).clone()
-        own = (x[:, self.heads] for x in (q, k, v))
-        y[:, self.heads] = softmax_attention(*own, causal=self.causal, key_mask=key_mask)
-        return y
-
-    def extend(self, *args) -> Tensor:
-        raise ValueError("some of these heads are softmax and have no state: give whole sequences")
+def worst_heads(kl: Tensor, n: int) -> dict[int, list[int]]:
+    """{layer: heads}: the n heads with the largest kl (L, H)."""
+    found: dict[int, list[int]] = {}
+    for i in sorted(kl.flatten().topk(n).indices.tolist()):
+        found.setdefault(i // kl.size(1), []).append(i % kl.size(1))
+    return found
 
 
-def keep_softmax(model: nn.Module, kl: Tensor, n: int) -> None:
-    """Give softmax back to the n heads with the largest kl (L, H)."""
-    least = kl.flatten().topk(n).values.min()
-    for socket, of_layer in zip(sockets(model), kl):
-        socket.attend = PartlySoftmax(socket.attend.phi, socket.attend.causal)
-        socket.attend.heads = [head for head, x in enumerate(of_layer) if x >= least]
+def keep_softmax(model: nn.Module, kept: dict[int, list[int]]) -> None:
+    """Let heads, {layer: heads}, of a linearized model keep softmax: hf/hybrid.py."""
+    from experiments import pretrained
+
+    if hasattr(model, "hf"):
+        return pretrained.keep_softmax(model.hf, kept)
+    pretrained.keep_heads(model, kept)
 
 
 def begin(config: ConvertConfig, table: Callable) -> None:
@@ -343,11 +402,17 @@ def try_arm(config: ConvertConfig, subject: Subject) -> dict | None:
         return None
 
 
+def arms_in(config: ConvertConfig) -> list[str]:
+    """The arms that have a result in out_dir; variants come last."""
+    there = {path.parent.name for path in Path(config.out_dir).glob("*/result.json")}
+    return [name for name in [*ARMS, *sorted(there - set(ARMS))] if name in there and ARMS.known(name)]
+
+
 def ladder(config: ConvertConfig, subject: Subject, table: Callable) -> None:
     """Run every arm. The table and out_dir/ladder.json also have the arms that were finished before."""
 
     def all_finished() -> list[dict]:
-        return [result for name in ARMS if (result := made_before(of_arm(name, config), subject))]
+        return [result for name in arms_in(config) if (result := made_before(of_arm(name, config), subject))]
 
     begin(config, table)
     for i, name in enumerate(config.arms, 1):

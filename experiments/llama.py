@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from config import may_change
 from data import dialogue
 from experiments import ladder
-from experiments.ladder import ARMS, ConvertConfig, Subject, shapes_both, shapes_maps
+from experiments.ladder import ConvertConfig, Subject, shapes_both, shapes_maps
 from experiments.pretrained import build, by_length, check_shape, save, stacked
 from hf.lora import add_lora
 from hf.models import LanguageModel, Tokenizer, load, transformers
@@ -60,10 +60,6 @@ class LlamaConfig(ConvertConfig):
         super().check()
         if self.weights == "bfloat16" and self.finetune == "all":
             raise UserError("--weights bfloat16 needs --finetune lora: small steps would be lost")
-        if self.task == "dialogue" and any(ARMS[name].kept for name in self.arms):
-            raise UserError(
-                "--arms worst_heads needs --task lm: heads with softmax have no state to write with"
-            )
 
 
 def trained_groups(model: nn.Module, config: LlamaConfig) -> list[dict]:
@@ -203,12 +199,8 @@ def rouge(references: list[str], written: list[str]) -> dict:
     return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
 
 
-def main() -> None:
-    with as_user_error():
-        config, given = parse(LlamaConfig(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
-        config.check()
-    if config.task == "dialogue" and "dataset" not in given:
-        config.dataset = "samsum"
+def subject_of(config: LlamaConfig) -> Subject:
+    """What the ladder needs to know. Names the folders in config that have no name yet."""
     name = f"out/{Path(config.model).name.removesuffix('.gguf')}-{config.dataset}"
     config.out_dir = config.out_dir or f"{name}-{config.finetune}"
     config.distil_dir = config.distil_dir or f"{name}-maps"
@@ -219,13 +211,18 @@ def main() -> None:
         return build(model, pick_device(config.device), feature_map, **options)
 
     if config.task == "dialogue":
-        subject = dialogue_summaries(config, build_with, positions)
-    else:
-        tokenizer = f"hf:{config.model}"
-        subject = ladder.language_modelling(config, build_with, trained_groups, save, tokenizer)
-    ladder.ladder(
-        config, subject, ladder.table_rouge if config.task == "dialogue" else ladder.table_perplexity
-    )
+        return dialogue_summaries(config, build_with, positions)
+    return ladder.language_modelling(config, build_with, trained_groups, save, f"hf:{config.model}")
+
+
+def main() -> None:
+    with as_user_error():
+        config, given = parse(LlamaConfig(), sys.argv[1:], f"{__doc__}\n{ladder.HELP}", "model")
+        config.check()
+    if config.task == "dialogue" and "dataset" not in given:
+        config.dataset = "samsum"
+    table = ladder.table_rouge if config.task == "dialogue" else ladder.table_perplexity
+    ladder.ladder(config, subject_of(config), table)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from hf import linearize, save_linearized
-from hf.kinds import convertible
+from hf import keep_softmax, linearize, save_linearized  # noqa: F401  ladder.py takes two of these from here
+from hf.hybrid import keep_heads, make_attend  # noqa: F401
+from hf.kinds import convertible, heads_of
 from hf.lora import merge_lora
 from hf.models import Tokenizer, read_config
 from support.cli import UserError, as_user_error
@@ -69,8 +70,11 @@ def is_taught(of_model, kind, n: int, data: str) -> bool:
 
 
 def build(model: nn.Module, device: torch.device, feature_map: str, **options) -> nn.Module:
-    """A model around a transformers model `hf`, on its device; with linear attention if there is a map."""
+    """A model around a transformers model `hf`, on its device; with linear attention if there is a map.
+    columns: those of W, times D."""
     if feature_map:
+        if columns := options.pop("columns", 0):
+            options["n_features"] = round(columns * heads_of(convertible(model.hf)[1][0])[1])
         with as_user_error():
             linearize(model.hf, feature_map, **options)
     return model.to(device)

@@ -27,6 +27,7 @@ from experiments import (
     from_scratch,
     ladder,
     lra,
+    prices_tables,
     recall,
     zoo_speed,
 )
@@ -413,6 +414,22 @@ def zoo() -> str:
     return experiment("bench-zoo", zoo_speed.table)
 
 
+def price_list(name: str) -> str:
+    """A price list, or that it has not been run."""
+    if not (HERE / f"{name}.json").exists():
+        return f"Not run: `{PRICES[name]}`"
+    facts = read(name)
+    said = f"{len(facts['runs'])} runs, {facts['minutes']:.0f} minutes in all; {conditions(facts['runs'])}."
+    return f"{prices_tables.table(facts)}\n\n`{facts['command']}`; {said}"
+
+
+PRICES = {
+    "prices-stdlib": "python -m experiments.prices out/stdlib-softmax",
+    "prices-smollm2": "python -m experiments.prices SmolLM2-135M-Instruct --data_dir wikitext2",
+    "prices-stsb": "python -m experiments.prices all-MiniLM-L6-v2 --task stsb --data_dir glue",
+    "prices-mrpc": "python -m experiments.prices all-MiniLM-L6-v2 --task mrpc --data_dir glue",
+}
+
 TABLES: dict[str, Callable[[], str | list[str]]] = {
     "glance": glance,
     "gaps": gaps,
@@ -438,6 +455,10 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "gpu": gpu,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
     "zoo": zoo,
+    "prices-stdlib": lambda: price_list("prices-stdlib"),
+    "prices-smollm2": lambda: price_list("prices-smollm2"),
+    "prices-stsb": lambda: price_list("prices-stsb"),
+    "prices-mrpc": lambda: price_list("prices-mrpc"),
     "lra": arena,
     "lra-listops": lambda: arena_task("listops"),
     "lra-text": lambda: arena_task("text"),
@@ -484,6 +505,9 @@ def draw() -> None:
     facts = read("recall")
     figures.recall(FIGURES / "recall.png", facts["command"], recall.by_attention(facts["runs"]))
     finetuned.draw(FIGURES / "recovery.png", read("cola-controls"))
+    for name in PRICES:
+        if (HERE / f"{name}.json").exists():
+            prices_tables.draw(FIGURES / f"{name}.png", read(name))
     bench = read("bench-cpu")
     crossed = {dtype: found["forward cpp"] for dtype, found in bench["crossover"].items()}
     where = " and ".join(f"{since(T)} in {dtype}" for dtype, T in crossed.items())

@@ -22,10 +22,18 @@ from convert_gpt2 import OWN, SMALL  # noqa: E402
 from experiments import ladder  # noqa: E402
 from experiments.glue import BertConfig  # noqa: E402
 from experiments.gpt2 import GPT2Config  # noqa: E402
-from experiments.ladder import ARMS, LADDER, ConvertConfig, keep_softmax, table_perplexity  # noqa: E402
+from experiments.ladder import (  # noqa: E402
+    ARMS,
+    LADDER,
+    ConvertConfig,
+    keep_softmax,
+    table_perplexity,
+    worst_heads,
+)
 from experiments.llama import LlamaConfig  # noqa: E402
 from experiments.vit import ViTConfig  # noqa: E402
-from hf import linearize  # noqa: E402
+from hf import linearize, load_linearized  # noqa: E402
+from hf.models import LanguageModel  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import parse, tagged  # noqa: E402
 from support.earlier import changes  # noqa: E402
@@ -205,7 +213,7 @@ def test_the_table_names_the_ratio_to_the_finetuned_teacher():
         (["--stage", "convert"], "--stage takes measure or distil or finetune or evaluate, not 'convert'"),
         (["--finetune", "some"], "--finetune takes lora or all"),
         (["--loss_on", "some"], "--loss_on takes summary or text"),
-        (["--task", "dialogue", "--arms", "worst_heads"], "heads with softmax have no state"),
+        (["--arms", "hedgehog-w"], "not 'hedgehog-w': did you mean hedgehog?"),
         (["--task", "translate"], "--task takes lm or dialogue"),
         (["--distil_steps", 0], "must be positive"),
         (["--weights", "float16"], "--weights takes float32 or bfloat16"),
@@ -240,21 +248,34 @@ def test_the_heads_that_softmax_keeps_are_those_of_largest_kl():
     config = transformers.LlamaConfig(vocab_size=50, **sizes)
     model = linearize(transformers.LlamaForCausalLM(config))
     kl = torch.tensor([[0.1, 0.9, 0.2, 0.8], [0.3, 0.1, 0.1, 0.7], [0.1, 0.2, 0.3, 0.4]])
-    keep_softmax(model, kl, 3)
+    kept = worst_heads(kl, 3)
+    assert kept == {0: [1, 3], 1: [3]}
+    keep_softmax(LanguageModel(model), kept)
+    assert model.config.hedgehog["keep"] == {"0": [1, 3], "1": [3]}  # so that it is saved with the model
     first, second, third = (socket.attend for socket in sockets(model))
-    assert (sorted(first.heads), second.heads, third.heads) == ([1, 3], [3], [])
+    assert first.phi.kept == [1, 3] and second.phi.kept == [3] and type(third) is LinearAttention
     q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
     mask = torch.arange(9) < torch.tensor([[9], [6]])
-    for attend, kept in ((first, [1, 3]), (second, [3]), (third, [])):
-        linear = LinearAttention.forward(attend, q, k, v, mask)
+    for attend, heads in ((first, [1, 3]), (second, [3]), (third, [])):
+        linear = LinearAttention(getattr(attend.phi, "inner", attend.phi))(q, k, v, mask)
         softmax = softmax_attention(q, k, v, key_mask=mask)
-        want = torch.stack([(softmax if h in kept else linear)[:, h] for h in range(4)], 1)
+        want = torch.stack([(softmax if h in heads else linear)[:, h] for h in range(4)], 1)
         torch.testing.assert_close(attend(q, k, v, mask), want, atol=1e-12, rtol=0)
         assert not torch.allclose(linear, softmax, atol=1e-2)
-    with pytest.raises(ValueError, match="no state"):
-        first.extend(q, k, v, {})
-    with pytest.raises(ValueError, match="PartlySoftmax cannot continue"):
-        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)
+    model.generate(
+        torch.ones(1, 4, dtype=torch.long), max_new_tokens=3
+    )  # beside the states there is a KV cache
+
+
+def test_arms_with_heads_that_keep_softmax_write_and_are_saved(convert, tmp_path):
+    code, _, stderr = convert("--arms", "worst_heads", "hedgehog-w4-keep25")
+    assert code == 0, stderr
+    runs = {r["arm"]: r for r in runs_in(tmp_path / "out")}
+    assert {sum(map(len, r["kept"].values())) for r in runs.values()} == {2}
+    for name in runs:
+        model = load_linearized(tmp_path / "out" / name / "linear.safetensors")
+        assert model.config.hedgehog["keep"] == runs[name]["kept"]
+    assert runs["hedgehog-w4-keep25"]["minutes"].keys() == {"distil", "finetune", "evaluate"}
 
 
 def test_without_transformers_it_says_what_to_install():
