@@ -430,6 +430,12 @@ def readme() -> list[str]:
     ]
 
 
+def prices() -> list[str]:
+    return [
+        "after a prompt of 8,192 tokens",
+    ]
+
+
 SAID = {
     "README": readme,
     "from_scratch": from_scratch,
@@ -438,6 +444,7 @@ SAID = {
     "finetuned": finetuned,
     "speed": speed,
     "lra": lambda: [],
+    "prices": prices,
 }
 
 

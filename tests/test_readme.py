@@ -61,6 +61,7 @@ OVERRIDES = {  # what makes each command small; of a flag that is given twice, t
     "experiments.gpt2": CONVERT,
     "experiments.llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
     "experiments.glue": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
+    "experiments.prices": f"{CONVERT} --context 40 --rounds 1 --arms teacher_finetuned hedgehog-w4",
     "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms "
     "teacher_finetuned hedgehog",
     "experiments.encoder_speed": "--n_layer 1 --n_head 2 --n_embd 16 --rounds 1 --lengths 16 32 --device cpu",
