@@ -267,6 +267,8 @@ def recovery(figure, points: list[tuple], title: str) -> None:
 @picture
 def prices(figure, rows: list[dict], task: str) -> None:
     """The price list: what is lost on held-out text against each cost, with the front of every panel."""
+    from matplotlib.ticker import LogLocator
+
     what = "perplexity over the finetuned teacher's" if task == "lm" else "share of the teacher's score"
     memory = ("state", "state (MiB)", 2.0**-20) if task == "lm" else ("state", "memory of a pass (MiB)", 1.0)
     time = ("seconds", "ms for one more token" if task == "lm" else "ms for a sequence", 1e3)
@@ -285,8 +287,12 @@ def prices(figure, rows: list[dict], task: str) -> None:
             short = r["arm"].removeprefix("hedgehog-").replace("_finetuned", "")
             at = factor * r[key], r["held_out"]
             axis.annotate(short, at, xytext=(3, 4), textcoords="offset points", fontsize=6.5)
-        axis.set(xlabel=text, xscale="log")
-        axis.margins(0.12)
+        axis.set(xlabel=text)
+        if key != "minutes":
+            axis.set_xscale("log", subs=[])
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(0.14)
     if task == "lm":
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter("{x:.2f}")

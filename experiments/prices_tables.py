@@ -50,6 +50,8 @@ def rows_of(facts: dict) -> list[dict]:
     lower = -1 if facts["task"] != "lm" else 1  # scores shall be large
     for cost, called in COSTS.items():
         there = [r for r in rows if r[cost] is not None and r["held_out"] is not None]
+        if cost == "minutes":  # the teacher is not converted
+            there = [r for r in there if r["mine"].feature_map]
         for i in front([(r[cost], lower * r["held_out"]) for r in there]):
             there[i]["fronts"].append(called)
     return rows

@@ -244,7 +244,8 @@ def test_held_out_text_makes_the_front_and_controls_without_costs_are_on_none():
     assert {name for name, r in rows.items() if "state" in r["fronts"]} == {
         "teacher_finetuned", "hedgehog", "hedgehog-w16",
     }  # fmt: skip
-    assert rows["teacher_finetuned"]["fronts"] == ["state", "speed", "minutes"] and not rows["zero"]["fronts"]
+    assert rows["teacher_finetuned"]["fronts"] == ["state", "speed"] and not rows["zero"]["fronts"]
+    assert rows["hedgehog"]["fronts"] == ["state", "speed", "minutes"]  # the teacher is not converted
     assert rows["hedgehog-x2"]["held_out"] == pytest.approx(1.3) and rows["hedgehog-x2"][
         "test"
     ] == pytest.approx(1.1)
@@ -323,11 +324,11 @@ def test_the_command_trains_measures_draws_and_continues(list_prices, tmp_path):
 
 def test_a_run_of_train_py_has_a_price_list(train, command, tmp_path):
     assert train("--attention", "softmax", "--out_dir", tmp_path / "teacher")[0] == 0
-    arms = ["teacher_finetuned", "hedgehog-x0.5", "hedgehog-keep50", "hedgehog-w4-untied"]
+    arms = ["teacher_finetuned", "hedgehog-keep50", "hedgehog-w4-untied"]
     flags = [*QUICK, "--out_dir", tmp_path / "out", "--context", 40, "--rounds", 1]
     code, _, stderr = command("experiments.prices", tmp_path / "teacher", *flags, "--arms", *arms)
     assert code == 2 and "hedgehog-w4-untied" in stderr
-    arms[-1] = "hedgehog-untied-w4"
+    arms[-1] = "hedgehog-x0.5-untied-w4"
     code, stdout, stderr = command("experiments.prices", tmp_path / "teacher", *flags, "--arms", *arms)
     assert code == 0, stderr
     facts = json.loads((tmp_path / "out" / "prices.json").read_text())
@@ -338,7 +339,7 @@ def test_an_encoder_has_a_price_list(command, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.finetuned_tables.DRAWS", 3)
     monkeypatch.setattr(prices.timing, "alone", lambda measure, *args: measure(*args))
     bert, glue = save_encoder(tmp_path / "bert"), save_glue(tmp_path / "glue")
-    arms = ["teacher_finetuned", "zero", "hedgehog-x2-untied", "hedgehog-w4-keep25"]
+    arms = ["teacher_finetuned", "hedgehog-x2-untied", "hedgehog-w4-keep25"]
     flags = f"{QUICK_TASK} --context 8192 --rounds 1".split()
     where = ["--data_dir", glue, "--out_dir", tmp_path / "out", "--arms", *arms]
     code, stdout, stderr = command("experiments.prices", bert, "--task", "stsb", *flags, *where)
@@ -347,7 +348,7 @@ def test_an_encoder_has_a_price_list(command, tmp_path, monkeypatch):
     assert {r["arm"] for r in facts["runs"]} == set(arms) and facts["measured"][
         "tokens"
     ] == 64  # its positions
-    assert all({"mib", "seconds"} <= set(facts["costs"][name]) for name in arms if name != "zero")
+    assert all({"mib", "seconds"} <= set(facts["costs"][name]) for name in arms)
     assert "ms a sequence" in stdout and "Memory and speed of one sequence of 64 tokens" in stdout
     code, again, _ = command("experiments.prices", bert, "--task", "stsb", *flags, *where, "--report")
     assert code == 0 and again[again.index("| arm |") :] == stdout[stdout.rindex("| arm | W") :]
@@ -355,7 +356,7 @@ def test_an_encoder_has_a_price_list(command, tmp_path, monkeypatch):
 
 QUICK_TASK = (
     "--eval_interval 2 --save_interval 2 --log_interval 1 --warmup_steps 1 --device cpu --dtype float32 "
-    "--teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2 --lrs 1e-4 2e-4"
+    "--teacher_epochs 0.2 --distil_epochs 0.2 --epochs 0.2 --batch_size 8 --held_out 2 --lrs 1e-4"
 )
 
 
