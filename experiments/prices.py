@@ -22,8 +22,8 @@ of the teacher's score. What it costs:
 
 An encoder keeps nothing. There the costs are the memory that a pass over one sequence of the greatest length
 adds, its time, and the minutes. A row is on a front if no other row is at least as good and as cheap. The
-fronts are those of held-out text, which no stage has trained on and which is not the test text: its end of the
-training text also chose the checkpoints. The numbers of the test text are beside it.
+fronts are those of held-out text: the end of the training text, on which no stage trains, and which also chose
+the checkpoints. The test text decides nothing; its numbers are beside it.
 
 Arms that are finished are kept, and the same command continues. Needs requirements-hf.txt. A small GPT takes an
 hour on one CPU core: results/prices.md.
