@@ -21,7 +21,7 @@ def attention_cross_entropy(
     *,
     causal: bool = True,
     key_mask: Tensor | None = None,
-    block_size: int = 128,
+    block_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 3 in nats: q, k (B, H, T, D), features (B, H, T, F) -> (cross-entropy (H,), entropy of softmax
     (H,)).
@@ -57,24 +57,24 @@ class CrossEntropy(torch.autograd.Function):
             rows = slice(start, start + block_size)
             keys = slice(min(start + block_size, T) if causal else T)
             q_i, k_j, Q, K = q[:, :, rows], k[:, :, keys], phi_q[:, :, rows], phi_k[:, :, keys]
-            hidden = torch.zeros(q_i.size(2), k_j.size(2), dtype=torch.bool, device=q.device)
+            seen = q.new_ones(q_i.size(2), k_j.size(2))  # 1 where the query sees the key: (n, keys)
             if causal:
-                hidden = ~(~hidden).tril(k_j.size(2) - q_i.size(2))
+                seen = seen.tril_(k_j.size(2) - q_i.size(2))
             if key_mask is not None:
-                hidden = hidden | ~key_mask[:, None, None, keys]
-            scores = ((q_i * scale) @ k_j.mT).masked_fill_(hidden, LEAST)
-            P = scores.softmax(-1)  # (B, H, n, keys)
-            s = (Q @ K.mT).masked_fill_(hidden, 0.0)
-            z = s.sum(-1, keepdim=True)
-            # log 1 = 0 where P = 0; Taylor's s may round to 0
-            s = s.masked_fill_(hidden, 1.0).clamp_(min=TINY)
+                seen = seen * key_mask[:, None, None, keys]
             w = share[:, :, rows]
+            scores = ((q_i * scale) @ k_j.mT).add_((1 - seen) * LEAST)
+            top = scores.amax(-1, keepdim=True)
+            P = scores.softmax(-1)  # (B, H, n, keys)
+            # log sum_j exp(scores_ij) is the largest score minus the logarithm of its softmax
+            entropy = top - P.amax(-1, keepdim=True).log() - (P * scores).sum(-1, keepdim=True)
+            s = (Q @ K.mT).mul_(seen)
+            z = s.sum(-1, keepdim=True)
             z = z.masked_fill(w == 0, 1.0)  # a query that is not real may see no key; its share is 0
-            loss += ((z.log() - (P * s.log()).sum(-1, keepdim=True)) * w).sum((0, 2, 3))
-            least += ((scores.logsumexp(-1, keepdim=True) - P.mul(scores).sum(-1, keepdim=True)) * w).sum(
-                (0, 2, 3)
-            )
-            G = (1 / z - P.div_(s)).masked_fill_(hidden, 0.0).mul_(w)
+            s = s.clamp_(min=TINY)  # where no key is seen, P is 0; Taylor's s may round to 0
+            loss += ((z.log() - torch.log(s, out=scores).mul_(P).sum(-1, keepdim=True)) * w).sum((0, 2, 3))
+            least += (entropy * w).sum((0, 2, 3))
+            G = torch.sub(1 / z, P.div_(s), out=scores).mul_(seen * w)
             d_phi_q[:, :, rows] = G @ K
             d_phi_k[:, :, keys] += G.mT @ Q
         ctx.save_for_backward(d_phi_q, d_phi_k)

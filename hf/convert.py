@@ -273,6 +273,8 @@ def attention(
         raise ValueError(
             f"linear attention takes a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}"
         )
+    if torch.is_autocast_enabled(value.device.type):  # rope gives float32; this is what softmax would see, too
+        query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.size(1) // key.size(1)  # query heads that share one key head
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))  # (B, H, T, D)
