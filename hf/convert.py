@@ -273,7 +273,7 @@ def attention(
         raise ValueError(
             f"linear attention takes a padding mask (B, T), not a mask of shape {tuple(attention_mask.shape)}"
         )
-    if torch.is_autocast_enabled(value.device.type):  # rope gives float32; this is what softmax would see, too
+    if torch.is_autocast_enabled(value.device.type):  # after rope they are float32; softmax casts them, too
         query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.size(1) // key.size(1)  # query heads that share one key head
     if groups > 1:
