@@ -134,6 +134,19 @@ def test_each_query_head_has_its_map_and_reads_the_keys_of_its_group(decoder):
     assert len(seen) == 2
 
 
+def test_under_autocast_queries_and_keys_have_the_dtype_of_the_values(llama):
+    """Rope gives float32. A kernel that is given two dtypes computes in the slower one."""
+    linearize(llama)
+    seen = []
+    for socket in sockets(llama):
+        socket.attend.register_forward_pre_hook(lambda attend, qkv: seen.append([x.dtype for x in qkv]))
+    wanted = llama(ids := torch.randint(50, (1, 9))).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = llama(ids).logits
+    assert seen == [[torch.float32] * 3] * 2 + [[torch.bfloat16] * 3] * 2
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 def test_no_token_sees_a_later_one(decoder):
     linearize(decoder)
     ids = torch.randint(50, (1, 12))
