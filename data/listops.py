@@ -6,8 +6,10 @@ An expression is an operator with 2 to 10 arguments. An argument is an operator 
 digit, and operators nest 9 deep, so that digits are at most at depth 10. The label is the value, one of ten
 classes. Brackets are tokens: `[MAX` opens, `]` closes, and each of them counts in the length.
 
+The official lengths are 501 to 1,999 tokens; here both bounds are included, so the default has 500 to 2,000.
 The official files hold the same expressions with redundant parentheses around every pair, ( ( [MAX 4 ) 3 ), which
-say nothing that the brackets do not say. As in the PyTorch implementation, they are no tokens.
+say nothing that the brackets do not say. Here they are no tokens. The first official pipeline dropped brackets as
+well, [MAX became MAX and ] nothing; the later one drops parentheses alone, and writes X for ].
 """
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from support.cli import UserError
 
 
 class Form(NamedTuple):
-    """A task as the benchmark has it."""
+    """A task as the PyTorch implementation of the benchmark has it (Xiong et al., 2021)."""
 
     n_classes: int
     values: int  # how many values a token has; with padding, the vocabulary has one more
@@ -75,6 +75,21 @@ class Task:
     def chance(self) -> float:
         """The share of the most frequent class of the test set: the accuracy of a constant answer."""
         return torch.bincount(self.test.labels).max().item() / len(self.test)
+
+    @property
+    def by_first_token(self) -> float:
+        """The accuracy of an answer that reads one token: in training the most frequent class of the examples
+        with the same first token (of a pair: in its first text). Where classes are equally frequent, and for a
+        token that is new, the one that is more frequent in all of training."""
+        first, new = (
+            torch.stack([row[0] for row in split.tokens]).long() for split in (self.train, self.test)
+        )
+        counts = torch.zeros(self.vocab_size, self.n_classes, dtype=torch.float64)
+        counts.index_put_(
+            (first, self.train.labels), torch.ones(len(first), dtype=torch.float64), accumulate=True
+        )
+        counts += counts.sum(0) / (len(first) + 1)  # less than 1: it decides where counts are equal
+        return (counts.argmax(1)[new] == self.test.labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- a batch

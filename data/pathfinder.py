@@ -8,7 +8,8 @@ differ in nothing but the path. The numbers are those of the benchmark's hard fo
     a          = last angle + turn, where a turn below 90 degrees has the density 2/pi cos^2(turn)
     dash       = from 1 to 3 pixels behind a pivot, so dashes of a curve are 2 pixels long and about 2 apart
 
-Every other dash is about 2 pixels away, or more. This differs from the published program in three ways. A long
+Every other dash is about 2 pixels away, or more. Dashes of short curves are 4/3 as bright: the published settings
+multiply only those of long curves by 0.75. This differs from the published program in three ways. A long
 curve that has no way to go on goes back a few dashes; there, the drawing is begun again. Places are real numbers,
 not whole pixels. Lines get grey edges by a formula, not by scaling down a larger drawing.
 """
@@ -30,7 +31,8 @@ CENTRE, APART = (
     (14.0, 18.0),
     7.0,
 )  # where the first long curve begins, in x and y; how far away the second one
-THICKNESS, BRIGHTNESS, RADIUS = 0.5, 0.75, 1.5  # of a dash; of a dash; of a dot, which has brightness 1
+THICKNESS, RADIUS = 0.5, 1.5  # of a dash; of a dot, which has brightness 1
+BRIGHTNESS = 0.75, 1.0  # of a dash of a long curve, and of a short one: contrasts of 1.5 and 2 officially
 TURNS = 12  # directions that are drawn at a time; the first that has room is taken
 BACK = 3  # a long curve without room goes back by fewer dashes than this, at random;
 AGAIN, ANEW = 0.05, 0.01  # or to its beginning; or the drawing is begun again (probabilities)
@@ -176,7 +178,7 @@ def render(drawings: Drawings) -> np.ndarray:
 
     for i in range(TOTAL):
         rows = np.flatnonzero(~np.isnan(drawings.dashes[:, i, 0, 0]))
-        add(rows, drawings.dashes[rows, i, 0], drawings.dashes[rows, i, 1], THICKNESS, BRIGHTNESS)
+        add(rows, *drawings.dashes[rows, i].swapaxes(0, 1), THICKNESS, BRIGHTNESS[i >= LONG])
     for dot in drawings.dots.swapaxes(0, 1):
         add(np.arange(len(dot)), dot, dot, 2 * RADIUS, 1.0)
     return np.rint(255 * image).astype(np.uint8)

@@ -116,7 +116,7 @@ def source(facts: dict) -> str:
 def experiment(name: str, table: Callable) -> str:
     """The table of one result, made of its runs or, where it needs more, of all facts; and its source."""
     facts = read(name)
-    needs_all = "recover" in facts or "runs" not in facts
+    needs_all = "recover" in facts or "lra" in facts or "runs" not in facts
     return f"{table(facts if needs_all else facts['runs'])}\n\n{source(facts)}"
 
 

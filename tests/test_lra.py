@@ -1,16 +1,16 @@
-"""Long Range Arena: the benchmark's model is what its paper says, and the command compares every system alike."""
+"""Long Range Arena: the model is that of the PyTorch implementation, and the command compares every system alike."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from data.lra import Split
+from data.lra import Split, load_task
 from experiments import lra, zoo_speed
-from experiments.lra import PAPER, Classifier, RunConfig, accuracy, training
+from experiments.lra import PAPER, Classifier, LRAConfig, RunConfig, accuracy, training
 from support.cli import UserError
 
 SMALL = dict(block_size=40, vocab_size=20, n_classes=3, dropout=0.0)
@@ -94,7 +94,7 @@ def test_two_towers_share_their_weights_and_the_head_sees_x_y_product_and_differ
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_the_number_of_parameters_is_that_of_the_benchmarks_model(pair):
+def test_the_number_of_parameters_is_that_of_the_papers_model(pair):
     """Counted by hand for width 64, 2 layers and MLP 128."""
     C, V, T, classes = 64, 257, 1024, 2
     model, _ = classifier("softmax", vocab_size=V, block_size=T, n_classes=classes, pair=pair)
@@ -153,6 +153,8 @@ def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_
     assert code == 0, stderr
     facts = json.loads((tmp_path / "lra.json").read_text())
     assert len(facts["sweep"]) == 2 and facts["task"] == "listops" and facts["commit"]
+    task = load_task("listops", sizes=(40, 12, 14), max_len=24, min_len=4)
+    assert facts["first_token"] == 100 * task.by_first_token
     (run,) = facts["runs"]
     assert run["final"]["examples"] == 14 and run["final"]["step_mib"] > 0 and run["parameters"] > 0
     dev = [json.loads((tmp_path / f"elu-lr{lr}-seed1" / "result.json").read_text()) for lr in (0.01, 0.001)]
@@ -189,6 +191,31 @@ def test_the_command_sweeps_keeps_finished_runs_and_goes_on_with_an_interrupted_
     assert code == 0 and "| softmax |" in stdout and "| 1+ELU |" in stdout
 
 
+def test_setting_paper_gives_attentions_the_sizes_of_the_published_code_and_options_count_more():
+    """Every size fits its attention; a run of the other setting, which has none, is another run."""
+    config = LRAConfig(setting="paper", block_size=512, attentions=list(PAPER))
+    built = {name: Classifier(lra.run_of(config, name)).transformer.h[0].attn.attend for name in lra.SIZES}
+    assert built["performer"].phi.feature_dim == 256 and built["local"].window == 50
+    assert built["linformer"].E.shape == (1, 256, 512) and built["nystromformer"].taps.size(2) == 35
+    assert (
+        lra.run_of(config, "softmax").options
+        == {}
+        == lra.run_of(replace(config, setting="ours"), "local").options
+    )
+    more = replace(config, options={"n_features": 8})
+    assert lra.run_of(more, "performer").options == {"n_features": 8}
+
+
+def test_report_finds_the_runs_of_setting_paper_by_their_sizes(tmp_path):
+    config = LRAConfig(setting="paper", attentions=["local"], lrs=[1e-3])
+    one = lra.run_of(config, "local", lr=1e-3, out_dir=str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    written = {"config": asdict(one), "dev_loss": 0.5}
+    (tmp_path / "local" / "result.json").write_text(json.dumps(written))
+    assert lra.made(config, tmp_path) == [written]
+    assert lra.made(replace(config, setting="ours"), tmp_path) == []
+
+
 def run_of(name: str, seed: int, accuracy: float, lr: float = 1e-3) -> dict:
     config = {"attention": name, "seed": seed, "lr": lr, "task": "image", "stand_in": False}
     final = {"accuracy": accuracy, "step_mib": 100.0, "examples": 3000, "chance": 10.0}
@@ -200,14 +227,17 @@ def test_the_table_is_beside_table_6():
         run_of("hedgehog", 1, 44.5),
         run_of("aft", 1, 30),
     ]
-    lines = lra.table(runs).splitlines()
+    facts = {"runs": runs, "first_token": 31.25}
+    lines = lra.table(facts).splitlines()
     assert lines[2] == "| Hedgehog | 44.50 (1) | 40.15 | 0.001 | 1,234 | 50,000 | 100 | 2.0 |"
     assert lines[3].startswith("| softmax | 42.00 ± 1.00 (3) | 42.44 |")
     assert "| AFT | 30.00 (1) |  |" in lines[4]
-    assert lines[-1] == "3,000 test examples; a constant answer reaches 10.0%."
+    said = "3,000 test examples; a constant answer reaches 10.0%"
+    assert lines[-1] == f"{said}, the most frequent class for each first token (of training) 31.2%."
+    assert lra.table({"runs": runs}).endswith(f"\n{said}.")  # a file of an earlier version
     for r in runs:
         r["config"]["stand_in"] = True
-    assert "| Hedgehog | 44.50 (1) |  |" in lra.table(runs) and "A stand-in" in lra.table(runs)
+    assert "| Hedgehog | 44.50 (1) |  |" in lra.table(facts) and "A stand-in" in lra.table(facts)
 
 
 def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():

@@ -98,6 +98,38 @@ def test_all_classes_occur_in_every_split_and_most_often_0_and_9_as_officially(e
     assert expressions.chance == counts.max().item() / 200
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_answer_by_the_first_token_is_the_most_frequent_class_of_training(ragged):
+    """By hand. In training 3 has the classes 1, 1, 0: the answer is 1. 7 has 2 and 0 once each, and 0 is more
+    frequent in all. 5 is new: the most frequent of all is 1."""
+
+    def split(rows, labels):
+        rows = [torch.tensor(row, dtype=torch.uint8) for row in rows]
+        rows = [row[: 1 + i % 2] for i, row in enumerate(rows)] if ragged else torch.stack(rows)
+        return lra_files.Split(rows, torch.tensor(labels))
+
+    train = split([[3, 0], [3, 1], [3, 2], [7, 0], [7, 1], [9, 0]], [1, 1, 0, 2, 0, 1])
+    test = split([[3, 7], [7, 3], [5, 3], [3, 3], [9, 9]], [1, 0, 1, 2, 1])
+    task = lra.Task("by hand", 3, 11, 2, False, False, train, train, test)
+    assert task.by_first_token == 4 / 5 and task.chance == 3 / 5
+
+
+def test_the_first_operator_alone_says_much_of_an_expression(expressions):
+    """MIN has small values, and MAX large ones: this is the accuracy beside which others are read."""
+    best = dict.fromkeys(listops.OPERATORS)
+    for word in best:
+        labels = [
+            y
+            for row, y in zip(expressions.train.tokens, expressions.train.labels.tolist())
+            if listops.words(row[:1]) == word
+        ]
+        best[word] = statistics.mode(labels)
+    said = [best[listops.words(row[:1])] for row in expressions.test.tokens]
+    right = sum(a == b for a, b in zip(said, expressions.test.labels.tolist()))
+    assert expressions.by_first_token == right / 200 > expressions.chance + 0.05
+    assert best["[MIN"] == 0 and best["[MAX"] == 9
+
+
 @pytest.mark.parametrize("name", ["listops", "pathfinder"])
 def test_generated_examples_are_all_different_and_depend_on_the_seed_alone(name, monkeypatch, tmp_path):
     def load(seed):
@@ -241,10 +273,13 @@ def test_pixels_are_those_of_a_loop_over_lines(drawings):
         for y in range(32):
             for x in range(32):
                 light = 0.0
-                for a, b in dashes[~np.isnan(dashes[:, 0, 0])]:
+                for i, (a, b) in enumerate(dashes):
+                    if np.isnan(a[0]):
+                        continue
                     part = np.clip(((y, x) - a) @ (b - a) / 4, 0, 1)
                     distance = math.dist((y, x), a + part * (b - a))
-                    light = max(light, 0.75 * min(1, max(0, 0.25 + 0.5 - distance)))
+                    bright = 0.75 if i < 28 else 1.0  # distractors are 4/3 as bright as the two long curves
+                    light = max(light, bright * min(1, max(0, 0.25 + 0.5 - distance)))
                 for dot in dots:
                     light = max(light, min(1, max(0, 1.5 + 0.5 - math.dist((y, x), dot))))
                 assert abs(image[y, x] - 255 * light) <= 0.51

@@ -71,9 +71,9 @@ class Nystromformer(System):
 
     The pseudo-inverse is n_iter steps of an iteration. conv is a depth-wise convolution over time, one
     kernel of n_taps for each head (n_taps = 0: none): the paper's skip connection.
-    Complexity: O(T n_landmarks) time and memory, for any length. Bidirectional only: a mean is over later
-    tokens too. With T <= n_landmarks each token is a landmark, and y is softmax attention once the
-    iteration has converged.
+    Complexity, with m = n_landmarks: O(T m + m^3 n_iter) time and O(T m + m^2) memory, for any length.
+    Bidirectional only: a mean is over later tokens too. With T <= n_landmarks each token is a landmark, and y
+    is softmax attention once the iteration has converged.
     Public code: T must be a multiple of n_landmarks there, and padding counts in the means. Here segments are
     counted in real tokens, and their sizes differ by at most one. By default it also starts the iteration for
     all heads of a batch from their largest column sum; here no example depends on another.
@@ -122,11 +122,11 @@ class Skyformer(System):
     the kernel matrix of all q and k, which is positive semidefinite, so Nystrom's method applies. The
     inverse is the iteration of Nystromformer, of D_M^{-1/2} M D_M^{-1/2} with M = c(Z, Z) + gamma I and its
     row sums D_M.
-    Complexity: O(T n_landmarks) time and memory, for any length. Bidirectional only: Z comes from the whole
-    text.
+    Complexity, with m = n_landmarks: O(T m + m^3 n_iter) time and O(T m + m^2) memory, for any length.
+    Bidirectional only: Z comes from the whole text.
     Paper and public code draw half of Z from q and half from k, at random in every forward pass. Here they
     are tokens at equal distances, so that the same input gives the same output. With a landmark for every q
-    and k this is C v, up to gamma and the iteration.
+    and k this is C v, up to gamma and the iteration. Public code has gamma = 0.1.
     """
 
     refused = {True: "its landmarks come from the whole sequence, also from later tokens"}

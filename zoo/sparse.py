@@ -97,15 +97,16 @@ def with_global(part: Part, q: Tensor, k: Tensor, v: Tensor, real: Tensor, n: in
 
 
 class Local(System):
-    """Sliding window (Parmar et al., 2018): softmax attention, y_i = sum_j A_ij v_j, over the near tokens
-    only.
+    """A sliding window: softmax attention, y_i = sum_j A_ij v_j, over the near tokens only.
 
         A_ij ~ exp(q_i.k_j / sqrt(D))    for 0 <= i - j < window; bidirectional for |i - j| < window
 
     Complexity: O(T window) time and memory, for any length. L layers see L (window - 1) tokens back.
-    Public code: the local attention of the Long Range Arena cuts the text into blocks, and a query sees its
-    own block. The first token of a block then sees no other token before it. Here the window moves with the
-    query.
+    The local attention of Parmar et al. (2018), Sec. 3.3, has blocks of queries: all queries of a block see the
+    block and a fixed number of tokens before it. Here the window moves with the query.
+    Public code: that of the Long Range Arena, "Local" of Table 6, means blocks of 50 tokens without any
+    memory. But it reshapes (T) to (50, T / 50) and attends over the first of these axes. So a query sees every
+    (T / 50)-th token, a comb over the whole text, and no neighbour.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class Sparse(System):
     The largest tensor is O(T): scores are made in groups. (Training keeps the scores of all groups.) A
     longer text than max_len is allowed. Either max_len or a stride must be given.
     Public code: heads or layers share out the two sets there. Here every head has both, which the paper calls
-    a merged head. The paper's "fixed" pattern is left out.
+    a merged head. The paper's "fixed" pattern is left out; the Long Range Arena's code has it, and is causal
+    but for a [CLS] token.
     """
 
     def __init__(
@@ -248,9 +250,13 @@ class Sinkhorn(System):
     Causal: x_i is the mean of all keys before block i; row i weighs earlier blocks only; a column's sum
     goes over the rows up to the one that is divided. So row i of R depends on nothing later, exactly. R is
     then not doubly stochastic. Block 0 has no sorted block.
-    The paper adds Gumbel noise to P in training, which is left out. Padding: a sorted key weighs as much as
-    the share of R_ij that falls on real tokens. Public code: one keeps only the largest entry of each row,
-    and takes softmax in place of Sinkhorn's iteration in the causal form.
+    The paper makes P of the sum of a block's inputs, by a linear map or a small network; here of the mean of its
+    keys, by a linear map. Its equation adds a pair's own and sorted scores, q_i.k_j and q_i.(sorted k)_j, under
+    one weight; here a query has both keys, each with a weight of its own, in one softmax. It adds Gumbel noise
+    to P in training, which is left out. Padding: a sorted key weighs as much as the share of R_ij that falls
+    on real tokens.
+    Public code: the Long Range Arena's takes a row's softmax in place of the iteration, and adds the outputs
+    of two softmaxes. Its blocks are combs, as in Local. Another keeps only the largest entry of each row.
     """
 
     def __init__(
@@ -311,13 +317,17 @@ class Reformer(System):
     R (D, n_buckets / 2) is random, drawn once for every head and each of the n_hashes hashes, and saved.
     P_i is the union over hashes: a key that N hashes give has weight 1 / N in each of them (App. A). A
     token sees itself only if it sees no other. As in the paper a key is the normalised query: the given k
-    is not used.
+    is not used. The paper omits 1 / sqrt(D) "for clarity". Its authors' code gives a key the length sqrt(D)
+    and then divides by sqrt(D), which is this formula.
     One hash gives the last `window` tokens of the bucket, bidirectional also the next ones. With window >= T
     this is P_i in full. n_buckets is about sqrt(max_len) / 2 unless given; one of the two must be given.
-    Complexity: O(T (window + n_buckets) n_hashes) time and memory, and sorting, for any length.
+    Complexity, with c hashes, b buckets and w = window, for any length: O(c (T (w + b) + b w^2)) time, since
+    each bucket opens a block, and sorting; for each pair also c^2 comparisons of hashes. Memory is
+    O(T (w + c b) + b w^2).
     The paper cuts the sorted sequence into chunks, across buckets. Later tokens of other buckets then move
     the borders, so they change what an earlier token sees: a leak. Here every bucket begins at a block of
     its own, and y_i depends on tokens up to i only, in every bit. Reversible layers are left out.
+    Public code: the Long Range Arena's does not normalise keys, and multiplies scores by sqrt(D).
     """
 
     def __init__(
@@ -347,7 +357,7 @@ class Reformer(System):
         return bucket, torch.empty_like(order).scatter_(-1, order, place)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        k = F.normalize(q, dim=-1) * math.sqrt(q.size(-1))  # the paper has no 1 / sqrt(D)
+        k = F.normalize(q, dim=-1) * math.sqrt(q.size(-1))  # dot_products divides by sqrt(D) again
         bucket, place = self.buckets(q, real)
         parts = [self.one_hash(q, k, v, bucket, place, h) for h in range(len(bucket))]
         return functools.reduce(operator.or_, parts).y
