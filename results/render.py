@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from math import exp
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -125,8 +125,8 @@ def percent(values: list[float], form: str = ".0f") -> str:
     return f"{mean_sd(values, form)}%"
 
 
-def glance() -> list[str]:
-    """README's column "ours", row by row."""
+def glance() -> list[str | tuple[str, str]]:
+    """README's column "ours", row by row; a pair also has the column "paper"."""
     groups = recall.by_attention(read("recall")["runs"])
     recalled = {name: [100 * x for x in finals(runs, "accuracy")] for name, runs in groups.items()}
     earlier = [mean(recalled[name]) for name in ("elu", "relu", "performer", "cosformer")]
@@ -136,6 +136,10 @@ def glance() -> list[str]:
         of = by_arm(name, "perplexity")
         return f"{of['hedgehog'] / of['teacher_finetuned']:.2f}"
 
+    digits = {
+        arm: percent(finetuned.recovered(read("vit-digits"), arm), ".1f") for arm in ("hedgehog", "elu")
+    }
+    wide = all_of("wide-*")[0]["runs"][0]["config"]
     cpu, recipe = read("bench-cpu"), read("bench-recipe")
     found, threads, steps = timings(cpu), recipe["config"]["threads"], {}
     for r in recipe["rows"]:
@@ -152,18 +156,21 @@ def glance() -> list[str]:
         ours, fair = (sum(mean(finals(arms[arm], "score")) for arms in tasks) for arm in both)
         return f"{ours / fair:.0%}"
 
+    assert not wide["tie"]
+    heads = found["bfloat16", "forward", 32768, "cpp"]["heads"]
     return [
         "not run; estimated: [about 8 hours and 9 GB each on an A100](docs/gpu.md#table-1-wikitext-103-from-scratch)",
         f"{percent(closed(by_attention('compare-stdlib-paper'))[0])} of the nats (3 seeds)",
         f"softmax {mean(recalled['softmax']):.0f}%, Hedgehog {percent(recalled['hedgehog'], '.1f')}, the earlier maps "
         f"{min(earlier):.0f} to {max(earlier):.0f}% (3 seeds)",
-        f"{share_of_means('glue')} with 64 features a head, {share_of_means('wide')} with 256 (MiniLM, 4 tasks)",
+        f"of the equally finetuned teacher: {share_of_means('glue')} with 64 features a head; {share_of_means('wide')} "
+        f"with 256, untied maps, distillation at {wide['distil_lr']:g} and subsets of the data (MiniLM, 4 tasks)",
         f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-long')} to {ratio('convert-smollm2')} "
         "(SmolLM2-135M-Instruct)",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
-        f"{percent(finetuned.recovered(read('vit-digits'), 'hedgehog'))} on digits (3 seeds)",
+        f"{digits['hedgehog']} on digits (3 seeds), but 1+ELU has {digits['elu']}: digits cannot rank the maps",
         arena_in_short(),
-        f"{at_32k('bfloat16')}; {at_32k('float32')} (one CPU thread)",
+        f"{at_32k('bfloat16')}; {at_32k('float32')} (one CPU thread, {heads} heads)",
         f"{steps['bfloat16']}; {steps['float32']} ({threads} CPU threads)",
     ]
 
@@ -342,6 +349,7 @@ def said_of(facts: dict) -> str:
             if f"training {name}" in crossed
         ]
         lines.append(f"- Faster than softmax in {dtype}: {'; '.join(where)}.")
+    lines += [*against_the_faster(facts), *of_memory(facts)]
     for dtype, rates in facts["speed"].items():
         best = max(rate for name, rate in rates.items() if name.endswith("gflops"))
         found = timings(facts)
@@ -358,6 +366,52 @@ def said_of(facts: dict) -> str:
                 f"memory is copied at {copies} GB/s."
             )
     return "\n".join(lines)
+
+
+def against_the_faster(facts: dict) -> list[str]:
+    """Where softmax takes longer in bfloat16 than in float32, by 5% or more: Hedgehog beside the faster of the two."""
+    lines, found = [], timings(facts)
+    rows = [("float32", "softmax"), ("bfloat16", "softmax"), ("bfloat16", "cpp")]
+    for part, which in PASSES.items():
+        times = {  # tokens: ms
+            T: [1e3 * found[dtype, part, T, name]["median"] for dtype, name in rows]
+            for T in dict.fromkeys(T for _, p, T, _ in found if p == part)
+            if all((dtype, part, T, name) in found for dtype, name in rows)
+        }
+        slow = [
+            f"{T:,} tokens it takes {half:.2f} ms in bfloat16 and {single:.2f} in float32. Hedgehog, C++, in bfloat16 "
+            f"takes {ours:.2f}: it has {single / ours:.2f} times the speed of the faster softmax"
+            for T, (single, half, ours) in times.items()
+            if half > 1.05 * single
+        ]
+        if slow:
+            slower = [T for T, (single, half, ours) in times.items() if ours > min(single, half)]
+            start = min((T for T in times if T > max(slower, default=0)), default=None)
+            lines.append(
+                f"- **A slow baseline**: short sequences are slower in bfloat16 with softmax, {which}. At "
+                f"{'. At '.join(slow)}. Hedgehog is faster than softmax in either dtype {since(start)}."
+            )
+    return lines
+
+
+def of_memory(facts: dict) -> list[str]:
+    """The least and the largest ratio of the C++ kernel's memory to softmax's, by dtype."""
+    lines, found = [], timings(facts)
+    for dtype in facts["config"]["dtype"]:
+        lengths = [T for d, part, T, name in found if (d, part, name) == (dtype, "memory", "cpp")]
+        ratios = [
+            found[dtype, "memory", T, "cpp"]["median"] / found[dtype, "memory", T, "softmax"]["median"]
+            for T in lengths
+        ]
+        if ratios:
+            lines.append(
+                f"in {dtype} {min(ratios):.2f} to {max(ratios):.2f} times, {median(ratios):.2f} in the median"
+            )
+    if not lines:
+        return []
+    return [
+        f"- Memory of forward and backward with Hedgehog, C++, over that with softmax: {'; '.join(lines)}."
+    ]
 
 
 def threads() -> str:
@@ -384,16 +438,22 @@ def gpu() -> str:
     return "\n\n".join(map(measured, runs)) if runs else "No result yet: nothing was measured on a GPU."
 
 
-def arena_in_short() -> str:
-    """The average accuracy of three attentions over the tasks that were run."""
+def arena_in_short() -> str | tuple[str, str]:
+    """The average accuracy of three attentions over the benchmark's tasks that were run: (in Table 6, ours)."""
     tasks = {facts["task"]: lra.by_attention(facts["runs"]) for facts in all_of("lra-*")}
+    tasks = {t: of for t, of in tasks.items() if not of["softmax"][0]["config"]["stand_in"]}
     if not tasks:
         return "not run"
     names = {"softmax": "softmax", "hedgehog": "Hedgehog", "elu": "1+ELU"}
-    means = {name: mean([mean(finals(of[name], "accuracy")) for of in tasks.values()]) for name in names}
-    found = ", ".join(f"{label} {means[name]:.1f}%" for name, label in names.items())
     which = "all tasks" if len(tasks) == len(lra.ORDER) else f"{', '.join(tasks)} alone"
-    return f"{found} ({which}; minutes a run)"
+
+    def said(accuracy: Callable, form: str) -> str:
+        means = {label: mean([accuracy(name, task) for task in tasks]) for name, label in names.items()}
+        return f"{', '.join(f'{label} {x:{form}}%' for label, x in means.items())} ({which}"
+
+    theirs = said(lambda name, task: float(lra.in_paper(name, task)), ".2f")
+    ours = said(lambda name, task: mean(finals(tasks[task][name], "accuracy")), ".1f")
+    return f"{theirs})", f"{ours}; minutes a run)"
 
 
 def arena() -> str:
@@ -478,7 +538,11 @@ def rendered(page: str) -> str:
         if isinstance(table, list):  # the column "ours" of a table whose words are the page's own
             head, line, *rows = re.findall(r"^\|.*$", found[0], re.MULTILINE)
             rows = [row.split(" | ") for row in rows]
-            rows = [" | ".join([*row[:2], cell, row[3]]) for row, cell in zip(rows, table, strict=True)]
+            pairs = [
+                (row[1], cell) if isinstance(cell, str) else cell
+                for row, cell in zip(rows, table, strict=True)
+            ]
+            rows = [" | ".join([row[0], *pair, row[3]]) for row, pair in zip(rows, pairs)]
             table = "\n".join([head, line, *rows])
         return f"<!-- {name}: {MADE_BY} -->\n\n{table}\n\n<!-- end of {name} -->"
 

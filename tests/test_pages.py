@@ -86,6 +86,16 @@ def from_scratch() -> list[str]:
         assert abs(ablated[name] - ablated["as set"]) < 0.01
     assert ablated["those 16 alone"] < ablated["softmax over the last 16 tokens"] < ablated["as set"]
     short = config("ablations")
+    rates = {
+        name: {r["config"]["lr"] for r in read(name)["runs"]}
+        for name in ("compare-stdlib", "compare-stdlib-paper")
+    }
+    assert all(found == {0.002, 0.004} for found in rates.values()), (
+        "an edge of what was tried, for every attention"
+    )
+    low = {r["config"]["attention"] for r in read("compare-stdlib")["runs"] if r["config"]["lr"] == 0.002}
+    assert low == {"softmax"} and len(ours) == 8 and ablated["those 16 alone"] < ablated["as set"]
+    assert {len(swept[f"{name}_{lr}"]) for name in ("hedgehog", "t2r") for lr in (0.002, 0.004)} == {2}
     first = json.loads((ROOT / "results" / "stdlib-hedgehog-1.json").read_text())
     assert first["config"]["max_steps"] == 6 * short["max_steps"] == 2 * c["max_steps"]
     return [
@@ -115,7 +125,10 @@ def from_scratch() -> list[str]:
         f"distance to softmax is {a['softmax'] - a['taylor']:.3f} nats",
         f"differs by {apart[0]:.3f} nats or more",
         f"learning rate {short['lr']:g}",
+        f"have {short['max_steps']} steps. There, softmax over the last 16 tokens and nothing else has "
+        f"{ablated['those 16 alone']:.3f} nats and Hedgehog {ablated['as set']:.3f}",
         f"{short['max_steps']} steps",
+        "Seven of the eight attentions ended at 0.004, the upper of the two rates",
         "softmax over the last 16 tokens",
         "those 16 tokens alone",
         "less than 0.01 nats",
@@ -148,7 +161,14 @@ def why() -> list[str]:
         return "{:.0f}, {:.0f} and {:.0f}%".format(*accuracy[name])
 
     c = config("recall")
+    assert {r["config"]["lr"] for r in read("recall")["runs"]} == {2e-3} == {min(lr for _, lr in swept)}
     return [
+        "All eleven attentions ended at 0.002, the lower of the two rates",
+        f"from 0.004 to 0.002, ReLU goes from {swept['relu', 4e-3]:.0f} to {swept['relu', 2e-3]:.0f}%",
+        "an attention that fails at 0.002",
+        f"No other attention does, in {c['max_steps']} steps at these two rates",
+        f"ReLU has {swept['relu', 2e-3]:.1f}% and cosFormer {swept['cosformer', 2e-3]:.1f}%",
+        "0.001 and 0.0005 were not tried",
         "sequences of 8 tokens",  # experiments.recall's first stage
         f"ends after {c['max_steps']} steps",
         f"is at most {c['stop_loss']:g}",
@@ -199,6 +219,15 @@ def converting() -> list[str]:
     a = config("convert-smollm2-long", 1)
     assert a["distil_steps"] == 2 * c["distil_steps"] and a["max_steps"] == 4 * c["max_steps"]
     tokens = c["batch_size"] * c["block_size"]
+    assert c["eval_stride"] == e["eval_stride"] == 0, "windows do not overlap"
+    first = config(lora100, 1)
+    assert read(lora100)["runs"][1]["arm"] == "t2r"
+    scratch = next(r["config"] for r in read("compare-stdlib")["runs"] if r["config"]["attention"] == "t2r")
+    D, shared = 64, 3  # of SmolLM2-135M: head dim, query heads for each key head
+    state, token = (
+        shared * (2 * D * D + 2 * D) * 4,
+        2 * D * 2,
+    )  # bytes for each key head: of states, of the cache
     percent = 100 * runs["distilled"]["map_parameters"] / runs["hedgehog"]["parameters"]
     return [
         "Hedgehog-GPT-2 is at 1.06 (second-hand)",  # 16.7 / 15.8
@@ -213,6 +242,17 @@ def converting() -> list[str]:
         f"T2R ends at {short['t2r'] / short['hedgehog']:.1f} times the perplexity",
         "took {:.0f} to {:.0f}% of the time of a finetuning step".format(*of_a_finetuning_step()),
         f"maps learn {a['map_lr_scale']:g} times as fast",
+        f"contexts of {c['block_size']} tokens. The score is from {c['eval_tokens']:,} tokens, in windows of "
+        f"{c['block_size']} that",
+        f"as large as a bfloat16 cache of {state / token:.0f} tokens",
+        f"Its map learned at {c['lr'] * c['map_lr_scale']:g}, the model's rate",
+        f"T2R is best with maps that learn {scratch['map_lr_scale']:g} times as fast",
+        f"With maps at {e['lr'] * e['map_lr_scale']:.3f} and {e['max_steps'] + e['distil_steps'] // 2} steps its "
+        f"perplexity is {lora['t2r']:.1f}; in the shorter run of the next point, with maps at "
+        f"{first['lr'] * first['map_lr_scale']:g} and {first['max_steps'] + first['distil_steps'] // 2} steps, it was "
+        f"{ladder(lora100)['t2r']:.1f}",
+        f"The {d['test_dialogues']} dialogues have one seed",
+        f"Its map learned at {d['lr'] * d['map_lr_scale']:g}, as Hedgehog's",
         f"With {config('convert-smollm2-400')['distil_steps']} steps of distillation instead of "
         f"{a['distil_steps']}, "
         f"the same {a['max_steps']} steps of finetuning ended at {long['hedgehog']:.2f}, which is "
@@ -311,7 +351,61 @@ def finetuned() -> list[str]:
     rows = {name: config(name)["train_rows"] for name in names}
     assert config("glue-cola")["train_rows"] == config("wide-cola")["train_rows"] == 0  # all
     assert kl["hedgehog_exp"] == pytest.approx(kl["hedgehog"], abs=1e-3)
+    before = {
+        name: 100 * scores(name, "hedgehog")[1] / scores(teacher, "teacher")[1]
+        for name, teacher in [
+            ("glue-cola", "cola-controls"),
+            *[(f"glue-{t}",) * 2 for t in ("mrpc", "sst2", "stsb")],
+        ]
+    }
+    cola = {arm: scores("cola-controls", arm)[1] for arm in ("hedgehog", "teacher", "teacher_finetuned")}
+    assert (
+        cola["teacher"] > cola["teacher_finetuned"] and scores("glue-cola", "hedgehog")[1] == cola["hedgehog"]
+    )
+    floors = {
+        name
+        for name in names + ("glue-cola", "wide-cola")
+        if "zero" in {r["arm"] for r in read(name)["runs"]}
+    }
+    assert not floors and all(
+        "zero" in {r["arm"] for r in read(name)["runs"]} for name in ("cola-controls", "vit-digits")
+    )
+    teacher_mrpc = mean(scores("wide-mrpc", "teacher_finetuned").values())
+    besides = {
+        task: (config(f"glue-{task}", 1)["distil_epochs"], config(f"glue-{task}", 1)["epochs"])
+        for task in ("cola", "sst2", "mrpc", "stsb")
+    }
+    assert not any(
+        config(name).get("same_time") for name in (*names, "glue-cola", "wide-cola", "cola-controls")
+    )
+    wide = {r["arm"]: r for r in read("wide-stsb")["runs"] if r["config"]["seed"] == 1}
+    trained = {
+        arm: sum(wide[arm]["minutes"].get(stage, 0) for stage in ("distil", "finetune"))
+        for arm in ("hedgehog", "t2r")
+    }
+    means = {
+        arm: mean(mean(scores(f"wide-{t}", arm).values()) for t in ("cola", "mrpc", "sst2", "stsb"))
+        for arm in ("hedgehog", "teacher_finetuned")
+    }
     return [
+        f"Hedgehog recovers {100 * cola['hedgehog'] / cola['teacher_finetuned']:.1f}% of the equally finetuned "
+        f"teacher, but {before['glue-cola']:.1f}% of the teacher before "
+        f"({cola['hedgehog']:.1f} of {cola['teacher']:.1f})",
+        f"gives {before['glue-mrpc']:.1f}% on MRPC, {before['glue-sst2']:.1f}% on SST-2 and "
+        f"{before['glue-stsb']:.1f}% on STS-B",
+        f"always answering yes scores {mean(scores('wide-mrpc', 'elu').values()):.1f}, where the teacher of the second "
+        f"table has {teacher_mrpc:.1f}",
+        f"On SST-2 1+ELU recovers {of('glue-sst2', 'elu')}%",
+        "have {:g} epochs of distillation besides {:g} of finetuning on CoLA and SST-2, ".format(
+            *besides["cola"]
+        )
+        + "{:g} besides {:g} on MRPC, and ".format(*besides["mrpc"])
+        + "{:g} besides {:g} on STS-B".format(*besides["stsb"]),
+        "on STS-B, it is {distil_epochs:g} besides {epochs:g}".format_map(wide["hedgehog"]["config"]),
+        f"{trained['hedgehog']:.1f} minutes for Hedgehog, and {trained['t2r']:.1f} for T2R, which ends at "
+        f"{wide['t2r']['final']['score']:.1f}",
+        "a share of averages like the paper's 99.3%",
+        f"{means['hedgehog']:.1f} of {means['teacher_finetuned']:.1f} points",
         "times 100",
         "6 layers with 12 heads of 32 dimensions",  # MiniLM's
         "W is 32 x 32, which gives 64 features a head",
@@ -323,10 +417,10 @@ def finetuned() -> list[str]:
         f"KL {mrpc_kl:.3f}",
         f"Hedgehog recovers {sd(recovered('glue-cola', 'hedgehog'))}% and T2R-HH "
         f"{sd(recovered('glue-cola', 't2r_hh'))}%",
-        "The paper's 99% is not reached",
-        f"Hedgehog recovers {shares('glue')[0]:.0f}% as the mean of the shares, and "
-        f"{shares('glue')[1]:.0f}% as the share "
-        f"of the means: {of('glue-cola')}% on CoLA ({-behind:.1f} ± {error:.1f} points below the "
+        "The paper's 99.3% is not reached",
+        f"Hedgehog recovers {shares('glue')[1]:.0f}% as the share of the averages, which is how the paper computes its "
+        f"number, and {shares('glue')[0]:.0f}% as the mean of the shares: "
+        f"{of('glue-cola')}% on CoLA ({-behind:.1f} ± {error:.1f} points below the "
         "teacher), "
         f"{of('glue-sst2')}% on SST-2, {of('glue-mrpc')}% on MRPC and {of('glue-stsb')}% on STS-B",
         "MiniLM's heads have 32 dimensions and therefore 64 features, while BERT-base has 128",
@@ -338,22 +432,21 @@ def finetuned() -> list[str]:
         f"{config('wide-stsb')['batch_size']} examples (CoLA: {config('wide-cola')['batch_size']})",
         f"learning rate {config('wide-stsb')['distil_lr']:g} (the paper: 0.01)",
         f"STS-B {rows['wide-stsb']:,}, MRPC {rows['wide-mrpc']:,} and SST-2 {rows['wide-sst2']:,}",
-        f"With 256 features, {shares('wide')[0]:.0f}% is recovered on average",
+        f"With 256 features, {shares('wide')[1]:.0f}% is recovered",
+        f"The mean of the four shares is {shares('wide')[0]:.0f}%",
         f"{sd(recovered('wide-cola', 'hedgehog'))}% on CoLA, "
         f"{sd(recovered('wide-mrpc', 'hedgehog'), '.1f')}% on MRPC, "
         f"{sd(recovered('wide-sst2', 'hedgehog'), '.1f')}% on SST-2 and "
         f"{sd(recovered('wide-stsb', 'hedgehog'), '.1f')}% on STS-B",
-        "its three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
-        f"The share of the mean scores is {shares('wide')[1]:.0f}%, and the other three tasks "
-        "alone have "
-        f"{shares('wide', skip='cola')[0]:.0f}%",
+        "the three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
+        f"The other three tasks alone have {shares('wide', skip='cola')[0]:.0f}%",
         "The aim was 97% on every task",
         f"always answering yes has {mean(scores('wide-mrpc', 'elu').values()):.1f}",
         f"the teacher has {accuracy['teacher_finetuned']:.1f} and Hedgehog "
         f"{accuracy['hedgehog']:.1f} with three seeds; "
         f"T2R-HH has {accuracy['t2r_hh']:.1f}, T2R {accuracy['t2r']:.1f} and 1+ELU "
         f"{accuracy['elu']:.1f}",
-        "Two of 72 heads",
+        "in two of 72 heads",
         f"{sd(recovered('wide-stsb', 'distilled'), '.1f')}% are recovered",
         f"it is {sd(recovered('wide-stsb', 'worst_heads'), '.1f')}%",
         "{} with KL, {} with tau and {} with entropy".format(*rank_correlations()),
@@ -408,6 +501,8 @@ def speed() -> list[str]:
         "Above 1, linear attention is faster",
         f"{c['n_head']} heads of {c['head_dim']} dimensions",
         "within 99 KB",  # fused.resources
+        "heads of 64 dimensions and the H100 they spill no registers",  # test_triton.py
+        "the gradients of heads of 128 dimensions",
         "below 0.01 at 8,192 tokens and below 0.02 at 102,400",  # test_fused.py
     ]
 
