@@ -77,7 +77,9 @@ PAPER = {  # Table 6 of the paper: accuracy in %
 ORDER = ("listops", "text", "retrieval", "image", "pathfinder")  # of its columns
 HEAD = 128  # hidden units between the pooled state and the classes
 INIT_STD = 0.07  # of matrices, about that of nn.Linear at this width
-EMBD_STD = 0.5  # of embeddings: the benchmark's two codes have 1 and 0.02 (results/lra.md says what it decides)
+EMBD_STD = (
+    0.5  # of embeddings: the benchmark's two codes have 1 and 0.02 (results/lra.md says what it decides)
+)
 COMMANDS = {  # for each task
     task: f"python -m experiments.lra --task {task}{f' --data_dir {folder}' if folder else ''}"
     for task, folder in zip(ORDER, ("", "imdb", "wikitext2", "cifar10", ""))
