@@ -8,19 +8,19 @@
 Tasks: listops text retrieval image pathfinder (data/lra.py says what each is and where its data comes from).
 
 The model is that of the PyTorch implementation (Xiong et al., 2021), in which the paper ran its own row: an
-encoder of 2 layers with 2 heads of 32, learned positions, the mean over all real tokens, and a small head on it.
-Most rows of Table 6 are from the official benchmark, whose models are others (results/lra.md): compare systems
-within our numbers. In retrieval two texts pass the same encoder. Every attention tries each
-of --lrs with the first seed, the learning rate with the best dev accuracy is trained with every seed, and the
-checkpoint with the best dev accuracy is measured once on every test example.
+encoder of 2 layers with 2 heads of 32, learned positions, the mean over all real tokens, and a small head
+on it. Most rows of Table 6 are from the official benchmark, whose models are others (results/lra.md):
+compare systems within our numbers. In retrieval two texts pass the same encoder. Every attention tries each
+of --lrs with the first seed, the learning rate with the best dev accuracy is trained with every seed, and
+the checkpoint with the best dev accuracy is measured once on every test example.
 
 The default is for 2 cores: shorter sequences and fewer steps. The same command goes on where it was
 interrupted. The table has all finished runs in --out_dir that have the same settings, so attentions and seeds
 can be added by later commands. H3 and Hyena are causal only, and have no row in Table 6.
 
---setting paper has the lengths, batches, steps, learning rate and sizes of the PyTorch implementation; its decay
-is linear, ours a cosine. At 2 million tokens a second, a guess for one A100, the five tasks take 2 minutes and
-0.4, 1.1, 1.3 and 2.3 hours for each system and seed.
+--setting paper has the lengths, batches, steps, learning rate and sizes of the PyTorch implementation; its
+decay is linear, ours a cosine. At 2 million tokens a second, a guess for one A100, the five tasks take 2
+minutes and 0.4, 1.1, 1.3 and 2.3 hours for each system and seed.
 """
 
 import json
@@ -77,9 +77,7 @@ PAPER = {  # Table 6 of the paper: accuracy in %
 ORDER = ("listops", "text", "retrieval", "image", "pathfinder")  # of its columns
 HEAD = 128  # hidden units between the pooled state and the classes
 INIT_STD = 0.07  # of matrices, about that of nn.Linear at this width
-EMBD_STD = (
-    0.5  # of embeddings: the benchmark's two codes have 1 and 0.02 (results/lra.md says what it decides)
-)
+EMBD_STD = 0.5  # of embeddings; the two public codes have 1 and 0.02 (docs/experiments.md)
 COMMANDS = {  # for each task
     task: f"python -m experiments.lra --task {task}{f' --data_dir {folder}' if folder else ''}"
     for task, folder in zip(ORDER, ("", "imdb", "wikitext2", "cifar10", ""))
@@ -335,7 +333,7 @@ def table(facts: dict) -> str:
 
 
 def overview(tasks: dict[str, list[dict]]) -> str:
-    """Every system on every task, ours / Table 6. tasks: {task: its runs}, without those that were not run."""
+    """Every system on every task, ours / Table 6. tasks: {task: its runs} of those that were run."""
     means = {
         task: {name: np.mean(finals(runs, "accuracy")) for name, runs in by_attention(results).items()}
         for task, results in tasks.items()
@@ -363,7 +361,7 @@ def draw(path: Path, facts: dict) -> str:
 
 
 def configured() -> tuple[LRAConfig, Task]:
-    """The configuration on the command line, and its task; --setting and --task count where no flag is given."""
+    """The configuration, and its task; --setting and --task count where no flag is given."""
     with as_user_error():
         config, given = parse(LRAConfig(), sys.argv[1:], __doc__)
         changes = SETTINGS[config.setting][config.task] | (AS_PUBLISHED if config.setting == "paper" else {})
