@@ -58,8 +58,8 @@ OVERRIDES = {  # what makes each command small; of a flag that is given twice, t
     "--batch_size 4 --max_steps 2 --lrs 1e-3 --stage_steps 0 --test_sequences 8 --jobs 1 --seeds 1 "
     "--attentions softmax hedgehog elu",
     "experiments.attention_maps": "--tokens 48 --device cpu",
-    "experiments.gpt2": CONVERT,
-    "experiments.llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6",
+    "experiments.gpt2": f"{CONVERT} --arms teacher_finetuned hedgehog",
+    "experiments.llama": f"{CONVERT} --new_tokens 4 --test_dialogues 6 --arms teacher_finetuned hedgehog",
     "experiments.glue": f"{RECOVER} --arms teacher_finetuned t2r hedgehog",
     "experiments.prices": f"{CONVERT} --context 40 --rounds 1 --arms teacher_finetuned hedgehog-w4",
     "experiments.vit": f"{RECOVER} --dev_share 0.2 --train_rows 80 --seeds 1 --arms "
