@@ -1,6 +1,6 @@
 """Systems without attention weights: sums over time, each channel by itself, times a gate made of q.
 
-AFT weighs values by exp(k), and q is a gate on their mean. H3 and Hyena are long convolutions, and share one
+AFT weighs values by exp(k), and q is a gate on the mean. H3 and Hyena are long convolutions, and share one
 function for them. They multiply queries with keys, y_t = sum_j h_{t-j} q_t k_j v_j, but a channel at a time:
 no dot product q_t.k_j over the channels of a head weighs a value. In a GPT with rope, q and k arrive rotated by
 position, as for every attention; position="learned" leaves them as they are.

@@ -256,7 +256,8 @@ class Sinkhorn(System):
     to P in training, which is left out. Padding: a sorted key weighs as much as the share of R_ij that falls
     on real tokens.
     Public code: the Long Range Arena's takes a row's softmax in place of the iteration, and adds the outputs
-    of two softmaxes. Its blocks are combs, as in Local. Another keeps only the largest entry of each row.
+    of two softmaxes. Its blocks are combs, as in Local. Another keeps only the largest entry of each row,
+    and takes that softmax in its causal form.
     """
 
     def __init__(
@@ -322,8 +323,8 @@ class Reformer(System):
     One hash gives the last `window` tokens of the bucket, bidirectional also the next ones. With window >= T
     this is P_i in full. n_buckets is about sqrt(max_len) / 2 unless given; one of the two must be given.
     Complexity, with c hashes, b buckets and w = window, for any length: O(c (T (w + b) + b w^2)) time, since
-    each bucket opens a block, and sorting; for each pair also c^2 comparisons of hashes. Memory is
-    O(T (w + c b) + b w^2).
+    each bucket opens a block, and sorting; comparing the hashes of all pairs is O(c^2 (T w + b w^2)). Memory
+    is O(T (w + c b) + b w^2).
     The paper cuts the sorted sequence into chunks, across buckets. Later tokens of other buckets then move
     the borders, so they change what an earlier token sees: a leak. Here every bucket begins at a block of
     its own, and y_i depends on tokens up to i only, in every bit. Reversible layers are left out.
