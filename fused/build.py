@@ -60,6 +60,7 @@ def load_cpp(source: Path) -> SimpleNamespace:
         backward=ops.backward.default,
         decode=ops.decode.default,
         multiply=ops.multiply.default,
+        repeat=ops.repeat.default,
         bidirectional=ops.bidirectional.default,
         bidirectional_backward=ops.bidirectional_backward.default,
         MAX_DIM=math.inf,

@@ -192,6 +192,9 @@ struct Pairs {
     const BFloat16* p = A + 2 * i * ld + j;
     const __m256i below = _mm256_loadu_si256((const __m256i*)(p + ld));
     const __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), below, 1);
+    return take_turns(two);
+  }
+  static Vec take_turns(__m512i two) {  // the second half between the numbers of the first
     const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i turns = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(turns, two));
@@ -332,7 +335,6 @@ void load(const Tensor& x, int64_t head, int64_t t, int64_t count, int64_t n, T*
   const int64_t start = head / H * x.stride(0) + head % H * x.stride(1) + t * x.stride(2);
   auto copy = [&](auto* p) {
     for (int64_t i = 0; i < count; ++i, p += stride) {
-      for (int64_t d = 0; d < width; d += 64 / sizeof(*p)) __builtin_prefetch(p + n * stride + d, 0, 2);
       convert(p, rows + i * ld, width);
       if (width < ld) std::fill(rows + i * ld + width, rows + (i + 1) * ld, T(0.f));
     }
@@ -433,6 +435,23 @@ Vec exp(Vec x, const BFloat16*) {  // 2^t, where 2^(t - floor(t)) is a polynomia
 Vec reciprocal(Vec x, const BFloat16*) { return _mm512_rcp14_ps(x); }
 #endif
 
+// Rows of a tensor that are needed soon. They are fetched a cache line at a time, between computations: many at once
+// wait for each other.
+struct Ahead {
+  const char* p = nullptr;
+  int64_t stride = 0, bytes = 0;  // from row to row; of a row
+
+  static Ahead of(const Tensor& x, int64_t head, int64_t t) {  // from token t on
+    const int64_t H = x.size(1), size = x.itemsize();
+    const int64_t start = head / H * x.stride(0) + head % H * x.stride(1) + t * x.stride(2);
+    return {static_cast<const char*>(x.const_data_ptr()) + start * size, x.stride(2) * size, x.size(3) * size};
+  }
+  Ahead from(int64_t row) const { return {p + row * stride, stride, bytes}; }
+  void fetch(int64_t row, int64_t line) const {
+    if (line * 64 < bytes) __builtin_prefetch(p + row * stride + line * 64, 0, 2);
+  }
+};
+
 template <class T>
 struct Map {  // W of one head, ready for products
   Left<T> WT, rest;      // rest: what W^T loses when it is rounded
@@ -442,10 +461,12 @@ struct Map {  // W of one head, ready for products
 template <class T>
 struct MapSpace {  // what the features of a chunk need
   T *X, *XT, *WT;  // the inputs; as products take them; W
-  float *u, *e;    // u^T = W^T x^T + b; exponentials of u and -u
+  float *u, *e;    // u^T = W^T x^T; exponentials of u and -u
   template <class Take>
   void parts(const Sizes& s, const Take& take) {
-    take(X, s.n * s.ldx), take(XT, s.ldx * s.n), take(WT, 4 * s.ldx * s.ldx), take(u, s.ldx * s.n), take(e, s.F * W);
+    const int64_t widest = std::max({s.n, s.ldx, s.ldd});  // forward puts values, scores and numerators there, too
+    take(X, s.n * widest), take(u, s.n * widest);
+    take(XT, s.ldx * s.n), take(WT, 4 * s.ldx * s.ldx), take(e, s.F * W);
   }
 };
 
@@ -494,10 +515,10 @@ struct Side {
   }
 #endif
 
-  // features PT (F, n) of a chunk; its inputs X (n, ldx) are left for backward
+  // features PT (F, n) of a chunk; its inputs X (n, ldx) are left for backward. Rows of `a` and `b` come nearer meanwhile.
   template <class T>
-  void features(const Sizes& s, const MapSpace<T>& w, const Map<T>& map, int64_t head, int64_t chunk, T* X,
-                T* PT) const {
+  void features(const Sizes& s, const MapSpace<T>& w, const Map<T>& map, int64_t head, int64_t chunk, T* X, T* PT,
+                Ahead a = {}, Ahead b = {}) const {
     const int64_t t = chunk * s.n, count = s.tokens(chunk), D = width(), n = s.n;
     load(x, head, t, count, n, X, s.ldx);
     if (mapped()) {
@@ -505,8 +526,9 @@ struct Side {
       const Right<T> xT = right_transposed(X, s.ldx, n, s.ldx, w.XT);
       product(w.u, n, map.WT, xT, D, n, D, false);  // u^T - b = W^T x^T
       if (map.inexact) product(w.u, n, map.rest, xT, D, n, D, true);
-      const float* b = bias->const_data_ptr<float>() + head % x.size(1) * D;
-      for (int64_t i = 0; i < n; i += W) hedgehog(w.u + i, b, D, n, w.e, PT + i, PT + D * n + i);
+      const float* bias_of_head = bias->const_data_ptr<float>() + head % x.size(1) * D;
+      for (int64_t i = 0; i < n; i += W)
+        hedgehog(w.u + i, bias_of_head, D, n, w.e, PT + i, PT + D * n + i, a.from(i), b.from(i));
     } else {
       transpose(X, s.ldx, PT, n, n, s.ldx);
     }
@@ -528,7 +550,8 @@ struct Side {
   // largest exponent if all are small: exp(-u) is then a division, 1 / exp(u). Each token decides for itself, because
   // others must not change its bits.
   template <class T>
-  static void hedgehog(const float* u, const float* b, int64_t D, int64_t n, float* e, T* p, T* m) {
+  static void hedgehog(const float* u, const float* b, int64_t D, int64_t n, float* e, T* p, T* m, Ahead next = {},
+                       Ahead other = {}) {
     float* f = e + D * W;
     Vec size(0.f), sum_p(0.f), sum_m(0.f);
 #pragma GCC unroll 4
@@ -537,6 +560,7 @@ struct Side {
       size = at::vec::clamp_min(size, x.abs());  // NaN is in the sums
       sum_p += plus, sum_m += minus;
       plus.store(e + d * W), minus.store(f + d * W);
+      next.fetch(d % W, d / W), other.fetch(d % W, d / W);
     }
     const Vec small = size <= Vec(40.f);
     if (small.zero_mask()) {
@@ -592,6 +616,28 @@ Vec columns_from(int64_t i, Vec x, int64_t j) {
   return j >= i ? x : j + W <= i ? Vec(0.f) : Vec::blendv(x, Vec(0.f), Vec::arange(float(j), 1.f) < Vec(float(i)));
 }
 
+// A row of `end` numbers, rounded, with zeros beyond column i: the sum of it
+float keep_columns(const float* row, int64_t i, int64_t end, float* to) {
+  Vec total(0.f);
+  for (int64_t j = 0; j < end; j += W) {
+    const Vec x = columns_up_to(i, row, j);
+    x.store(to + j);
+    total += x;
+  }
+  return sum(total);
+}
+#ifdef __AVX512BF16__
+float keep_columns(const float* row, int64_t i, int64_t end, BFloat16* to) {
+  Vec total(0.f);
+  for (int64_t j = 0; j < end; j += 2 * W) {
+    const __m512bh x = _mm512_cvtne2ps_pbh(columns_up_to(i, row, j + W), columns_up_to(i, row, j));
+    _mm512_storeu_si512(to + j, (__m512i)x);
+    total = _mm512_dpbf16_ps(total, x, (__m512bh)_mm512_set1_epi16(0x3f80));  // ones
+  }
+  return sum(total);
+}
+#endif
+
 // A (n, lda) = Q K^T, a row for each query, zero where the key comes later; total (n) = A 1
 template <class T>
 void scores(const Sizes& s, Left<T> Q, Right<T> KT, float* exact, T* A, int64_t lda, float* total) {
@@ -599,15 +645,7 @@ void scores(const Sizes& s, Left<T> Q, Right<T> KT, float* exact, T* A, int64_t 
   for (int64_t b = 0; b < n; b += BLOCK<T>) {
     const int64_t end = std::min(n, b + BLOCK<T>);
     product(exact + b * n, n, Q.at(b, 0), KT, end - b, end, s.F, false);
-    for (int64_t i = b; i < end; ++i) {
-      Vec of_row(0.f);
-      for (int64_t j = 0; j < end; j += W) {
-        const Vec x = rounded(columns_up_to(i, exact + i * n, j), A);
-        store_vec(x, A + i * lda + j);
-        of_row += x;
-      }
-      total[i] = sum(of_row);
-    }
+    for (int64_t i = b; i < end; ++i) total[i] = keep_columns(exact + i * n, i, end, A + i * lda);
   }
 }
 
@@ -729,7 +767,8 @@ void add_keys(const KeySpace<T>& w, const Sizes& s, const Side& keys, const Tens
               int64_t end, float* sum) {
   const Map<T> map = keys.map(s, head, w.map.WT);
   for (; c < end; ++c) {
-    keys.features(s, w.map, map, head, c, w.map.X, w.KT);
+    const int64_t next = (c + 1) * s.n;
+    keys.features(s, w.map, map, head, c, w.map.X, w.KT, Ahead::of(keys.x, head, next), Ahead::of(v, head, next));
     load(v, head, c * s.n, s.tokens(c), s.n, w.V, s.ldd);
     accumulate(s, w.KT, right(w.V, s.ldd, s.n, s.ldd, w.U), nullptr, sum);
   }
@@ -746,6 +785,22 @@ const BFloat16* for_rounding(const float* S, const Sizes& s, const float* mean, 
       store_vec(Vec::loadu(S + f * s.ldd + e) - Vec(z[f]) * Vec::loadu(mean + e), to + f * s.ldd + e);
   std::fill(to + s.F * s.ldd, to + s.ldf * s.ldd, BFloat16(0.f));
   return to;
+}
+#endif
+
+// The same as a right-hand matrix
+Right<float> right_of_state(const float* S, const Sizes& s, const float*, float*) { return {S, s.ldd}; }
+#ifdef __AVX512BF16__
+Right<BFloat16> right_of_state(const float* S, const Sizes& s, const float* mean, BFloat16* to) {
+  const float* z = S + s.F * s.ldd;
+  for (int64_t f = 0; f < s.ldf; f += 2)
+    for (int64_t e = 0; e < s.ldd; e += W) {
+      auto row = [&](int64_t f) {
+        return f < s.F ? Vec::loadu(S + f * s.ldd + e) - Vec(z[f]) * Vec::loadu(mean + e) : Vec(0.f);
+      };
+      Pairs::take_turns((__m512i)_mm512_cvtne2ps_pbh(row(f + 1), row(f))).store(to + f * s.ldd + 2 * e);
+    }
+  return {to, s.ldd};
 }
 #endif
 
@@ -770,17 +825,16 @@ template <class T>
 struct ForwardSpace {
   using Number = T;
   MapSpace<T> map;
-  T *QT, *KT, *V, *S;             // features, values, state: rounded
-  T *QA, *SV, *K, *WT;            // as products take them: Q and the scores A side by side, S above V, K^T, W of keys
-  float *exact, *N, *Qz, *d;      // scores, numerators, Q z and A 1, denominators
-  float *state, *mean;            // (S, z), and the mean of v in it
+  T *QT, *KT;           // features; K^T as a product takes it comes in the place of Q^T
+  T *QA, *SV, *WT;      // as products take them: Q and the scores A side by side, S above V, W of keys
+  float *Qz, *d;        // Q z, denominators
+  float *state, *mean;  // (S, z), and the mean of v in it
   template <class Take>
   void parts(const Sizes& s, const Take& take) {
     map.parts(s, take);
-    for (T** p : {&QT, &KT, &K}) take(*p, s.ldf * s.n);
-    take(V, s.n * s.ldd), take(S, s.ldf * s.ldd), take(WT, 4 * s.ldx * s.ldx);
-    take(QA, s.n * (s.ldf + s.n)), take(SV, (s.ldf + s.n) * s.ldd);
-    take(exact, s.n * s.n), take(N, s.n * s.ldd), take(Qz, s.n), take(d, s.n);
+    for (T** p : {&QT, &KT}) take(*p, s.ldf * s.n);
+    take(QA, s.n * (s.ldf + s.n)), take(SV, (s.ldf + s.n) * s.ldd), take(WT, 4 * s.ldx * s.ldx);
+    take(Qz, s.n), take(d, s.n);
     take(state, State::size(s)), take(mean, s.ldd);
   }
 };
@@ -809,6 +863,8 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 
   at::parallel_for(0, heads * s.segments, 1, [&](int64_t begin, int64_t end) {
     const Workspace<ForwardSpace<T>> w(s);
+    float* N = w.map.u;  // what is small stays in the innermost cache: one place for u, scores and numerators
+    T* v_c = w.map.X;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t segment = task / heads, head = task % heads;
       if (given) std::copy_n(before.const_data_ptr<float>() + task * size, size, w.state);
@@ -819,18 +875,18 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
         const bool past = c > 0 || S0;
         if (keep && c % GROUP == 0)
           std::copy_n(w.state, size, states.mutable_data_ptr<float>() + (head * s.groups() + c / GROUP) * size);
-        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT);
-        keys.features(s, w.map, map_k, head, c, w.map.X, w.KT);
-        load(v, head, t, count, n, w.V, s.ldd);
+        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT, Ahead::of(q, head, t + n), Ahead::of(y, head, t));
         const Left<T> Q = left_transposed(w.QT, n, s.F, n, w.QA, lda);
-        const Right<T> V = right(w.V, s.ldd, n, s.ldd, w.SV + s.ldf * s.ldd);
-        scores(s, Q, right(w.KT, n, s.F, n, w.K), w.exact, w.QA + s.ldf, lda, w.d);  // d = A 1
+        if (past) weigh(w.state + s.F * s.ldd, w.QT, s.F, n, w.Qz);
+        keys.features(s, w.map, map_k, head, c, w.map.X, w.KT, Ahead::of(k, head, t + n), Ahead::of(v, head, t + n));
+        load(v, head, t, count, n, v_c, s.ldd);
+        const Right<T> V = right(v_c, s.ldd, n, s.ldd, w.SV + s.ldf * s.ldd);
+        scores(s, Q, right(w.KT, n, s.F, n, w.QT), N, w.QA + s.ldf, lda, w.d);  // d = A 1
         Right<T> S{};
         if (past) {  // N = Q S, d += Q z
           if (c < first + GROUP || c % GROUP == 0) mean_of<T>(w.state, s, w.mean);
-          S = right(for_rounding(w.state, s, w.mean, w.S), s.ldd, s.ldf, s.ldd, w.SV);
-          if (!rounds<T>) product(w.N, s.ldd, Q, S, n, s.ldd, s.F, false);
-          weigh(w.state + s.F * s.ldd, w.QT, s.F, n, w.Qz);
+          S = right_of_state(w.state, s, w.mean, w.SV);
+          if (!rounds<T>) product(N, s.ldd, Q, S, n, s.ldd, s.F, false);
           for (int64_t i = 0; i < n; i += W) (Vec::loadu(w.d + i) + Vec::loadu(w.Qz + i)).store(w.d + i);
         } else {
           std::fill_n(w.mean, s.ldd, 0.f), std::fill_n(w.Qz, n, 0.f);
@@ -839,11 +895,11 @@ Forward forward_in(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
         const int64_t from = both ? 0 : s.ldf;
         for (int64_t i = 0; i < n; i += BLOCK<T>) {  // N += A V, of keys j < i + BLOCK
           const int64_t last = std::min(n, i + BLOCK<T>);
-          product(w.N + i * s.ldd, s.ldd, left(w.QA + i * lda + from, lda), both ? S : V, last - i, s.ldd,
+          product(N + i * s.ldd, s.ldd, left(w.QA + i * lda + from, lda), both ? S : V, last - i, s.ldd,
                   s.ldf + last - from, past && !both);
         }
         std::copy_n(w.d, count, d.mutable_data_ptr<float>() + head * s.T + t);
-        divide(s, w.d, w.Qz, w.mean, w.N, y, head, t, count);
+        divide(s, w.d, w.Qz, w.mean, N, y, head, t, count);
         if (carry || c + 1 < s.chunks) accumulate(s, w.KT, V, nullptr, w.state);
       }
       if (carry && segment == s.segments - 1) State::store(w.state, S, z, head, s);
@@ -1056,7 +1112,8 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
                                                       int64_t end, float* sum) {
     const Map<T> map = queries.map(s, head, w.map.WT);
     for (; c < end; ++c) {
-      queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+      const int64_t next = (c + 1) * n;
+      queries.features(s, w.map, map, head, c, w.map.X, w.QT, Ahead::of(q, head, next), Ahead::of(dy, head, next));
       accumulate(s, w.QT, divided(w, head, c), w.dd, sum);
     }
   });
@@ -1076,7 +1133,9 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
           std::copy_n(states.const_data_ptr<float>() + (head * s.groups() + c / GROUP) * size, size, w.states);
           for (int64_t i = 0; i <= place; ++i) {
             T *KT = w.KTs + i * ldf * n, *V = w.Vs + i * n * ldd;
-            keys.features(s, w.map, map_k, head, first + i, w.Xs + i * n * ldx, KT);
+            const int64_t next = (first + i + 1) * n;
+            keys.features(s, w.map, map_k, head, first + i, w.Xs + i * n * ldx, KT, Ahead::of(k, head, next),
+                          Ahead::of(v, head, next));
             load(v, head, (first + i) * n, s.tokens(first + i), n, V, ldd);
             if (i == place) break;
             std::copy_n(w.states + i * size, size, w.states + (i + 1) * size);
@@ -1085,7 +1144,8 @@ Backward backward_in(const Tensor& dy, const Optional& dS, const Optional& dz, c
         }
         const T *Xk = w.Xs + place * n * ldx, *KT = w.KTs + place * ldf * n, *V = w.Vs + place * n * ldd;
         const float *state = w.states + place * size, *z = state + F * ldd;
-        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT);
+        queries.features(s, w.map, map_q, head, c, w.map.X, w.QT, Ahead::of(q, head, t - n),
+                         Ahead::of(dy, head, t - n));
         const Right<T> dN = divided(w, head, c), dNT = right_transposed(w.dN, ldd, n, ldd, w.dNT);
         const Left<T> K = left_transposed(KT, n, F, n, w.K);
 
@@ -1133,13 +1193,13 @@ template <class T>
 struct ReadSpace {  // what queries need that read one state
   using Number = T;
   MapSpace<T> map;
-  T *QT, *Q, *S, *right_S;  // features, the state rounded; as products take them
+  T *QT, *Q, *right_S;  // features, and Q and S as products take them
   float *N, *Qz, *mean;
   template <class Take>
   void parts(const Sizes& s, const Take& take) {
     map.parts(s, take);
     for (T** p : {&QT, &Q}) take(*p, s.ldf * s.n);
-    for (T** p : {&S, &right_S}) take(*p, s.ldf * s.ldd);
+    take(right_S, s.ldf * s.ldd);
     take(N, s.n * s.ldd), take(Qz, s.n), take(mean, s.ldd);
   }
 };
@@ -1163,10 +1223,11 @@ Bidirectional bidirectional_in(const Tensor& q, const Tensor& k, const Tensor& v
       const int64_t segment = task / heads, head = task % heads;
       const float* state = states.const_data_ptr<float>() + head * size;
       mean_of<T>(state, s, w.mean);
-      const Right<T> S = right(for_rounding(state, s, w.mean, w.S), s.ldd, s.F, s.ldd, w.right_S);
+      const Right<T> S = right_of_state(state, s, w.mean, w.right_S);
       const Map<T> map = queries.map(s, head, w.map.WT);
       for (int64_t c = s.first_chunk(segment); c < s.first_chunk(segment + 1); ++c) {
-        queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+        queries.features(s, w.map, map, head, c, w.map.X, w.QT, Ahead::of(q, head, (c + 1) * n),
+                         Ahead::of(y, head, c * n));
         product(w.N, s.ldd, left_transposed(w.QT, n, s.F, n, w.Q), S, n, s.ldd, s.F, false);  // N = Q S
         weigh(state + s.F * s.ldd, w.QT, s.F, n, w.Qz);                                       // d = Q z
         std::copy_n(w.Qz, s.tokens(c), d.mutable_data_ptr<float>() + head * s.T + c * n);
@@ -1225,7 +1286,8 @@ BidirectionalBackward bidirectional_backward_in(const Tensor& dy, const Tensor& 
     const Map<T> map = queries.map(s, head, w.map.WT);
     const Right<T> WT = gradients_q.weight(w.through, head);
     for (; c < end; ++c) {
-      queries.features(s, w.map, map, head, c, w.map.X, w.QT);
+      const int64_t next = (c + 1) * n;
+      queries.features(s, w.map, map, head, c, w.map.X, w.QT, Ahead::of(q, head, next), Ahead::of(dy, head, next));
       through_division(s, dy, y, d, head, c, w.mean, w.dys, w.ys, w.dN, w.dd, w.dd_c);
       for (int64_t f = 0; f < s.F; ++f)
         for (int64_t i = 0; i < n; ++i) w.dQT[f * n + i] = z[f] * w.dd_c[i];
@@ -1246,7 +1308,8 @@ BidirectionalBackward bidirectional_backward_in(const Tensor& dy, const Tensor& 
       const Right<T> right_dS = right(dS, ldd, s.F, ldd, w.right_dS), WT = gradients_k.weight(w.through, head);
       const Map<T> map = keys.map(s_k, head, w.map.WT);
       for (int64_t c = s_k.first_chunk(segment); c < s_k.first_chunk(segment + 1); ++c) {
-        keys.features(s_k, w.map, map, head, c, w.map.X, w.KT);
+        const int64_t next = (c + 1) * n_k;
+        keys.features(s_k, w.map, map, head, c, w.map.X, w.KT, Ahead::of(k, head, next), Ahead::of(v, head, next));
         load(v, head, c * n_k, s_k.tokens(c), n_k, w.V, ldd);
         for (int64_t f = 0; f < s.F; ++f) std::fill_n(w.dKT + f * n_k, n_k, w.dz[f]);
         const Right<T> VT = right_transposed(w.V, ldd, n_k, ldd, w.U);
@@ -1406,20 +1469,67 @@ std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, cons
   return {y, next_S, next_z};
 }
 
-// A B, `times` times over by every thread: how fast `product` is on matrices in the cache (bench.py)
-Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
-  for (const Tensor& x : {A, B})
-    TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "hedgehog: A, B must be float32");
-  TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % W == 0, "hedgehog: A, B must be (m, k), (k, n), n whole vectors");
+// ---------------------------------------------------------------- what bench.py and experiments/roofline.py measure
+
+template <class T>
+void multiply_in(const Tensor& A, const Tensor& B, int64_t times, float* C) {
   const int64_t rows = A.size(0), depth = A.size(1), cols = B.size(1);
-  Tensor Cs = at::empty({at::get_num_threads(), rows, cols}, at::kFloat);
+  std::vector<T> pairs(depth * cols);
+  const Left<T> a = left(A.const_data_ptr<T>(), depth);
+  const Right<T> b = right(B.const_data_ptr<T>(), cols, depth, cols, pairs.data());
+  for (int64_t i = 0; i < times; ++i) product(C, cols, a, b, rows, cols, depth, false);
+}
+
+// A B, `times` times over by every thread: how fast `product` is on matrices in the cache
+Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
+  const bool narrow = in_bfloat16(A, A, B);
+  for (const Tensor& x : {A, B})
+    TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == (narrow ? at::kBFloat16 : at::kFloat),
+                "hedgehog: A, B must be float32, or bfloat16 where the processor multiplies it");
+  const int64_t vector = narrow ? ALIGN<BFloat16> : W;
+  TORCH_CHECK(A.size(1) == B.size(0) && B.size(1) % vector == 0 && (!narrow || A.size(1) % 2 == 0),
+              "hedgehog: A, B must be (m, k), (k, n), n whole vectors");
+  Tensor Cs = at::empty({at::get_num_threads(), A.size(0), B.size(1)}, at::kFloat);
   at::parallel_for(0, Cs.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      for (int64_t i = 0; i < times; ++i)
-        product(Cs.mutable_data_ptr<float>() + c * rows * cols, cols, Left<float>{A.const_data_ptr<float>(), depth, 1},
-                Right<float>{B.const_data_ptr<float>(), cols}, rows, cols, depth, false);
+    for (int64_t c = begin; c < end; ++c) {
+      float* C = Cs.mutable_data_ptr<float>() + c * Cs[0].numel();
+#ifdef __AVX512BF16__
+      if (narrow) multiply_in<BFloat16>(A, B, times, C), at::native::cpublas::brgemm_release();
+      else
+#endif
+      multiply_in<float>(A, B, times, C);
+    }
   });
   return Cs[0];
+}
+
+template <class T>
+void repeat_in(std::string_view part, const Tensor& x, Tensor& to, int64_t times) {
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const bool of_float = part == "features" || part == "round";
+  const float* exact = of_float ? x.const_data_ptr<float>() : nullptr;
+  const T* from = of_float ? nullptr : x.const_data_ptr<T>();
+  T* into = part == "weigh" ? nullptr : to.mutable_data_ptr<T>();
+  std::vector<float> zeros(rows, 0.f), scratch(2 * rows * W);
+  for (int64_t t = 0; t < times; ++t) {
+    if (part == "features")  // x is u^T
+      for (int64_t i = 0; i < cols; i += W)
+        Side::hedgehog(exact + i, zeros.data(), rows, cols, scratch.data(), into + i, into + rows * cols + i);
+    else if (part == "round") convert(exact, into, rows * cols);
+    else if (part == "transpose") transpose(from, cols, into, rows, rows, cols);
+    else if (part == "pairs") right(from, cols, rows, cols, into);
+    else weigh(zeros.data(), from, rows, cols, to.mutable_data_ptr<float>());
+  }
+}
+
+// A part of the kernel other than products, alone, `times` times over by one thread, from x (rows, cols) into `to`: of
+// whole vectors both ways, which it does not check
+void repeat(std::string_view part, const Tensor& x, Tensor to, int64_t times) {
+#ifdef __AVX512BF16__
+  if (x.scalar_type() == at::kBFloat16 || to.scalar_type() == at::kBFloat16)
+    return repeat_in<BFloat16>(part, x, to, times);
+#endif
+  repeat_in<float>(part, x, to, times);
 }
 
 }  // namespace
@@ -1428,6 +1538,7 @@ Tensor multiply(const Tensor& A, const Tensor& B, int64_t times) {
 TORCH_LIBRARY(hedgehog, m) {
   auto cpu = [](auto f) { return torch::dispatch(c10::DispatchKey::CPU, f); };
   m.def("multiply(Tensor A, Tensor B, int times) -> Tensor", cpu(multiply));
+  m.def("repeat(str part, Tensor x, Tensor(a!) to, int times) -> ()", cpu(repeat));
   m.def("forward(Tensor q, Tensor k, Tensor v, Tensor? Wq, Tensor? bq, Tensor? Wk, Tensor? bk, Tensor? S, Tensor? z, "
         "Tensor? mask, bool keep, bool carry, bool narrow=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         cpu(forward));

@@ -6,6 +6,7 @@ it computes Hedgehog's features itself. For every other feature map it is given 
 gradients of q, k and v have their dtypes, y of Triton's has v's (of chunked.cpp's if asked); all other
 results are float32."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -185,9 +186,10 @@ def causal(
     key_mask = None if key_mask is None else key_mask.bool().expand(q.size(0), -1).contiguous()
     q, k, v = (innermost_dense(x) for x in (q, k, v))
     inputs = q, k, v, *dense(maps), S, z
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = is_derived(inputs)
     narrow = [True] if hasattr(kernel, "bidirectional") and not keep else []  # of chunked.cpp: saves a copy
-    y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry, *narrow)
+    with autograd(keep):
+        y, _, S, z, *_ = kernel.forward(*inputs, key_mask, keep, carry, *narrow)
     return y.to(v.dtype), S, z
 
 
@@ -196,7 +198,9 @@ def bidirectional(
 ) -> Tensor:
     """y (B, H, T, D), in v's dtype, of queries that see all keys. maps: as for causal."""
     key_mask = None if key_mask is None else key_mask.bool().expand(k.size(0), -1).contiguous()
-    y, *_ = kernel.bidirectional(*(innermost_dense(x) for x in (q, k, v)), *dense(maps), key_mask)
+    inputs = *(innermost_dense(x) for x in (q, k, v)), *dense(maps)
+    with autograd(is_derived(inputs)):
+        y, *_ = kernel.bidirectional(*inputs, key_mask)
     return y.to(v.dtype)
 
 
@@ -205,8 +209,21 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, S, z) after one more token: y (B, H, 1, D) and the new state. No gradient."""
     q, k, v = (innermost_dense(x) for x in (q, k, v))
-    y, S, z = kernel.decode(q, k, v, *dense(maps), S.float().contiguous(), z.float().contiguous())
+    with autograd(False):
+        y, S, z = kernel.decode(q, k, v, *dense(maps), S.float().contiguous(), z.float().contiguous())
     return y.to(v.dtype), S, z
+
+
+def is_derived(inputs) -> bool:
+    """Whether autograd will want a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def autograd(wanted: bool) -> contextlib.AbstractContextManager:
+    """Inside, an operator runs at once where no gradient is wanted: autograd's part of it is in Python, and
+    may take as long as 100 tokens. A compiler finds out by itself."""
+    at_once = not wanted and not torch.compiler.is_compiling()
+    return torch._C._AutoDispatchBelowAutograd() if at_once else contextlib.nullcontext()
 
 
 def dense(maps: list[Tensor] | None) -> list[Tensor | None]:

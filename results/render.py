@@ -29,6 +29,7 @@ from experiments import (
     lra,
     prices_tables,
     recall,
+    roofline,
     zoo_speed,
 )
 from experiments import finetuned_tables as finetuned
@@ -511,6 +512,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "vit": lambda: experiment("vit-digits", finetuned.table),
     "speed": speed,
     "threads": threads,
+    "roofline": lambda: experiment("roofline-cpu", roofline.table),
     "first-steps": recipe,
     "gpu": gpu,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
