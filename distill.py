@@ -16,7 +16,7 @@ layer sees the activations of the teacher, and one forward pass trains the maps 
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -167,11 +167,10 @@ def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
 
 @dataclass
 class DistillConfig(FitConfig):
-    checkpoint: str = (
-        "out/stdlib-softmax"  # a run's folder or a .safetensors file: a GPT with softmax attention
-    )
+    checkpoint: str = "out/stdlib-softmax"  # a run's folder or a .safetensors file: a softmax GPT
     feature_map: str = "hedgehog"  # a learned map: hedgehog, hedgehog_exp or t2r
     tie: bool = True  # one map for queries and keys, as in Sec. 3; false: one map for each
+    options: dict = field(default_factory=dict)  # of the map: init=random n_features=128 ...
     data_dir: str = ""  # the local text, if it has moved since the checkpoint was made
     held_out: int = 8  # validation sequences that the loss is measured on
     # -- training
@@ -221,7 +220,8 @@ def main() -> None:
     teacher, saved = load_teacher(config.checkpoint)
     config.out_dir = config.out_dir or f"{folder_of(config.checkpoint).as_posix()}-{config.feature_map}"
     with as_user_error():
-        model = pupil_of(teacher.to(world.device), config.feature_map, tie=config.tie)
+        changes = dict(tie=config.tie, options=config.options)
+        model = pupil_of(teacher.to(world.device), config.feature_map, **changes)
     n_trained = sum(p.numel() for p in map_parameters(model))
     print(f"{config.feature_map} maps: {n_trained:,} of {model.num_params():,} parameters train")
 

@@ -241,11 +241,13 @@ def teacher(train, tmp_path):
 
 def test_the_command_writes_a_linear_checkpoint_that_other_commands_take(teacher, command, tmp_path):
     flags = ["--max_steps", 4, "--eval_interval", 2, "--held_out", 2, "--batch_size", 2, "--device", "cpu"]
+    flags += ["--options", "init=random", "n_features=24"]
     code, stdout, stderr = command("distill", teacher, *flags, "--out_dir", tmp_path / "pupil")
     assert code == 0, stderr
     assert "| 0 |" in stdout and "KL" in stdout
     tensors, meta = load_checkpoint(tmp_path / "pupil")
     assert meta["config"]["attention"] == "hedgehog" and meta["tokenizer"] == "bytes"
+    assert meta["config"]["options"] == {"init": "random", "n_features": 24}
     of_teacher = load_checkpoint(teacher)[0]
     assert all(torch.equal(tensors[n], t) for n, t in of_teacher.items() if n.startswith("model."))
     facts = json.loads((tmp_path / "pupil" / "kl.json").read_text())
