@@ -162,11 +162,14 @@ def glance() -> list[str | tuple[str, str]]:
     return [
         "not run; estimated: [about 8 hours and 9 GB each on an A100](docs/gpu.md#table-1-wikitext-103-from-scratch)",
         f"{percent(closed(by_attention('compare-stdlib-paper'))[0])} of the nats (3 seeds)",
-        f"softmax {mean(recalled['softmax']):.0f}%, Hedgehog {percent(recalled['hedgehog'], '.1f')}, the earlier maps "
+        f"softmax {mean(recalled['softmax']):.0f}%, Hedgehog {percent(recalled['hedgehog'], '.1f')}, "
+        "the earlier maps "
         f"{min(earlier):.0f} to {max(earlier):.0f}% (3 seeds)",
-        f"of the equally finetuned teacher: {share_of_means('glue')} with 64 features a head; {share_of_means('wide')} "
+        f"of the equally finetuned teacher: {share_of_means('glue')} with 64 features a head; "
+        f"{share_of_means('wide')} "
         f"with 256, untied maps, distillation at {wide['distil_lr']:g} and subsets of the data (MiniLM, 4 tasks)",
-        f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-long')} to {ratio('convert-smollm2')} "
+        f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-long')} to "
+        f"{ratio('convert-smollm2')} "
         "(SmolLM2-135M-Instruct)",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
         f"{digits['hedgehog']} on digits (3 seeds), but 1+ELU has {digits['elu']}: digits cannot rank the maps",
@@ -370,7 +373,7 @@ def said_of(facts: dict) -> str:
 
 
 def against_the_faster(facts: dict) -> list[str]:
-    """Where softmax takes longer in bfloat16 than in float32, by 5% or more: Hedgehog beside the faster of the two."""
+    """Where softmax is slower in bfloat16 than in float32 by 5%: Hedgehog beside the faster of the two."""
     lines, found = [], timings(facts)
     rows = [("float32", "softmax"), ("bfloat16", "softmax"), ("bfloat16", "cpp")]
     for part, which in PASSES.items():
@@ -440,7 +443,7 @@ def gpu() -> str:
 
 
 def arena_in_short() -> str | tuple[str, str]:
-    """The average accuracy of three attentions over the benchmark's tasks that were run: (in Table 6, ours)."""
+    """The average accuracy of three attentions over the tasks that were run: (in Table 6, ours)."""
     tasks = {facts["task"]: lra.by_attention(facts["runs"]) for facts in all_of("lra-*")}
     tasks = {t: of for t, of in tasks.items() if not of["softmax"][0]["config"]["stand_in"]}
     if not tasks:
