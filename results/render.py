@@ -114,8 +114,13 @@ def source(facts: dict) -> str:
     return "; ".join([*said, conditions(runs or [facts])]) + "."
 
 
-def experiment(name: str, table: Callable) -> str:
-    """The table of one result, made of its runs or, where it needs more, of all facts; and its source."""
+def experiment(name: str, table: Callable, command: str = "") -> str:
+    """The table of one result, made of its runs or, where it needs more, of all facts; and its source.
+
+    command: what is shown in its place if it was not run.
+    """
+    if command and not (HERE / f"{name}.json").exists():
+        return f"Not run: `{command}`"
     facts = read(name)
     needs_all = "recover" in facts or "lra" in facts or "runs" not in facts
     return f"{table(facts if needs_all else facts['runs'])}\n\n{source(facts)}"
@@ -467,15 +472,7 @@ def arena() -> str:
 
 def arena_task(task: str) -> str:
     """One task, or the command that runs it."""
-    if not (HERE / f"lra-{task}.json").exists():
-        return f"Not run: `{lra.COMMANDS[task]}`"
-    return experiment(f"lra-{task}", lra.table)
-
-
-def zoo() -> str:
-    if not (HERE / "bench-zoo.json").exists():
-        return "Not run: `python -m experiments.zoo_speed`"
-    return experiment("bench-zoo", zoo_speed.table)
+    return experiment(f"lra-{task}", lra.table, lra.COMMANDS[task])
 
 
 def price_list(name: str) -> str:
@@ -515,11 +512,11 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "vit": lambda: experiment("vit-digits", finetuned.table),
     "speed": speed,
     "threads": threads,
-    "roofline": lambda: experiment("roofline-cpu", roofline.table),
+    "roofline": lambda: experiment("roofline-cpu", roofline.table, "python -m experiments.roofline"),
     "first-steps": recipe,
     "gpu": gpu,
     "encoder": lambda: experiment("bench-encoder", encoder_speed.table),
-    "zoo": zoo,
+    "zoo": lambda: experiment("bench-zoo", zoo_speed.table, "python -m experiments.zoo_speed"),
     "prices-stdlib": lambda: price_list("prices-stdlib"),
     "prices-smollm2": lambda: price_list("prices-smollm2"),
     "prices-stsb": lambda: price_list("prices-stsb"),
