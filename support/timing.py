@@ -136,8 +136,10 @@ def alone(measure: Callable, *args) -> Any:
     None where the memory of a process is not known, which is a GPU's and Linux's alone."""
     if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
         return None
-    context, threads = multiprocessing.get_context("forkserver"), (torch.get_num_threads(),)
-    context.set_forkserver_preload(["torch"])
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    if os.name != "nt":
+        context.set_forkserver_preload(["torch"])
+    threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
         return pool.submit(measure, *args).result()  # BrokenProcessPool where the process was killed
 
