@@ -16,7 +16,7 @@ The score of a converted model alone means little, so there are controls. Does t
 the table. All arms are finetuned on the same batches. With --same_time, arms without distillation get the
 time of a distillation as extra finetuning. The column KL is KL(softmax, linear) in nats, before finetuning.
 
-A variant of an arm has options behind its name: hedgehog-x2-untied-w64-keep5 has W of 2 D columns, a map each
+A variant of an arm has options behind its name: hedgehog-x2-untied-w64-keep5 has W of 2 D random columns, a map each
 for queries and keys, softmax over the last 64 tokens, and softmax in the 5% of the heads whose KL is largest.
 softmax-w64 is the control of windows: softmax over the last 64 tokens, and nothing before them.
 
@@ -66,7 +66,7 @@ class Arm(NamedTuple):
     shared: bool = False  # one map for all heads
     kept: int = 0  # this many heads keep softmax: those with the largest KL
     kept_percent: float = 0.0  # or so many of 100 heads
-    columns: float = 1.0  # W has this times D columns; any other number than 1 begins at random
+    columns: float = 0.0  # W has this times D columns and begins at random; 0: W = I, D columns
     tie: bool | None = None  # one map for queries and keys; None: as the settings say
     window: int = 0  # softmax over the last so many tokens, the map before them
 
@@ -74,7 +74,7 @@ class Arm(NamedTuple):
     def maps(self) -> str:
         """The folder of the distilled maps. Several arms may share it."""
         tied = {None: "", True: "-tied", False: "-untied"}[self.tie]
-        columns = f"-x{self.columns:g}" if self.columns != 1 else ""
+        columns = f"-x{self.columns:g}" if self.columns else ""
         window = f"-w{self.window}" if self.window else ""
         return f"distil-{self.feature_map}{'-shared' if self.shared else ''}{columns}{tied}{window}"
 
@@ -93,17 +93,17 @@ class Arms(dict):
 
     def __missing__(self, name: str) -> Arm:
         found = VARIANT.fullmatch(name)
-        base, columns, tie, window, kept = found.groups() if found else [""] * 5
+        base, times, tie, window, kept = found.groups() if found else [""] * 5
         alone = base == "softmax"
         try:
-            columns, window, percent = float(columns or 1), int(window or 0), float(kept or 1)
+            columns, window, percent = float(times or 1), int(window or 0), float(kept or 1)
         except ValueError:
             raise KeyError(name) from None
         if base not in VARIED or not 0 < columns <= 64 or not 0 < percent <= 100 or alone and not window:
             raise KeyError(name)
-        kept = percent if kept else 0.0
+        columns, kept = columns if times else 0.0, percent if kept else 0.0
         arm = Arm("Window alone", "softmax") if alone else self[base]
-        said = [f"W of {columns:g} D columns"] * (columns != 1) + [tie] * bool(tie)
+        said = [f"W of {columns:g} D columns"] * bool(columns) + [tie] * bool(tie)
         said += [f"window {window}"] * bool(window) + [f"{kept:g}% of heads softmax"] * bool(kept)
         label, _, trained = arm.label.partition(": ")
         label = ", ".join([label, *said]) + f": {trained or 'finetuned'}"
@@ -256,7 +256,7 @@ def build(config: ConvertConfig, subject: Subject) -> nn.Module:
     arm, options = config.arm, {}
     if learns_map(arm.attention):
         options["tie"] = config.tie if arm.tie is None else arm.tie
-        if arm.columns != 1:
+        if arm.columns:
             options |= {"columns": arm.columns, "init": "random"}
         elif config.map_features:
             options |= {"n_features": config.map_features, "init": "random"}

@@ -8,25 +8,26 @@
     python -m experiments.prices FOLDER --report               the table of what is finished, and nothing else
 
 Each row is an arm of a conversion (experiments/ladder.py), and all arms are finetuned for as many steps:
-Hedgehog with W of D/2, D, 2 D and 4 D columns; one map for queries and keys, or one each; softmax over the last
-0, 16 or 64 tokens; and softmax in 0, 5, 10 or 25% of the heads, those whose KL is largest. Controls: the equally
-finetuned teacher, T2R, the window alone, and no attention at all. --grid planes takes the columns with the two
-kinds of maps, and the windows with the kept heads; --grid all takes every combination.
+Hedgehog with W = I, and with random W of D/2, D, 2 D and 4 D columns; one map for queries and keys, or one
+each; softmax over the last 0, 16 or 64 tokens; and softmax in 0, 5, 10 or 25% of the heads, those whose KL
+is largest. Controls: the equally finetuned teacher, T2R, the window alone, and no attention at all. --grid
+planes takes the columns with the two kinds of maps, and the windows with the kept heads; --grid all takes
+every combination.
 
-What is lost: for language models the perplexity over that of the equally finetuned teacher, for tasks the share
-of the teacher's score. What it costs:
+What is lost: for language models the perplexity over that of the equally finetuned teacher, for tasks the
+share of the teacher's score. What it costs:
 
     state      bytes that are kept for decoding: keys and values, S and z, windows; after --context tokens
     speed      tokens a second that are decoded there, one text at a time; the arms take turns
     minutes    of distillation and finetuning
 
-An encoder keeps nothing. There the costs are the memory that a pass over one sequence of the greatest length
-adds, its time, and the minutes. A row is on a front if no other row is at least as good and as cheap. The
-fronts are those of held-out text: the end of the training text, on which no stage trains, and which also chose
-the checkpoints. The test text decides nothing; its numbers are beside it.
+An encoder keeps nothing. There the costs are the memory that a pass over one sequence of the greatest
+length adds, its time, and the minutes. A row is on a front if no other row is at least as good and as
+cheap. The fronts are those of held-out text: the end of the training text, on which no stage trains, and
+which also chose the checkpoints. The test text decides nothing; its numbers are beside it.
 
-Arms that are finished are kept, and the same command continues. Needs requirements-hf.txt. A small GPT takes an
-hour on one CPU core: results/prices.md.
+Arms that are finished are kept, and the same command continues. Needs requirements-hf.txt. A small GPT
+takes an hour on one CPU core: results/prices.md.
 """
 
 import copy
@@ -71,7 +72,7 @@ class Prices:
     # -- this command
     arms: list[str] = setting([])  # rows of the table, in place of the grid
     grid: str = setting("planes", choices=["planes", "all"])  # planes, or all combinations
-    columns: list[float] = setting([0.5, 1.0, 2.0, 4.0], below=65)  # columns of W, times D
+    columns: list[float] = setting([0.5, 1.0, 2.0, 4.0], below=65)  # random columns of W, times D
     maps: list[str] = setting(["tied", "untied"])  # one map for queries and keys, or one each
     windows: list[int] = setting([0, 16, 64], least=0)  # tokens of softmax before each query
     kept: list[float] = setting([0.0, 5.0, 10.0, 25.0], least=0, below=100)  # % of heads with softmax
@@ -125,15 +126,15 @@ def grid_of(prices: Prices) -> list[str]:
     controls = ["teacher_finetuned", "zero", "t2r", *(f"softmax-w{w}" for w in prices.windows if w)]
 
     def name(columns: float, maps: str, window: int, kept: float) -> str:
-        parts = [f"-x{columns:g}"] * (columns != 1) + ["-untied"] * (maps == "untied")
+        parts = [f"-x{columns:g}"] * bool(columns) + ["-untied"] * (maps == "untied")
         parts += [f"-w{window}"] * bool(window) + [f"-keep{kept:g}"] * bool(kept)
         return "".join(["hedgehog", *parts])
 
-    axes = prices.columns, prices.maps, prices.windows, prices.kept
+    axes = [0.0, *prices.columns], prices.maps, prices.windows, prices.kept  # 0: W = I
     if prices.grid == "all":
         each = itertools.product(*axes)
     else:
-        planes = itertools.product(*axes[:2], [0], [0.0]), itertools.product([1.0], ["tied"], *axes[2:])
+        planes = itertools.product(*axes[:2], [0], [0.0]), itertools.product([0.0], ["tied"], *axes[2:])
         each = itertools.chain(*planes)
     return list(dict.fromkeys([*controls, *itertools.starmap(name, each)]))
 
@@ -181,8 +182,8 @@ def decoding(model: nn.Module, tokens: int) -> tuple[Callable, Callable]:
 
 
 def reader(model: nn.Module) -> tuple[Callable, list, int]:
-    """(read(ids (1, T)) -> the last token's logits (1, 1, V), after all that was read before; the layers of its cache;
-    the size of its vocabulary)."""
+    """(read(ids (1, T)) -> the last token's logits (1, 1, V), after all that was read before; the layers of its
+    cache; the size of its vocabulary)."""
     if hasattr(model, "hf"):
         net, cache = model.hf, DynamicCache(config=model.hf.config)
 

@@ -77,6 +77,13 @@ def quality(mine: list[dict], fair: list[dict] | None, score: Callable) -> float
     return math.exp(ours - theirs) if "loss" in mine[0]["final"] else ours / theirs
 
 
+def of_w(arm) -> str:
+    """How W begins: "I", or its random columns, such as "2 D"."""
+    if arm.feature_map in ("", "elu", "softmax"):
+        return ""
+    return f"{arm.columns:g} D" if arm.columns else "I"
+
+
 def table(facts: dict) -> str:
     """The price list in Markdown, and each front from its cheapest row to its best."""
     rows, lm = rows_of(facts), facts["task"] == "lm"
@@ -88,7 +95,7 @@ def table(facts: dict) -> str:
 
     columns = {
         "arm": lambda r: f"{r['arm']}",
-        "W": lambda r: f"{r['mine'].columns:g} D" if r["mine"].feature_map not in ("", "elu", "softmax") else "",
+        "W": lambda r: of_w(r["mine"]),
         "maps": lambda r: ("tied" if r["tie"] else "untied") if r["mine"].feature_map == "hedgehog" else "",
         "window": lambda r: f"{r['mine'].window}" if r["mine"].window else "",
         "softmax heads": lambda r: f"{r['mine'].kept_percent:g}% ({r['heads']})" if r["heads"] else "",

@@ -40,11 +40,12 @@ def test_the_options_of_an_arm_reach_linearize(llama):
         return [s.attend for s in sockets(prices.shape_of(name, kept or {}, config, made))]
 
     for name, columns, tied, window in (
-        ("hedgehog", 1, True, 0),
+        ("hedgehog", 0, True, 0),
+        ("hedgehog-x1", 1, True, 0),
         ("hedgehog-x0.5", 0.5, True, 0),
         ("hedgehog-x2-untied", 2, False, 0),
         ("hedgehog-x4-tied-w16", 4, True, 16),
-        ("t2r-w3", 1, True, 3),
+        ("t2r-w3", 0, True, 3),
     ):
         for attend in attends(name):
             phi = attend.phi
@@ -52,8 +53,8 @@ def test_the_options_of_an_arm_reach_linearize(llama):
             inner = phi.inner if window else phi
             assert (inner.query is inner.key) == tied
             one = inner.key
-            assert one.weight.shape == (H, D, columns * D)
-            assert torch.equal(one.weight[0], torch.eye(D)) == (columns == 1)
+            assert one.weight.shape == (H, D, (columns or 1) * D)
+            assert torch.equal(one.weight[0, :, :D], torch.eye(D)) == (columns == 0)
     first, second = attends("hedgehog-keep25", {"1": [0, 3]})
     assert type(first) is LinearAttention and second.phi.kept == [0, 3] and not second.phi.window
     assert all(not a.phi.linear and a.phi.window == 5 for a in attends("softmax-w5"))
@@ -112,16 +113,16 @@ def test_variants_are_distilled_once_and_finetuned_alike():
     assert all(arm.distilled and arm.finetuned for arm in arms.values())
     every = prices.grid_of(prices.Prices(grid="all"))
     maps = [ARMS[name].maps for name in every if "-keep" not in name and ARMS[name].distilled]
-    assert len(set(maps)) == len(maps) == 4 * 2 * 3
-    assert len(every) == 96 + 5 and len({ARMS[name].label for name in every}) == len(every)
+    assert len(set(maps)) == len(maps) == 5 * 2 * 3
+    assert len(every) == 120 + 5 and len({ARMS[name].label for name in every}) == len(every)
 
 
 def test_the_grid_is_two_planes_with_controls():
     names = prices.grid_of(prices.Prices(columns=[0.5, 1], windows=[0, 16], kept=[0, 5]))
     assert names[:4] == ["teacher_finetuned", "zero", "t2r", "softmax-w16"]
     assert set(names[4:]) == {
-        "hedgehog-x0.5", "hedgehog-x0.5-untied", "hedgehog", "hedgehog-untied", "hedgehog-keep5", "hedgehog-w16",
-        "hedgehog-w16-keep5",
+        "hedgehog-x0.5", "hedgehog-x0.5-untied", "hedgehog-x1", "hedgehog-x1-untied", "hedgehog", "hedgehog-untied",
+        "hedgehog-keep5", "hedgehog-w16", "hedgehog-w16-keep5",
     }  # fmt: skip
 
 
