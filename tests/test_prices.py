@@ -270,7 +270,7 @@ def test_scores_are_shares_of_the_means_over_seeds():
     facts = {"task": "stsb", "runs": runs, "costs": {"hedgehog-w4": {"mib": 2.0, "seconds": 0.5}}}
     row = prices_tables.rows_of(facts)[1]
     assert row["held_out"] == pytest.approx(105 / 140) and row["test"] == pytest.approx(120 / 160)
-    assert "| 75.0% | 75.0% | 2.0 | 500.0 | 2.0 | state, speed |" in prices_tables.table(facts)
+    assert "| 75.0% | 75.0% | 2.0 | 500.0 | 2.0 | state, speed, minutes |" in prices_tables.table(facts)
 
 
 # ---------------------------------------------------------------- the command
