@@ -48,8 +48,13 @@ def load_file(path: Path) -> ModuleType:
 
 
 def pytest_configure(config) -> None:
-    """Before any test module imports attention.py: whoever does then gets the student's functions."""
+    """Before any test module imports attention.py: whoever does then gets the student's functions.
+
+    With pytest -n a process gets a row of tests, and takes others' when it has done its own: what the tests of a
+    file share is then made once, not in every process."""
     global student
+    if getattr(config.option, "dist", "") == "load":
+        config.option.dist = "worksteal"
     if (file := config.getoption("--attention")) is None:
         return
     if Path(file).suffix != ".py" or not Path(file).is_file():
