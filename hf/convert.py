@@ -195,7 +195,8 @@ def name_after(model: nn.Module, base: str) -> None:
     name = f"{base or 'a model'}, linearized in memory: call save_pretrained(folder) and load that folder"
     inner = unwrapped(model)
     inner.source, inner.name_or_path, inner.config.name_or_path = base, name, name
-    inner.config.hedgehog.setdefault("source", str(base or ""))  # stays when it is loaded and saved again
+    if base:  # it stays when the model is loaded and saved again
+        inner.config.hedgehog.setdefault("source", str(base))
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.base_model_name_or_path = name
 
