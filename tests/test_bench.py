@@ -378,7 +378,7 @@ def test_a_bare_image_runs_bench_and_check(kind, name, flags, tmp_path):
     argv = [path, *flags.split(), "--out", str(tmp_path / "found.json")]
     code = BARE.format(blocked=set(BLOCKED), root=str(ROOT), argv=argv, kind=kind, name=path)
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "found.json").read_text())["rows"]
