@@ -698,3 +698,58 @@ def test_the_table_of_a_page_is_the_processors_own(render):
             f"Faster than softmax in {dtype}: Hedgehog, C++: forward {render.since(crossed['forward cpp'])}"
             in text
         )
+
+
+def test_a_softmax_that_is_slower_in_bfloat16_is_named_and_the_faster_one_counts(render):
+    """At 128 tokens bfloat16 softmax takes 9 ms, float32 3, Hedgehog 4.5: twice as fast, or 0.67 times."""
+    times = {  # tokens: float32 softmax, bfloat16 softmax, bfloat16 C++, in ms
+        128: (3.0, 9.0, 4.5),
+        256: (10.0, 10.1, 5.0),
+        512: (40.0, 20.0, 10.0),
+    }
+    which = [("float32", "softmax"), ("bfloat16", "softmax"), ("bfloat16", "cpp")]
+    rows = [
+        {"dtype": dtype, "part": "training", "T": T, "contender": name, "median": ms / 1e3}
+        for T, of in times.items()
+        for (dtype, name), ms in zip(which, of)
+    ]
+    (line,) = render.against_the_faster({"rows": rows})
+    assert "At 128 tokens it takes 9.00 ms in bfloat16 and 3.00 in float32." in line
+    assert "takes 4.50: it has 0.67 times the speed" in line and "At 256" not in line and "At 512" not in line
+    assert line.endswith("Hedgehog is faster than softmax in either dtype from 256 tokens on.")
+    assert not render.against_the_faster({"rows": rows[3:]})
+
+
+def test_memory_over_softmaxs_is_said_by_dtype(render):
+    mib = {("float32", 512): (10, 9), ("float32", 1024): (20, 10), ("bfloat16", 512): (5, 8)}
+    rows = [
+        {"dtype": dtype, "part": "memory", "T": T, "contender": name, "median": x}
+        for (dtype, T), pair in mib.items()
+        for name, x in zip(("softmax", "cpp"), pair)
+    ]
+    (line,) = render.of_memory({"rows": rows, "config": {"dtype": ["float32", "bfloat16"]}})
+    assert "in float32 0.50 to 0.90 times, 0.70 in the median; in bfloat16 1.60 to 1.60" in line
+    assert render.of_memory({"rows": [], "config": {"dtype": ["float32"]}}) == []
+
+
+def test_the_arena_is_compared_on_the_tasks_that_were_run(render, tmp_path, monkeypatch):
+    """README's row: Table 6 and ours over the same tasks, without those that are a stand-in."""
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    assert render.arena_in_short() == "not run"
+
+    def ran(task: str, accuracy: float, stand_in: bool = False) -> None:
+        runs = [
+            {"config": {"attention": name, "stand_in": stand_in}, "final": {"accuracy": accuracy}}
+            for name in ("softmax", "hedgehog", "elu")
+        ]
+        (tmp_path / f"lra-{task}.json").write_text(json.dumps({"task": task, "runs": runs, "command": ""}))
+
+    ran("retrieval", 90.0, stand_in=True)
+    assert render.arena_in_short() == "not run"
+    ran("listops", 30.0)
+    theirs, ours = render.arena_in_short()
+    assert theirs == "softmax 36.37%, Hedgehog 37.15%, 1+ELU 16.13% (listops alone)"
+    assert ours == "softmax 30.0%, Hedgehog 30.0%, 1+ELU 30.0% (listops alone; minutes a run)"
+    ran("image", 50.0)
+    theirs, ours = render.arena_in_short()
+    assert "softmax 39.40" in theirs and "softmax 40.0%" in ours  # (36.37 + 42.44) / 2
