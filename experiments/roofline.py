@@ -1,13 +1,13 @@
 """How fast can the C++ kernel be on this processor, and how near to that is it? (forward pass, one thread)
 
-    python -m experiments.roofline                        2 minutes
+    python -m experiments.roofline                        a minute
     python -m experiments.roofline --lengths 512 2048
 
-`work` counts what the kernel does for a token. `rates` measures how fast this processor does each part when
-it does nothing else, on matrices that stay in the cache. Their quotients are nanoseconds. Their sum is the limit:
-no token takes less. Memory is read and written at the same time, and counts where it takes longer than the rest.
-Then the kernel and PyTorch's softmax attention take turns: how much of the limit the kernel reaches, and the ratio
-to softmax that it would have at the limit.
+`work` counts what the kernel does for a token. How fast this processor does each part when it does nothing else,
+on matrices that stay in the cache, is measured: `alone`. Work divided by these rates is nanoseconds. Their sum is
+the limit: no token takes less. Memory is read and written at the same time, and counts where it takes longer than
+the rest. The kernel and PyTorch's softmax attention take turns with the parts: how near the kernel is to the limit,
+and the ratio to softmax that it would have there.
 """
 
 import sys
@@ -25,7 +25,7 @@ import fused
 from experiments.tables import markdown
 from support.cli import UserError, parse, run, setting
 from support.provenance import provenance
-from support.timing import machine_speed, seconds, take_turns
+from support.timing import take_turns
 from support.writing import write_json
 
 PARTS = {  # what a part is, and the unit of its work
@@ -40,6 +40,9 @@ PARTS = {  # what a part is, and the unit of its work
     "round": "numbers rounded or copied",
     "memory": "memory, bytes",
 }
+
+
+REPEATS = 200  # of a part in one call
 
 
 @dataclass
@@ -81,28 +84,24 @@ def work(T: int, D: int, dtype: str) -> dict[str, float]:
     return {part: count * filled for part, count in per_token.items()} | {"memory": 4 * D * (4 - 2 * narrow)}
 
 
-def rates(T: int, D: int, dtype: str) -> dict[str, float]:
-    """Work a second of each part alone, except memory."""
-    kernel, n, f, found = fused.load("cpp", "cpu"), chunk(T, D), 2 * D, {}
+def alone(T: int, D: int, dtype: str) -> dict[str, tuple[float, Callable]]:
+    """Each part by itself: how much work, in the units of PARTS, a call does."""
+    kernel, n, f = fused.load("cpp", "cpu"), chunk(T, D), 2 * D
 
     def matrix(*shape: int, exact: bool = False) -> Tensor:
         return torch.randn(shape).to(torch.float32 if exact else getattr(torch, dtype))
 
+    x, y = torch.ones(2, 2**24)
+    found: dict[str, tuple[float, Callable]] = {"memory": (8 * 2**24, partial(y.copy_, x))}
     shapes = {"maps": (D, D, n), "scores": (n, f, n), "output": (n, n + f * (T > n), D), "state": (f, n, D)}
     for part, (rows, depth, cols) in shapes.items():
-        times = 2**29 // (rows * depth * cols)
-        call = partial(kernel.multiply, matrix(rows, depth), matrix(depth, cols), times)
-        found[part] = 2 * rows * depth * cols * times / best(call)
+        call = partial(kernel.multiply, matrix(rows, depth), matrix(depth, cols), REPEATS)
+        found[part] = 2 * rows * depth * cols * REPEATS, call
     for part in ("features", "weigh", "transpose", "pairs", "round"):
-        x = matrix(D if part == "features" else f, n, exact=part in ("features", "round"))
+        given = matrix(D if part == "features" else f, n, exact=part in ("features", "round"))
         to = matrix(f, n, exact=part == "weigh")
-        times = 2**24 // to.numel()
-        found[part] = to.numel() * times / best(partial(kernel.repeat, part, x, to, times))
+        found[part] = f * n * REPEATS, partial(kernel.repeat, part, given, to, REPEATS)
     return found
-
-
-def best(call: Callable) -> float:
-    return min(seconds(call) for _ in range(7))
 
 
 def nanoseconds(work: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
@@ -122,17 +121,23 @@ def passes(T: int, H: int, D: int, dtype: str) -> dict[tuple[str, str], Callable
 
 
 def measure(config: RooflineConfig) -> list[dict]:
-    """A row for each length and dtype that this processor multiplies: work, rates and nanoseconds."""
-    D, rows = config.head_dim, []
+    """A row for each length and dtype that this processor multiplies: work, rates and nanoseconds. The kernel,
+    softmax and all parts take turns, so that they see the same machine."""
+    H, D, rows = config.n_head, config.head_dim, []
     dtypes = ["float32"] + ["bfloat16"] * torch.cpu.get_capabilities().get("avx512_bf16", False)
-    copies = {d: 1e9 * machine_speed(torch.device("cpu"), getattr(torch, d))["copy_gb_s"] for d in dtypes}
     for T in sorted(config.lengths):
-        calls = {at: call for d in dtypes for at, call in passes(T, config.n_head, D, d).items()}
-        times = take_turns(calls, config.rounds, lambda _: None)
+        parts = {(d, part): of for d in dtypes for part, of in alone(T, D, d).items()}
+        calls = {at: call for d in dtypes for at, call in passes(T, H, D, d).items()}
+        times = take_turns(
+            calls | {at: call for at, (_, call) in parts.items()}, config.rounds, lambda _: None
+        )
         for d in dtypes:
-            done, rate = work(T, D, d), rates(T, D, d) | {"memory": copies[d]}
-            ns = {x: 1e9 * times[d, x]["median"] / T / config.n_head for x in ("kernel", "softmax")}
-            rows.append({"dtype": d, "T": T, "work": done, "rates": rate, "ns": nanoseconds(done, rate) | ns})
+            done, whole = work(T, D, d), {}
+            rates = {part: parts[d, part][0] / times[d, part]["median"] for part in done}
+            for name in ("kernel", "softmax"):
+                whole[name] = 1e9 * times[d, name]["median"] / T / H
+            ns = nanoseconds(done, rates) | whole
+            rows.append({"dtype": d, "T": T, "work": done, "rates": rates, "ns": ns})
     return rows
 
 
@@ -150,7 +155,7 @@ def table(facts: dict) -> str:
     parts = markdown(
         ["a token and head", *(f"{d}: {x}" for d in dtypes for x in ("work", "G/s", "ns"))], lines
     )
-    columns = "limit, ns", "kernel, ns", "share of the limit", "times softmax", "times softmax at the limit"
+    columns = "limit, ns", "kernel, ns", "limit / kernel", "times softmax", "times softmax at the limit"
     lines = []
     for T in sorted(facts["config"]["lengths"]):
         lines.append([f"{T:,}"])
