@@ -142,8 +142,8 @@ def map_weights(phi: nn.Module, kernel) -> list[Tensor] | None:
     """W, b of queries and W, b of keys, if the kernel computes this map's features itself; None: it is given
     them."""
     maps = role(phi, "query"), role(phi, "key")
-    for m in maps:
-        square = type(m) is Hedgehog and m.feature_dim == 2 * m.head_dim and len(m.weight) == m.n_head
+    for m in dict.fromkeys(maps):
+        square = type(m) is Hedgehog and m.feature_dim == 2 * m.head_dim and m.weight.size(0) == m.n_head
         if not square or m.head_dim > kernel.MAX_DIM or not is_known(m):
             return None
     return [p for m in maps for p in (m.weight, m.bias)]
