@@ -300,7 +300,7 @@ def prices(figure, rows: list[dict], task: str) -> None:
     axes[0].set_ylabel(f"{what}, held-out text")
     beside(figure)
     best = min((r for r in rows if r["mine"].feature_map), key=lambda r: abs(r["held_out"] - 1), default=None)
-    said = f": nearest to the teacher is {best['arm']} ({best['held_out']:.3g})" if best else ""
+    said = f": nearest to the teacher is {best['arm']} ({best['held_out']:.3f})" if best else ""
     figure.suptitle(f"The price of a conversion{said}; on the line nothing is both better and cheaper")
 
 

@@ -526,8 +526,23 @@ def readme() -> list[str]:
 
 
 def prices() -> list[str]:
+    from experiments.prices_tables import rows_of
+
+    facts = read("prices-stdlib")
+    rows = {r["arm"]: r for r in rows_of(facts)}
+    lost, state = ({name: r[key] for name, r in rows.items()} for key in ("held_out", "state"))
+    c, most = config("prices-stdlib"), facts["measured"]["tokens"]
+    assert max(abs(lost[name] - 1) for name in ("hedgehog-w64", "softmax-w64")) < 0.01
+    assert lost["hedgehog-x4"] < lost["hedgehog-keep10"] and state["hedgehog-x4"] < state["hedgehog-keep10"]
+    for columns in ("", "-x0.5", "-x2", "-x4"):
+        assert lost[f"hedgehog{columns}-untied"] < lost[f"hedgehog{columns}"]
+        assert state[f"hedgehog{columns}-untied"] == state[f"hedgehog{columns}"]
+    assert max(set(lost) - {"zero"}, key=lost.get) == "t2r"
     return [
-        "after a prompt of 8,192 tokens",
+        f"after a prompt of {most:,} tokens",
+        "Softmax over the last 64 tokens",
+        f"from at most {c['block_size']}",
+        "W of 4 D columns",
     ]
 
 
