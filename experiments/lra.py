@@ -417,6 +417,8 @@ def main() -> None:
     facts["runs"] = made(config, out)
     if not facts["runs"]:
         raise UserError(f"no run with these settings is finished in {out}: leave out --report")
+    if config.report:  # the commands that made them
+        facts["command"] = " and ".join(dict.fromkeys(r["command"] for r in facts["runs"]))
     conclude(out / "lra.json", facts, table(facts), draw(out / "arena.png", facts), began)
 
 
