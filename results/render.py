@@ -173,7 +173,7 @@ def glance() -> list[str | tuple[str, str]]:
         f"of the equally finetuned teacher: {share_of_means('glue')} with 64 features a head; "
         f"{share_of_means('wide')} "
         f"with 256, untied maps, distillation at {wide['distil_lr']:g} and subsets of the data (MiniLM, 4 tasks)",
-        f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-long')} to "
+        f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-random')} to "
         f"{ratio('convert-smollm2')} "
         "(SmolLM2-135M-Instruct)",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
@@ -504,6 +504,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "convert": lambda: experiment("convert-stdlib", ladder.table_perplexity),
     "smollm2": lambda: experiment("convert-smollm2", ladder.table_perplexity),
     "smollm2-long": lambda: experiment("convert-smollm2-long", ladder.table_perplexity),
+    "smollm2-random": lambda: experiment("convert-smollm2-random", ladder.table_perplexity),
     "smollm2-lora": lambda: experiment("convert-smollm2-lora", ladder.table_perplexity),
     "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),
     "glue": lambda: tasks("glue"),
