@@ -53,6 +53,10 @@ class RooflineConfig:
     rounds: int = 7  # Number of turns of the kernel and of softmax.
     out: str = "out/roofline.json"  # File that receives all numbers.
 
+    def check(self) -> None:
+        if self.head_dim % 32:
+            raise UserError(f"--head_dim must be a multiple of 32, not {self.head_dim}")
+
 
 def chunk(T: int, D: int) -> int:
     """Tokens in a chunk: Sizes::of in fused/chunked.cpp."""
@@ -173,8 +177,7 @@ def cells(work: float, rate: float, ns: float) -> list[str]:
 
 def main() -> None:
     config, _ = parse(RooflineConfig(), sys.argv[1:], __doc__)
-    if config.head_dim % 32:
-        raise UserError(f"--head_dim must be a multiple of 32, not {config.head_dim}")
+    config.check()
     torch.set_num_threads(1)
     try:
         fused.use("cpp")
