@@ -180,7 +180,7 @@ def main() -> None:
     config.check()
     torch.set_num_threads(1)
     try:
-        fused.use("cpp")
+        fused.load("cpp", "cpu")
     except fused.Unavailable as e:
         raise UserError(f"there is no C++ kernel to measure: {e}") from e
     began, facts = time.perf_counter(), {**provenance(), "config": asdict(config)}
