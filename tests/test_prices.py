@@ -202,6 +202,18 @@ def test_decoding_after_pieces_is_what_the_model_computes_at_once(llama, monkeyp
         step, _ = prices.decoding(model, 30)
         whole = model.hf(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
         torch.testing.assert_close(step(), whole, atol=1e-4, rtol=1e-4)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=32, rope_base=100.0, qk_bias=1.0)
+    teacher = GPT(GPTConfig(attention="softmax", **sizes))  # where a wrong position changes the logits
+    for p in teacher.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    made = prices.shapes_of(ConvertConfig(device="cpu"), teacher)
+    for name, kept in (("hedgehog", {}), ("hedgehog-w4-keep50", {0: [1]}), ("teacher_finetuned", {})):
+        model = prices.shape_of(name, kept, ConvertConfig(out_dir="x"), made)
+        ids = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(0))
+        step, _ = prices.decoding(model, 30)
+        whole = model(torch.cat([ids, ids[:, :1]], 1))[0][:, -1:]
+        torch.testing.assert_close(step(), whole, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- the front
@@ -267,8 +279,11 @@ def test_scores_are_shares_of_the_means_over_seeds():
         result("hedgehog-w4", 1, 1, 2, seed, dev_loss=1 - dev / 100, final={"score": score})
         for seed, dev, score in ((1, 70, 60), (2, 35, 60))
     ]
-    facts = {"task": "stsb", "runs": runs, "costs": {"hedgehog-w4": {"mib": 2.0, "seconds": 0.5}}}
-    row = prices_tables.rows_of(facts)[1]
+    runs += [result("t2r", 1, 1, 2, dev_loss=0.9, final={"score": 10})]  # as cheap, and worse: on no front
+    costs = {name: {"mib": 2.0, "seconds": 0.5} for name in ("hedgehog-w4", "t2r")}
+    facts = {"task": "stsb", "runs": runs, "costs": costs}
+    row, worse = prices_tables.rows_of(facts)[1:]
+    assert not worse["fronts"]
     assert row["held_out"] == pytest.approx(105 / 140) and row["test"] == pytest.approx(120 / 160)
     assert "| 75.0% | 75.0% | 2.0 | 500.0 | 2.0 | state, speed, minutes |" in prices_tables.table(facts)
 
