@@ -304,7 +304,10 @@ def converting() -> list[str]:
 
 def of_a_finetuning_step() -> tuple[float, float]:
     """The least and the largest % of a finetuning step's time that a step of distillation took."""
-    names = ["convert-stdlib", *(f"convert-smollm2{x}" for x in ("", "-long", "-lora", "-dialogue"))]
+    names = [
+        "convert-stdlib",
+        *(f"convert-smollm2{x}" for x in ("", "-long", "-random", "-lora", "-dialogue")),
+    ]
     shares = []
     for r in [r for name in names for r in read(name)["runs"] if {"distil", "finetune"} <= set(r["minutes"])]:
         a_step = {stage: r["minutes"][stage] / r["config"][f"{key}_steps"] for stage, key in STEPS.items()}
