@@ -39,7 +39,6 @@ from support.devices import pick_device, step_seed
 class LlamaConfig(ConvertConfig):
     model: str = "HuggingFaceTB/SmolLM2-135M"  # hub name, folder, or .gguf file
     task: str = shapes_both("lm", choices=["lm", "dialogue"])  # lm: perplexity; dialogue: ROUGE
-    weights: str = shapes_maps("float32", choices=["float32", "bfloat16"])  # bfloat16 (lora): half the memory
     dataset: str = "wikitext2"  # lm: a data set of train.py; dialogue: samsum or dialogsum
     lr: float = 1e-3  # peak learning rate of finetuning; with all parameters start at 1e-4
     batch_size: int = 2
@@ -47,6 +46,7 @@ class LlamaConfig(ConvertConfig):
     beta2: float = 0.99
     eval_interval: int = 50
     # -- training
+    weights: str = shapes_maps("float32", choices=["float32", "bfloat16"])  # bfloat16 (lora): half the memory
     finetune: str = setting("lora", choices=["lora", "all"])  # lora, or all parameters
     lora_r: int = 8  # rank of LoRA's update of q, k, v and o
     lora_alpha: int = 16  # the update is scaled by alpha / r

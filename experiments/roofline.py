@@ -47,8 +47,8 @@ REPEATS = 200  # of a part in one call
 
 @dataclass
 class RooflineConfig:
-    lengths: list[int] = setting([128, 512, 2048, 8192])  # Numbers of tokens.
-    n_head: int = 12  # Number of heads.
+    lengths: list[int] = setting([128, 512, 2048, 8192])  # How many tokens a sequence has.
+    n_head: int = 12  # Number of attention heads.
     head_dim: int = 64  # Width of a head: a multiple of 32.
     rounds: int = 7  # Number of turns of the kernel and of softmax.
     out: str = "out/roofline.json"  # File that receives all numbers.

@@ -53,7 +53,7 @@ def pytest_configure(config) -> None:
     With pytest -n a process gets a row of tests, and takes others' when it has done its own: what the tests of a
     file share is then made once, not in every process."""
     global student
-    if getattr(config.option, "dist", "") == "load":
+    if getattr(getattr(config, "option", None), "dist", "") == "load":
         config.option.dist = "worksteal"
     if (file := config.getoption("--attention")) is None:
         return
