@@ -463,7 +463,9 @@ def arena_in_short() -> str | tuple[str, str]:
 
     theirs = said(lambda name, task: float(lra.in_paper(name, task)), ".2f")
     ours = said(lambda name, task: mean(finals(tasks[task][name], "accuracy")), ".1f")
-    return f"{theirs})", f"{ours}; minutes a run)"
+    control = [f["first_token"] for f in all_of("lra-*") if f["task"] == "listops" and "first_token" in f]
+    alone = f"; the first operator alone has {control[0]:.1f}% on listops" if control else ""
+    return f"{theirs})", f"{ours}; minutes a run{alone})"
 
 
 def arena() -> str:
