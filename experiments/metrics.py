@@ -49,9 +49,8 @@ def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float, floa
     """Spearman's rho of two lists, and its 95% interval over 2000 bootstrap samples."""
     from scipy.stats import rankdata
 
-    def rho(
-        samples: np.ndarray,
-    ) -> np.ndarray:  # the correlation of the ranks in each row; equal numbers have none
+    def rho(samples: np.ndarray) -> np.ndarray:
+        """The correlation of the ranks in each row of indices; NaN where all numbers are equal."""
         a, b = (rankdata(np.asarray(numbers, float)[samples], axis=1) for numbers in (x, y))
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
         with np.errstate(invalid="ignore"):

@@ -26,8 +26,8 @@ length adds, its time, and the minutes. A row is on a front if no other row is a
 cheap. The fronts are those of held-out text: the end of the training text, on which no stage trains, and
 which also chose the checkpoints. The test text decides nothing; its numbers are beside it.
 
-Arms that are finished are kept, and the same command continues. Needs requirements-hf.txt. A small GPT
-takes an hour on one CPU core: results/prices.md.
+Arms that are finished are kept, and the same command continues. Needs requirements-hf.txt. Result:
+results/prices.md.
 """
 
 import copy

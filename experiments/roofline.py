@@ -3,11 +3,12 @@
     python -m experiments.roofline                        a minute
     python -m experiments.roofline --lengths 512 2048
 
-`work` counts what the kernel does for a token. How fast this processor does each part when it does nothing else,
-on matrices that stay in the cache, is measured: `alone`. Work divided by these rates is nanoseconds. Their sum is
-the limit: no token takes less. Memory is read and written at the same time, and counts where it takes longer than
-the rest. The kernel and PyTorch's softmax attention take turns with the parts: how near the kernel is to the limit,
-and the ratio to softmax that it would have there.
+`work` counts what the kernel does for a token. How fast this processor does each part when it does nothing
+else, on matrices that stay in the cache, is measured: `alone`. Work divided by these rates is nanoseconds.
+Their sum is the limit, an estimate: rates differ from run to run, and a part may overlap with another.
+Memory is read and written at the same time, and counts where it takes longer than the rest. The kernel and
+PyTorch's softmax attention take turns with the parts: how near the kernel is to the limit, and the ratio to
+softmax that it would have there.
 """
 
 import sys
