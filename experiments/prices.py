@@ -44,12 +44,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
 
 from experiments import finetuned, finetuned_tables, glue, gpt2, ladder, llama, pretrained, prices_tables
 from experiments.ladder import ARMS, ConvertConfig
 from experiments.runs import differences
-from hf.models import Classifier, LanguageModel, load, read_config
+from hf.models import Classifier, LanguageModel, load, read_config, transformers
 from support import timing
 from support.checkpoints import write_json
 from support.cli import UserError, as_user_error, parse, run, setting
@@ -185,7 +184,7 @@ def reader(model: nn.Module) -> tuple[Callable, list, int]:
     """(read(ids (1, T)) -> the last token's logits (1, 1, V), after all that was read before; the layers of its
     cache; the size of its vocabulary)."""
     if hasattr(model, "hf"):
-        net, cache = model.hf, DynamicCache(config=model.hf.config)
+        net, cache = model.hf, transformers.DynamicCache(config=model.hf.config)
 
         def read(ids: Tensor) -> Tensor:
             return net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -282,7 +282,7 @@ def test_without_transformers_it_says_what_to_install():
     program = """
 import runpy, sys
 sys.modules["transformers"] = None
-for command in ("llama", "glue", "vit"):
+for command in ("llama", "glue", "vit", "prices"):
     try:
         runpy.run_module(f"experiments.{command}", run_name="__main__")
     except SystemExit as e:
@@ -290,7 +290,7 @@ for command in ("llama", "glue", "vit"):
 """
     stdout, stderr = start("-c", program).communicate(timeout=60)
     said = "error: there is no transformers here: pip install -r requirements-hf.txt\n"
-    assert stdout == 3 * "2\n" and stderr == 3 * said
+    assert stdout == 4 * "2\n" and stderr == 4 * said
 
 
 def test_models_that_do_not_fit_are_refused_at_once(command, convert, llama, tmp_path):
