@@ -190,6 +190,7 @@ def main() -> None:
         idx, attention = tokens_of(config, tokenizer, text, model), model.config.attention
     if idx.size(1) < 2:
         raise UserError("the text has fewer than two tokens: give a longer one")
+    distilled = attention != "softmax" and any(isinstance(a, SoftmaxTeacher) for a in attends_in(model))
     qk = [(q.float().cpu(), k.float().cpu()) for q, k in queries_and_keys(model.to(device), idx.to(device))]
     own = own_attentions(model)
     causal, (_, H, T, D), L = getattr(own[0], "causal", True), qk[0][0].shape, len(qk)
@@ -208,6 +209,8 @@ def main() -> None:
         **provenance(),
         "config": asdict(config),
         "attention": attention,
+        "distilled": distilled,
+        "tokenizer": tokenizer,
         "causal": causal,
     }
     facts |= {"tokens": T, "head_dim": D, "uniform_entropy": round(float(uniform), 5), **found}
@@ -252,7 +255,10 @@ def write_page(config: AnalyzeConfig, facts: dict, qk: list, attends: list[dict]
                 weights[name].append(A[0])  # (H, T, T)
     of_all = {name: torch.stack(weights[name]) for name in names}  # (L, H, T, T)
     text = config.text or "feature_maps.py"
-    about = f"Model: {config.checkpoint or FIRST}. Text: the first {len(tokens)} tokens of {text}."
+    bytewise = ", each of one byte," if facts["tokenizer"] == "bytes" else ""
+    about = f"Model: {config.checkpoint or FIRST}. Text: the first {len(tokens)} tokens{bytewise} of {text}."
+    if facts["distilled"]:
+        about += f" Queries and keys: its softmax teacher's, from which {label(facts['attention'])} was distilled."
     path = Path(config.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     return attention_page.write(path, about, tokens, facts, labels, of_all, keep_all=bool(config.panels))

@@ -70,7 +70,8 @@ def table(facts: dict) -> str:
         cells = []
         for T in sorted(config["lengths"]):
             r = found.get((T, name))
-            ratio = f" ({r['ratio']:.2g})" if r and r["ratio"] else ""
+            x = r and r["ratio"]
+            ratio = f" ({x:.{0 if x >= 10 else 1 if x >= 1 else 2}f})" if x and name != "softmax" else ""
             cells.append(f"{1e3 * r['median']:,.1f}{ratio}" if r else "failed")
         rows.append([label(name), *cells])
     return markdown(["system", *(f"{T:,} tokens, ms" for T in sorted(config["lengths"]))], rows)

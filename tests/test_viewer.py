@@ -103,6 +103,12 @@ def test_hovering_shows_what_python_computed_and_keys_move(browser, gpt, folder)
     browser.open(gpt)
     entropies = entropy(weights["softmax"]).mean(-1)
     layer, head = divmod(int(entropies.argmin()), entropies.size(1))  # the spikiest head comes first
+    of_tokens = entropy(weights["softmax"])[layer, head]  # and the later token that is most like the mean
+    half = len(of_tokens) // 2
+    first = half + int((of_tokens - of_tokens.mean()).abs()[half:].argmin())
+    assert browser.js("[at.token, at.key]") == [first, int(weights["softmax"][layer, head, first].argmax())]
+    about = browser.js("document.getElementById('about').textContent")
+    assert "tokens, each of one byte, of" in about and "its softmax teacher's" in about
     for token in (9, 3, 20):
         browser.hover(f'#text [data-token="{token}"]')
         for name, A in weights.items():
@@ -115,6 +121,12 @@ def test_hovering_shows_what_python_computed_and_keys_move(browser, gpt, folder)
         said = browser.js("document.querySelector('[data-map=hedgehog] p:last-child').textContent")
         of_head = kl(weights["softmax"], weights["hedgehog"])[l, h].mean()
         assert f"KL {of_head:.3f} nats" in said and "Kendall's tau" in said
+    browser.hover('[data-map=elu] [data-token="7"]')  # which reads a weight under every map, and chooses nothing
+    for name, A in weights.items():
+        assert "token 7, " in (said := browser.js(f"maps.find((m) => m.name === '{name}').ofKey.textContent"))
+        assert said.endswith(f"weight {A[1, 1, 20, 7]:.3f}")
+    browser.js("""document.querySelector('[data-map=elu] [data-token="25"]').click()""")  # a tap; a later token
+    assert browser.js("maps[0].ofKey.textContent").endswith("comes later, not seen")
     browser.js("document.activeElement.blur()")
     at = "[at.token, at.layer, at.head]"
     assert browser.js(at) == [20, 1, 1]

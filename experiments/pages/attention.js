@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const { tokens, causal, layers, heads, maps } = data;
 const T = tokens.length;
-const at = { token: T - 1, layer: data.layer, head: data.head }; // what the reader has chosen
+const at = { token: data.token, key: 0, layer: data.layer, head: data.head }; // what the reader has chosen
 const $ = (id) => document.getElementById(id);
 
 // Five letters are four bytes, as in Python's b85encode, but with a comma in the place of "<".
@@ -74,6 +74,7 @@ function build() {
     add(card, "h2", map.label);
     map.ofToken = add(card, "p");
     map.spans = addTokens(add(card, "div", "", "tokens"));
+    map.ofKey = add(card, "p");
     map.most = add(card, "p", "", "soft");
     map.ofHead = add(card, "p", "", "soft");
     add($("of"), "option", map.label).value = map.name;
@@ -125,7 +126,10 @@ function showMap(map, i) {
     span.title = seen(i, j) ? `token ${j}: weight ${weights[j].toFixed(3)}` : `token ${j} comes later: not seen`;
     span.classList.toggle("unseen", !seen(i, j));
     span.classList.toggle("chosen", j === i);
+    span.classList.toggle("read", j === at.key);
   });
+  map.ofKey.textContent = `token ${at.key}, ${quoted(at.key)}: ` +
+    (seen(i, at.key) ? `weight ${weights[at.key].toFixed(3)}` : "comes later, not seen");
   map.ofToken.innerHTML = "";
   add(map.ofToken, "span", lookedAt(entropy(map, i)), "number");
   add(map.ofToken, "span", ` (entropy ${entropy(map, i).toFixed(3)} nats)`, "soft");
@@ -155,10 +159,11 @@ function showGrid() {
 
 function listen() {
   const tokenOf = (event) => event.target.closest("[data-token]")?.dataset.token;
-  const chooseToken = (event) => { if (tokenOf(event)) choose({ token: Number(tokenOf(event)) }); };
-  $("text").addEventListener("pointerover", chooseToken);
-  $("text").addEventListener("click", chooseToken);
-  $("maps").addEventListener("click", chooseToken);
+  const choosing = (what) => (event) => { if (tokenOf(event)) choose({ [what]: Number(tokenOf(event)) }); };
+  for (const event of ["pointerover", "click"]) { // a tap is a click
+    $("text").addEventListener(event, choosing("token"));
+    $("maps").addEventListener(event, choosing("key"));
+  }
   $("of").addEventListener("change", showGrid);
   $("measure").addEventListener("change", showGrid);
   document.addEventListener("keydown", (event) => {
@@ -180,6 +185,8 @@ async function start() {
     map.weights = await unpack(map.weights);
     map.entropies = await unpack(map.entropies);
   }
+  const seenFirst = tokens.map((_, j) => weight(maps[0], at.token, j));
+  at.key = seenFirst.indexOf(Math.max(...seenFirst));
   build();
   listen();
   choose({});
