@@ -508,7 +508,7 @@ def speed() -> list[str]:
     shortest = min(r["T"] for r in read("bench-encoder")["rows"] if r["part"] == "memory")
     return [
         f"(2 heads where the table says so), {2 * c['head_dim']} features",
-        "it has 2 layers and is 384 wide",  # time_model of bench.py
+        "one of 2 layers, 384 wide, is trained",  # time_model of bench.py
         f"take turns of {bench.STEPS} steps each",
         f"from {shortest} tokens on",
         "from 1K to 1M tokens",
