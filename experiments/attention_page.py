@@ -80,10 +80,10 @@ def write(
     L, H = np.shape(facts["maps"]["softmax"]["entropy"])
     layer, head = map(int, np.unravel_index(spikiest, (L, H)))
     data = dict(about=about, tokens=tokens, causal=facts["causal"], layers=L, heads=H, layer=layer, head=head)
-    of_tokens = entropy(next(iter(weights.values()))[layer, head])
-    usual = (of_tokens - of_tokens.mean()).abs()
+    of_tokens = torch.stack([entropy(A[layer, head]) for A in weights.values()])  # (maps, T)
+    unusual = (of_tokens - of_tokens.mean(1, keepdim=True)).abs().sum(0)
     half = len(tokens) // 2  # the first tokens have little to look at
-    data["token"] = half + int(usual[half:].argmin())
+    data["token"] = half + int(unusual[half:].argmin())
     data["made"] = f"Made by: {facts['command']} (commit {facts['commit']})."
     names = list(weights)
     for steps in STEPS:

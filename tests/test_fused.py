@@ -421,6 +421,28 @@ def test_weights_of_a_map_lose_nothing_in_bfloat16():
     assert max(bfloat16_errors(700, 64, scale=16.0)) < 7e-3
 
 
+@pytest.mark.parametrize("of", ["bias", "one row"])
+def test_bfloat16_features_are_nearly_always_the_next_numbers(of):
+    """z of one token is phi(k). One row: rounding loses a part of the first of 64 rows of W, and nothing of the
+    others, which are zero."""
+    W, b = torch.zeros(4, 64, 64), torch.zeros(4, 1, 64)
+    (b if of == "bias" else W[:, :1]).copy_(3 * torch.randn(4, 1, 64))
+    k = torch.ones(1, 4, 1, 64, dtype=BF16)
+    _, _, _, z, _ = CPP.forward(k, k, k, W, b, W, b, None, None, None, False, True)
+    u = (k[0].double() @ W.double() + b.double()).squeeze(1)
+    want = torch.cat([u.softmax(-1), (-u).softmax(-1)], -1)
+    assert (z[0].to(BF16) != want.to(BF16)).double().mean() < 0.1
+
+
+@pytest.mark.parametrize("T", [1, 40, 300])
+def test_rounded_weights_sum_to_one(T):
+    """Where all values are equal, y is v: the denominators are sums of what is multiplied, rounded."""
+    q, k, v, _ = sequence(1, 2, T, 64, dtype=BF16)
+    v = v[:, :, :1].expand_as(v)
+    y = CPP.forward(q, k, v, *untied(2, 64), None, None, None, True, False)[0]
+    torch.testing.assert_close(y, v.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0, -4.0])
 def test_bfloat16_after_8192_tokens(mean):
     """Also where all values are alike, so that their gradients are small differences of large sums."""

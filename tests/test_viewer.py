@@ -103,9 +103,9 @@ def test_hovering_shows_what_python_computed_and_keys_move(browser, gpt, folder)
     browser.open(gpt)
     entropies = entropy(weights["softmax"]).mean(-1)
     layer, head = divmod(int(entropies.argmin()), entropies.size(1))  # the spikiest head comes first
-    of_tokens = entropy(weights["softmax"])[layer, head]  # and the later token that is most like the mean
-    half = len(of_tokens) // 2
-    first = half + int((of_tokens - of_tokens.mean()).abs()[half:].argmin())
+    of_maps = [unpack(of_map["entropies"]).reshape(2, 2, -1)[layer, head] for of_map in data_of(gpt)["maps"]]
+    half = len(of_maps[0]) // 2  # the later token that is most like the mean comes first
+    first = half + int(sum(abs(of_map - of_map.mean()) for of_map in of_maps)[half:].argmin())
     assert browser.js("[at.token, at.key]") == [first, int(weights["softmax"][layer, head, first].argmax())]
     about = browser.js("document.getElementById('about').textContent")
     assert "tokens, each of one byte, of" in about and "its softmax teacher's" in about
