@@ -258,7 +258,9 @@ def write_page(config: AnalyzeConfig, facts: dict, qk: list, attends: list[dict]
     bytewise = ", each of one byte," if facts["tokenizer"] == "bytes" else ""
     about = f"Model: {config.checkpoint or FIRST}. Text: the first {len(tokens)} tokens{bytewise} of {text}."
     if facts["distilled"]:
-        about += f" Queries and keys: its softmax teacher's, from which {label(facts['attention'])} was distilled."
+        about += (
+            f" Queries and keys: its softmax teacher's, from which {label(facts['attention'])} was distilled."
+        )
     path = Path(config.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     return attention_page.write(path, about, tokens, facts, labels, of_all, keep_all=bool(config.panels))
