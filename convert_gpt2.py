@@ -38,7 +38,7 @@ class ConvertConfig(FitConfig):
     model: str = "gpt2"  # hub name, folder with GPT-2 weights, or a softmax run of this repository
     small: bool = False  # a recipe for trying GPT-2: WikiText-2, 256 tokens of context, 200 steps a stage
     feature_map: str = "hedgehog"  # a learned map: hedgehog, hedgehog_exp or t2r
-    tie: bool = True  # one map for queries and keys, as in Sec. 3; false: one map for each
+    tie: bool = False  # one map for queries and keys, as in Sec. 3; false: one map for each
     # -- training
     distil_steps: int = 28800  # optimiser steps of distillation: two epochs of WikiText-103
     distil_lr: float = 1e-2  # peak learning rate of the maps in distillation (App. C.2)

@@ -169,7 +169,7 @@ def pupil_of(teacher: GPT, feature_map: str, **changes) -> GPT:
 class DistillConfig(FitConfig):
     checkpoint: str = "out/stdlib-softmax"  # a run's folder or a .safetensors file: a softmax GPT
     feature_map: str = "hedgehog"  # a learned map: hedgehog, hedgehog_exp or t2r
-    tie: bool = True  # one map for queries and keys, as in Sec. 3; false: one map for each
+    tie: bool = False  # one map for queries and keys, as in Sec. 3; false: one map for each
     options: dict = field(default_factory=dict)  # of the map: init=random n_features=128 ...
     data_dir: str = ""  # the local text, if it has moved since the checkpoint was made
     held_out: int = 8  # validation sequences that the loss is measured on

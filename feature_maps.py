@@ -76,7 +76,8 @@ class Untied(nn.Module):
 
     def __init__(self, query: FeatureMap, key: FeatureMap):
         super().__init__()
-        self.query, self.key, self.feature_dim = query, key, query.feature_dim
+        self.query, self.key = query, key
+        self.n_head, self.head_dim, self.feature_dim = query.n_head, query.head_dim, query.feature_dim
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         return self.query(x, offset)

@@ -171,7 +171,7 @@ class ConvertConfig(FitConfig):
     arms: list[str] = setting(LADDER)  # rows of the table
     stage: str = setting("evaluate", choices=STAGES)  # the last stage: measure, distil, finetune or evaluate
     # -- model
-    tie: bool = shapes_maps(True)  # one map for queries and keys (Sec. 3); false: two
+    tie: bool = shapes_maps(False)  # one map for queries and keys, as in Sec. 3; false: one map for each
     map_features: int = shapes_maps(0)  # columns of W in learned maps, random at first; 0: W = I (Sec. 3)
     # -- distillation
     distil_steps: int = 400  # optimiser steps of distillation

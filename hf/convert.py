@@ -34,6 +34,7 @@ from transformers.utils.import_utils import is_tracing
 import distill  # adds mode "mimic" to those of set_mode
 from attention import LinearAttention, visible
 from attention import attend as plain_form
+from feature_maps import is_learned
 from hf.cache import NAME, StateLayer, prepare_cache
 from hf.card import write_card
 from hf.hybrid import keep_heads, make_attend, named
@@ -75,7 +76,7 @@ def linearize(
     model: nn.Module,
     feature_map: str = "hedgehog",
     layers: list[int] | None = None,
-    tie: bool = True,
+    tie: bool | None = None,
     keep: str | dict[int, list[int]] | list | None = None,
     batches: Iterable | None = None,
     **options,
@@ -85,7 +86,8 @@ def linearize(
     feature_map: a name in FEATURE_MAPS; with "_window" behind it, softmax over the last window=32 tokens
     and the map before them (hybrid.py).    options: further arguments of make_feature_map, such as init.
     layers: the layers to convert, from 0; None converts all that can be. The other layers keep softmax.
-    tie: queries and keys have one map, not one each.
+    tie: queries and keys have one map, as in Sec. 3 of the paper; false: one each; None: one each if it is
+    learned, which costs no state and loses less (results/prices.md).
     keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (keep_softmax).
     Of a model for images and text, the language part is converted. One line on stderr says what keeps
     softmax.
@@ -103,6 +105,7 @@ def linearize(
     part, modules, softmax = convertible(inner, layers)
     wanted = [i for i in range(len(modules)) if i not in softmax] if softmax and layers is None else layers
     wanted = wanted if wanted is None else [int(i) for i in wanted]
+    tie = not is_learned(feature_map.removesuffix("_window")) if tie is None else tie
     how = {"feature_map": feature_map, "layers": wanted, "tie": tie, "options": options}
     json.dumps(how)  # it will be in config.json
     own = what_it_computes(part, modules)

@@ -160,7 +160,7 @@ def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(conver
         assert runs[arm]["weights"]["kl"] == pytest.approx(
             runs[arm]["kl"], rel=0.05
         )  # measured twice, by other code
-    assert runs["hedgehog"]["map_parameters"] == 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
+    assert runs["hedgehog"]["map_parameters"] == 2 * 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
     finetuned = [arm for arm in ARMS if ARMS[arm].finetuned]
     last = [
         tmp_path / "out" / "seed1" / "lr0.002" / arm / "finetune" / "last.safetensors" for arm in finetuned
@@ -182,7 +182,7 @@ def test_learned_maps_can_have_more_features_than_a_head_has_dimensions(convert,
     code, _, stderr = convert("cola", *arms)
     assert code == 0, stderr
     runs = {r["arm"]: r for r in runs_in(tmp_path / "out")}
-    each = 2 * 4 * (8 * 24 + 24)  # layers, heads, W and b of heads of 8
+    each = 2 * 2 * 4 * (8 * 24 + 24)  # queries and keys, layers, heads, W and b of heads of 8
     assert [runs[arm]["map_parameters"] for arm in runs] == [0, each, each, each]
     assert runs["hedgehog"]["weights"]["kl"] == pytest.approx(
         runs["hedgehog"]["kl"], rel=0.05
@@ -564,7 +564,7 @@ def test_a_teacher_and_maps_have_exactly_the_settings_that_earlier_versions_wrot
     task = dict(task="cola", dataset="glue", model="bert", pooling="model")
     stage = replace(config, out_dir="teach", max_steps=26, lr=config.teacher_lr, resume=False)
     assert ladder.settings_of(stage, "teacher") == {**fit, **rows, **task, "teacher_epochs": 2.0}
-    of_maps = dict(tie=True, map_features=0, held_out=2, dev_tokens=1)
+    of_maps = dict(tie=False, map_features=0, held_out=2, dev_tokens=1)
     assert ladder.settings_of(stage, "maps") == {**fit, **rows, **task, **of_maps}
 
 

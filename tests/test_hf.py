@@ -124,11 +124,12 @@ def test_each_query_head_has_its_map_and_reads_the_keys_of_its_group(decoder):
     for module, q, k, v, scaling, y in seen:
         H, D = q.size(1), q.size(-1)
         phi = module.hedgehog.attend.phi
-        assert phi.weight.shape == (H, D, D)
+        assert phi.query.weight.shape == phi.key.weight.shape == (H, D, D)
         q = q * (scaling * D**0.5)
         for h in range(H):
             group = h // (H // k.size(1))
-            alone = [phi(x[:, [i]].expand(-1, H, -1, -1)).double()[:, [h]] for x, i in ((q, h), (k, group))]
+            ways = (phi.query, q, h), (phi.key, k, group)
+            alone = [of(x[:, [i]].expand(-1, H, -1, -1)).double()[:, [h]] for of, x, i in ways]
             wanted = reference.linear_attention(*alone, v[:, [group]].double())
             close(y[0, :, h].double(), wanted[0, 0], 1e-5)
     assert len(seen) == 2

@@ -199,7 +199,7 @@ def test_weights_that_changed_before_or_after_linearize_are_in_the_file(base, tm
     assert comes_back(model, tmp_path / "f")
     changed = {"model.model.norm.weight", "model.model.layers.0.mlp.up_proj.weight"}
     tensors = load_checkpoint(tmp_path / "f")[0]
-    assert {n for n in tensors if ".phi." not in n} == changed and len(tensors) == 2 + 4
+    assert {n for n in tensors if ".phi." not in n} == changed and len(tensors) == 2 + 8  # W and b, of queries and of keys
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -236,7 +236,7 @@ def test_a_config_that_was_changed_in_memory_is_kept(tmp_path):
         linearize(model)
     model.config.sliding_window = None
     assert comes_back(linearize(model), tmp_path / "f")
-    assert len(load_checkpoint(tmp_path / "f")[0]) == 4  # the maps alone
+    assert len(load_checkpoint(tmp_path / "f")[0]) == 8  # the maps alone
 
 
 def test_what_no_name_finds_again_is_saved_whole(base, tmp_path):
@@ -292,7 +292,7 @@ def test_a_base_from_a_gguf_file_is_found_by_its_file_or_saved_whole(tmp_path):
     pytest.importorskip("accelerate")
     save_gguf(tmp_path / "x.gguf")
     assert comes_back(linearize(load(str(tmp_path / "x.gguf"))), tmp_path / "f")
-    assert len(load_checkpoint(tmp_path / "f")[0]) == 2
+    assert len(load_checkpoint(tmp_path / "f")[0]) == 4
     theirs = Auto.from_pretrained(tmp_path, gguf_file="x.gguf")  # it remembers only the folder
     assert comes_back(linearize(theirs), tmp_path / "g", whole=True)
 
@@ -329,7 +329,7 @@ WRAPPERS = {
 def test_wrappers_are_not_in_the_file(linear, tmp_path, group, name):
     wanted = logits(linear)
     save_linearized(WRAPPERS[name](linear), tmp_path / "f")
-    assert len(load_checkpoint(tmp_path / "f")[0]) == 4  # the maps
+    assert len(load_checkpoint(tmp_path / "f")[0]) == 8  # the maps
     assert torch.equal(logits(load_linearized(tmp_path / "f")), wanted)
 
 

@@ -33,7 +33,7 @@ def shapes(llama, **settings):
 
 def test_the_options_of_an_arm_reach_linearize(llama):
     """Columns, ties, windows and kept heads are those of the name; weights are shared, maps are not."""
-    config, made = shapes(llama)
+    config, made = shapes(llama, tie=True)  # as the command has it
     H, D = 4, 8
 
     def attends(name, kept=None):
