@@ -64,6 +64,9 @@ def read(name: str) -> dict:
     command = today(facts["command"])
     if "experiments.glue" in command and " --epochs " not in command:
         command += " --epochs 1"  # the default when it ran
+    tied = {run["config"].get("tie") for run in facts.get("runs", []) if "config" in run} == {True}
+    if tied and re.match(r"python -m experiments\.(glue|gpt2|llama|vit) ", command):
+        command += " --tie"  # the default when it ran
     return {**facts, "command": command}
 
 
