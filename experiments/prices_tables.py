@@ -93,6 +93,9 @@ def table(facts: dict) -> str:
     def text(value, form: Callable) -> str:
         return "" if value is None else form(value)
 
+    def named(front: str) -> str:
+        return "memory" if front == "state" and not lm else front  # an encoder has no state
+
     columns = {
         "arm": lambda r: f"{r['arm']}",
         "W": lambda r: of_w(r["mine"]),
@@ -108,14 +111,13 @@ def table(facts: dict) -> str:
             r["seconds"], lambda x: f"{1 / x:,.0f}" if lm else f"{1e3 * x:.1f}"
         ),
         "minutes": lambda r: text(r["minutes"], lambda x: f"{x:.1f}"),
-        "on the front of": lambda r: ", ".join(r["fronts"]),
+        "on the front of": lambda r: ", ".join(named(front) for front in r["fronts"]),
     }  # fmt: skip
     said = [markdown(list(columns), [[cell(r) for cell in columns.values()] for r in rows])]
     for cost, called in COSTS.items():
         on = sorted((r for r in rows if called in r["fronts"]), key=lambda r: r[cost])
         each = ", ".join(f"`{r['arm']}` {unit(r['held_out'])}" for r in on)
-        where = "memory" if called == "state" and not lm else called
-        said += [f"Front of {where}, from the cheapest: {each}."] * bool(on)
+        said += [f"Front of {named(called)}, from the cheapest: {each}."] * bool(on)
     return "\n\n".join([*said, conditions(facts)])
 
 

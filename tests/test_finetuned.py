@@ -160,7 +160,9 @@ def test_every_arm_is_what_its_name_says_and_recovers_what_the_table_says(conver
         assert runs[arm]["weights"]["kl"] == pytest.approx(
             runs[arm]["kl"], rel=0.05
         )  # measured twice, by other code
-    assert runs["hedgehog"]["map_parameters"] == 2 * 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
+    assert (
+        runs["hedgehog"]["map_parameters"] == 2 * 2 * 4 * (8 * 8 + 8) == 4 * runs["shared"]["map_parameters"]
+    )
     finetuned = [arm for arm in ARMS if ARMS[arm].finetuned]
     last = [
         tmp_path / "out" / "seed1" / "lr0.002" / arm / "finetune" / "last.safetensors" for arm in finetuned

@@ -285,7 +285,7 @@ def test_scores_are_shares_of_the_means_over_seeds():
     row, worse = prices_tables.rows_of(facts)[1:]
     assert not worse["fronts"]
     assert row["held_out"] == pytest.approx(105 / 140) and row["test"] == pytest.approx(120 / 160)
-    assert "| 75.0% | 75.0% | 2.0 | 500.0 | 2.0 | state, speed, minutes |" in prices_tables.table(facts)
+    assert "| 75.0% | 75.0% | 2.0 | 500.0 | 2.0 | memory, speed, minutes |" in prices_tables.table(facts)
 
 
 # ---------------------------------------------------------------- the command
