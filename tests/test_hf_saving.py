@@ -201,7 +201,7 @@ def test_weights_that_changed_before_or_after_linearize_are_in_the_file(base, tm
     tensors = load_checkpoint(tmp_path / "f")[0]
     assert {n for n in tensors if ".phi." not in n} == changed and len(
         tensors
-    ) == 2 + 8  # W and b, of queries and of keys
+    ) == 2 + 8  # of queries and keys
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
