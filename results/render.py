@@ -165,6 +165,7 @@ def glance() -> list[str | tuple[str, str]]:
         ours, fair = (sum(mean(finals(arms[arm], "score")) for arms in tasks) for arm in both)
         return f"{ours / fair:.0%}"
 
+    priced = {r["arm"]: r for r in prices_tables.rows_of(read("prices-smollm2"))}
     assert not wide["tie"]
     heads = found["bfloat16", "forward", 32768, "cpp"]["heads"]
     return [
@@ -177,8 +178,8 @@ def glance() -> list[str | tuple[str, str]]:
         f"{share_of_means('wide')} "
         f"with 256, untied maps, distillation at {wide['distil_lr']:g} and subsets of the data (MiniLM, 4 tasks)",
         f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-random')} to "
-        f"{ratio('convert-smollm2')} "
-        "(SmolLM2-135M-Instruct)",
+        f"{ratio('convert-smollm2')} (SmolLM2-135M-Instruct; {priced['hedgehog-w64']['test']:.2f} "
+        f"with softmax over the last 64 tokens, which alone have {priced['softmax-w64']['test']:.2f})",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
         f"{digits['hedgehog']} on digits (3 seeds), but 1+ELU has {digits['elu']}: digits cannot rank the maps",
         arena_in_short(),
@@ -512,6 +513,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "smollm2-long": lambda: experiment("convert-smollm2-long", ladder.table_perplexity),
     "smollm2-random": lambda: experiment("convert-smollm2-random", ladder.table_perplexity),
     "smollm2-lora": lambda: experiment("convert-smollm2-lora", ladder.table_perplexity),
+    "smollm2-lora-window": lambda: experiment("convert-smollm2-lora-window", ladder.table_perplexity),
     "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),
     "glue": lambda: tasks("glue"),
     "wide": lambda: tasks("wide"),
