@@ -49,9 +49,7 @@ class ConvertConfig(FitConfig):
     batch_size: int = 8  # sequences that an optimiser step sees
     warmup_steps: int = 100  # steps of linear warm-up, before the cosine decay to zero
     # -- data
-    dataset: str = (
-        "wikitext103"  # what is finetuned and evaluated on; for a run of this repository, by default its own
-    )
+    dataset: str = "wikitext103"  # finetune and evaluate on this; by default that of the given run
     data_dir: str = may_change("")  # local file or folder with the original text, instead of the hub
     block_size: int = 1024  # tokens of context in every stage; by default no more than the model has
     held_out: int = 8  # sequences that the distillation loss is measured on
