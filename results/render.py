@@ -106,7 +106,7 @@ def source(facts: dict) -> str:
     runs, command, minutes = facts.get("runs", []), facts["command"], facts.get("minutes")
     if "ladder" in facts:  # several commands may have added rows to one file: name all rows
         arms = " ".join(r["arm"] for r in runs)
-        command = re.sub(r" --arms( \w+)+", "", command) + f" --arms {arms}"
+        command = re.sub(r" --arms( \w[\w.-]*)+", "", command) + f" --arms {arms}"
     elif "recover" not in facts:  # in conversions several rows share a stage
         minutes = sum(r["minutes"] for r in runs)
     said = [f"`{command}`"]

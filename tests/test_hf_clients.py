@@ -131,7 +131,7 @@ def test_the_page(tiny, tmp_path, monkeypatch):
         assert len(sockets(Auto.from_pretrained(tmp_path / folder))) == 2
     adapted, again = space["adapted"], space["again"]
     maps = {n: p for n, p in adapted.named_parameters() if ".phi.modules_to_save" in n}
-    assert len(maps) == 4 and all(p.requires_grad for p in maps.values())
+    assert len(maps) == 8 and all(p.requires_grad for p in maps.values())
     ids = torch.arange(3, 9)[None]
     assert torch.equal(again(ids).logits, adapted.eval()(ids).logits)
     kept = space["model"].config.hedgehog["keep"]

@@ -82,7 +82,7 @@ def weights_of_gpt(folder: Path) -> dict[str, torch.Tensor]:
         pairs = [(q.double(), k.double(), phi) for (q, k), phi in zip(qk, phis)]
         return {
             "softmax": torch.stack([softmax_weights(q, k)[0] for q, k, _ in pairs]),
-            "hedgehog": torch.stack([linear_weights(phi(q), phi(k))[0] for q, k, phi in pairs]),
+            "hedgehog": torch.stack([linear_weights(phi.query(q), phi.key(k))[0] for q, k, phi in pairs]),
             "elu": torch.stack([linear_weights(elu(q), elu(k))[0] for q, k, _ in pairs]),
         }
 
