@@ -467,7 +467,7 @@ def quantized(tmp_path, config):
     again = Auto.from_pretrained(tmp_path / "saved")
     ours = dict(again.named_parameters())
     maps = {n: p for n, p in model.named_parameters() if ".phi." in n}
-    assert len(maps) == 4 and all(
+    assert len(maps) == 8 and all(
         torch.equal(ours[n], p) and p.dtype == torch.float32 for n, p in maps.items()
     )
     with torch.no_grad():
