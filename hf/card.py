@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from feature_maps import is_learned
 from support.checkpoints import unwrapped
 from support.header import command
 
@@ -28,8 +27,7 @@ def the_call(how: dict) -> str:
     options = {name: value for name, value in how.items() if name in ("layers", "keep") and value is not None}
     if "keep" in options:
         options["keep"] = {int(layer): heads for layer, heads in options["keep"].items()}
-    if how["tie"] == is_learned(how["feature_map"].removesuffix("_window")):  # not the default
-        options["tie"] = how["tie"]
+    options["tie"] = how["tie"]
     given = "".join(f", {name}={value!r}" for name, value in {**options, **how["options"]}.items())
     return f'linearize(model, "{how["feature_map"]}"{given})'
 
