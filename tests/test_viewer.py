@@ -121,15 +121,12 @@ def test_hovering_shows_what_python_computed_and_keys_move(browser, gpt, folder)
         said = browser.js("document.querySelector('[data-map=hedgehog] p:last-child').textContent")
         of_head = kl(weights["softmax"], weights["hedgehog"])[l, h].mean()
         assert f"KL {of_head:.3f} nats" in said and "Kendall's tau" in said
-    browser.hover(
-        '[data-map=elu] [data-token="7"]'
-    )  # which reads a weight under every map, and chooses nothing
+    browser.hover('[data-map=elu] [data-token="7"]')  # reads a weight under every map, chooses nothing
     for name, A in weights.items():
         assert "token 7, " in (said := browser.js(f"maps.find((m) => m.name === '{name}').ofKey.textContent"))
         assert said.endswith(f"weight {A[1, 1, 20, 7]:.3f}")
-    browser.js(
-        """document.querySelector('[data-map=elu] [data-token="25"]').click()"""
-    )  # a tap; a later token
+    tap = """document.querySelector('[data-map=elu] [data-token="25"]').click()"""  # a later token
+    browser.js(tap)
     assert browser.js("maps[0].ofKey.textContent").endswith("comes later, not seen")
     browser.js("document.activeElement.blur()")
     at = "[at.token, at.layer, at.head]"
