@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from feature_maps import is_learned
 from support.checkpoints import unwrapped
 from support.header import command
 
@@ -22,12 +23,18 @@ def remember_kl(model: nn.Module, kl: Tensor | list[list[float]]) -> None:
     unwrapped(model).config.hedgehog["kl"] = means
 
 
+def tied_by_default(feature_map: str) -> bool:
+    """Whether queries and keys have one map if linearize is not told: only where nothing is learned."""
+    return not is_learned(feature_map.removesuffix("_window"))
+
+
 def the_call(how: dict) -> str:
     """The call of linearize that a config remembers."""
     options = {name: value for name, value in how.items() if name in ("layers", "keep") and value is not None}
     if "keep" in options:
         options["keep"] = {int(layer): heads for layer, heads in options["keep"].items()}
-    options["tie"] = how["tie"]
+    if how["tie"] != tied_by_default(how["feature_map"]):
+        options["tie"] = how["tie"]
     given = "".join(f", {name}={value!r}" for name, value in {**options, **how["options"]}.items())
     return f'linearize(model, "{how["feature_map"]}"{given})'
 

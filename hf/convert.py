@@ -34,9 +34,8 @@ from transformers.utils.import_utils import is_tracing
 import distill  # adds mode "mimic" to those of set_mode
 from attention import LinearAttention, visible
 from attention import attend as plain_form
-from feature_maps import is_learned
 from hf.cache import NAME, StateLayer, prepare_cache
-from hf.card import write_card
+from hf.card import tied_by_default, write_card
 from hf.hybrid import keep_heads, make_attend, named
 from hf.kinds import convertible, heads_of, is_causal, remarks
 from hf.proof import prove, what_it_computes
@@ -105,7 +104,7 @@ def linearize(
     part, modules, softmax = convertible(inner, layers)
     wanted = [i for i in range(len(modules)) if i not in softmax] if softmax and layers is None else layers
     wanted = wanted if wanted is None else [int(i) for i in wanted]
-    tie = not is_learned(feature_map.removesuffix("_window")) if tie is None else tie
+    tie = tied_by_default(feature_map) if tie is None else tie
     how = {"feature_map": feature_map, "layers": wanted, "tie": tie, "options": options}
     json.dumps(how)  # it will be in config.json
     own = what_it_computes(part, modules)

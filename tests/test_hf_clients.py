@@ -174,6 +174,13 @@ def test_a_card_that_somebody_wrote_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "linearize(model, \"hedgehog\", init='random')" in text and "Not measured" in text
+    for tie, said in ((True, ", tie=True"), (False, "")):  # the default is not said
+        how = linearize(build(*DECODERS["llama"]), tie=tie).config.hedgehog
+        assert hf.card.the_call(how) == f'linearize(model, "hedgehog"{said})'
+    assert (
+        hf.card.the_call(linearize(build(*DECODERS["llama"]), "elu").config.hedgehog)
+        == 'linearize(model, "elu")'
+    )
     hf.remember_kl(model, torch.tensor([[0.1, 0.3], [0.5, 0.5]]))
     model.save_pretrained(tmp_path)
     assert "| 0 | 0.2000 |\n| 1 | 0.5000 |\n| all | 0.3500 |" in (tmp_path / "README.md").read_text()
