@@ -48,7 +48,7 @@ from experiments.tables import markdown
 from model import map_parameters, param_groups
 from perplexity import perplexity
 from support.checkpoints import checksum, load_checkpoint, restore, write_json
-from support.cli import RunError, UserError, as_user_error, setting, tagged
+from support.cli import NotFinite, UserError, as_user_error, setting, tagged
 from support.devices import World, pick_device, pick_dtype
 from support.provenance import provenance
 from swap import set_mode
@@ -397,7 +397,7 @@ def try_arm(config: ConvertConfig, subject: Subject) -> dict | None:
     """run_arm. If the loss is not finite, this is said, and the other arms go on."""
     try:
         return run_arm(config, subject)
-    except RunError as e:
+    except NotFinite as e:
         print(f"{config.arm.label}, lr {config.lr:g}: {e}")
         return None
 

@@ -28,7 +28,7 @@ import fused
 from attention import attentions, make_attention
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, restore, write_json
-from support.cli import RunError, UserError, as_user_error
+from support.cli import NotFinite, UserError, as_user_error
 from support.devices import World, pick_device, pick_dtype, step_seed
 from support.earlier import changes, renewed
 from support.log import Log
@@ -181,7 +181,7 @@ def one(work: Callable, config, threads: int) -> dict:
     with open(out / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         try:
             return work(replace(config, resume=bool(log_of(config))))
-        except RunError as e:
+        except NotFinite as e:
             result = {**identity(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
             return result

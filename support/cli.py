@@ -43,6 +43,10 @@ class RunError(Exception):
     """A failure in the middle of a run, after which earlier checkpoints are intact. Exit code 1."""
 
 
+class NotFinite(RunError):
+    """A loss, gradient or weight that is not finite. For a sweep this is a result; a full disk is not."""
+
+
 @contextlib.contextmanager
 def as_user_error() -> Iterator[None]:
     """A ValueError about the user's input becomes a UserError."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint, restore, save_checkpoint
-from support.cli import RunError, UserError, as_user_error, tagged
+from support.cli import NotFinite, UserError, as_user_error, tagged
 from support.devices import World
 from support.earlier import changes
 from support.header import RUN, read_header
@@ -59,9 +59,9 @@ class Progress:
         return self.best <= config.stop_loss > 0 or 0 < config.patience <= self.since
 
     def save(self, path: Path, model: nn.Module, optimizer: Optimizer, meta: dict) -> None:
-        """Write a checkpoint that a run can go on from. Raises RunError if a weight is not finite."""
+        """Write a checkpoint that a run can go on from. Raises NotFinite if a weight is not finite."""
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
-            raise RunError(f"step {self.step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
+            raise NotFinite(f"step {self.step}: {broken_group(optimizer)}; nothing was saved; lower --lr")
         seconds = self.seconds + time.perf_counter() - self.began
         progress = dict(step=self.step, best=self.best, since=self.since, seconds=seconds)
         save_checkpoint(path, model, optimizer, **progress, **meta)
@@ -78,9 +78,9 @@ def broken_group(optimizer: Optimizer) -> str:
 
 
 def require_finite(step: int, loss: Tensor, norm: Tensor, optimizer: Optimizer, out: Path) -> None:
-    """Raise RunError if a loss or the norm of the gradient is not finite, and say where to look."""
+    """Raise NotFinite if a loss or the norm of the gradient is not finite, and say where to look."""
     if not torch.isfinite(loss + norm):
-        raise RunError(
+        raise NotFinite(
             f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {broken_group(optimizer)}. "
             f"Lower --lr or --map_lr_scale; earlier checkpoints in {out} are intact"
         )

@@ -21,7 +21,7 @@ from experiments.runs import code_of, differences, finished, log_of, one, progre
 from experiments.tables import grouped, markdown, mean_sd
 from feature_maps import FEATURE_MAPS
 from support.checkpoints import load_checkpoint, write_json
-from support.cli import RunError
+from support.cli import NotFinite, RunError
 from support.earlier import changes
 from support.log import Log
 
@@ -36,9 +36,11 @@ class Config:
 
 
 def work(config: Config) -> dict:
-    """The loss that chooses is least at lr 2, the reported loss at lr 3; lr 9 diverges."""
+    """The loss that chooses is least at lr 2, the reported loss at lr 3; lr 9 diverges, at lr 8 the disk is full."""
     if config.lr == 9:
-        raise RunError("step 3: loss nan")
+        raise NotFinite("step 3: loss nan")
+    if config.lr == 8 and not (Path(config.out_dir).parent / "space").exists():
+        raise RunError("cannot write best.safetensors: No space left on device")
     count = Path(config.out_dir) / "count"
     count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
     result = {"config": asdict(config), "dev_loss": abs(config.lr - 2), "final": abs(config.lr - 3)}
@@ -70,6 +72,15 @@ def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, 
     )  # a run that failed is not made again, and not passed over
     assert {p.read_text() for p in tmp_path.glob("*/count")} == {"1"}
     assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
+
+
+def test_a_full_disk_ends_the_command_and_is_no_result(tmp_path):
+    with pytest.raises(RunError, match="No space left"):
+        sweep(tmp_path, lrs=(8.0, 2.0), seeds=1)
+    assert not list(tmp_path.glob("a-lr8*/result.json"))
+    (tmp_path / "space").touch()  # somebody made room: the same command makes the run
+    assert [r["config"]["lr"] for r in sweep(tmp_path, lrs=(8.0, 3.0), seeds=1)["runs"]] == [3]
+    assert list(tmp_path.glob("a-lr8*/result.json"))
 
 
 def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
