@@ -11,7 +11,9 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +35,7 @@ from support.devices import World, pick_device, pick_dtype, step_seed
 from support.earlier import changes, renewed
 from support.log import Log
 from support.provenance import provenance
+from support.resuming import StopSignal
 from train import fit
 
 
@@ -196,7 +199,8 @@ def check_machine(config) -> None:
 
 
 def end_with_parent() -> None:
-    """End this worker when the command that started it ends, even by kill -9."""
+    """End this worker when the command that started it ends, even by kill -9; after SIGTERM as after any end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # fit has its own handler
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -234,7 +238,7 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
     before = sum(progress(c)[0] for c in waiting)  # of interrupted runs; the bar's speed is without
     total = sum(c.max_steps for c in waiting)
     bar = tqdm(total=total, initial=before, unit="step", dynamic_ncols=True, disable=None)
-    with bar, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
+    with bar, StopSignal() as stop, ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         futures = {pool.submit(one, work, config, threads): config for config in waiting}
         try:
             while futures:
@@ -250,9 +254,13 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
                         losses.append(f"{Path(config.out_dir).name}: loss {loss}")
                 bar.set_postfix_str(", ".join(losses), refresh=False)
                 bar.update(max(0, steps - bar.n))
+                if stop.asked:
+                    raise KeyboardInterrupt
         except BaseException as e:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # SIGTERM: fit saves, then the worker ends
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(e, KeyboardInterrupt):  # workers got it as well: fit saves, then they end
+            if isinstance(e, KeyboardInterrupt):
                 raise KeyboardInterrupt("stopped: the same command goes on from where it was") from e
             raise
     return [results[c.out_dir] for c in configs]

@@ -216,9 +216,9 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how):
-    """Ctrl-C saves first (a terminal sends it to all processes); kill -9 leaves no worker."""
+    """Ctrl-C saves first (a terminal sends it to all processes), SIGTERM too; kill -9 leaves no worker."""
     argv = [
         "-m",
         "experiments.recall",
@@ -240,14 +240,17 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
     assert workers
-    os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
+    os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
     stderr = process.communicate(timeout=60)[1]
     while not all(ended(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    if how == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in stderr
-    assert load_checkpoint(log.parent / "last.safetensors")[1]["step"] >= 2
+    step = load_checkpoint(log.parent / "last.safetensors")[1]["step"]
+    assert step >= 2
+    if how != signal.SIGKILL:
+        assert process.returncode == 130 and "leaked" not in stderr
+        assert stderr.splitlines()[-1] == "stopped: the same command goes on from where it was"
+        assert f"{how.name}: finishing this step" in (log.parent / "output.txt").read_text()
 
 
 @pytest.mark.parametrize(
