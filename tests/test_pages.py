@@ -349,7 +349,13 @@ def finetuned() -> list[str]:
         """The mean over seeds of what an arm recovers."""
         return f"{mean(recovered(name, arm)):{form}}"
 
+    from experiments.prices_tables import rows_of
+
     kl = {r["arm"]: r["kl"] for r in read("cola-controls")["runs"]}
+    priced = {task: rows_of(read(f"prices-{task}")) for task in ("stsb", "mrpc")}
+    kept = {
+        task: next(r["test"] for r in rows if r["arm"] == "hedgehog-keep10") for task, rows in priced.items()
+    }
     mrpc = {arm: mean(scores("glue-mrpc", arm).values()) for arm in ("t2r_hh", "hedgehog")}
     accuracy = {
         r["arm"]: mean(scores("wide-mrpc", r["arm"], "accuracy").values()) for r in read("wide-mrpc")["runs"]
@@ -459,6 +465,8 @@ def finetuned() -> list[str]:
         "the three seeds have {:.0f}, {:.0f} and {:.0f}%".format(*recovered("wide-cola", "hedgehog")),
         f"The other three tasks alone have {shares('wide', skip='cola')[0]:.0f}%",
         "The aim was 97% on every task",
+        f"three seeds have {kept['stsb']:.1%} on STS-B and {kept['mrpc']:.1%} on MRPC",
+        "and 64 features",
         f"always answering yes has {mean(scores('wide-mrpc', 'elu').values()):.1f}",
         f"the teacher has {accuracy['teacher_finetuned']:.1f} and Hedgehog "
         f"{accuracy['hedgehog']:.1f} with three seeds; "
@@ -564,7 +572,15 @@ def prices() -> list[str]:
     of_task = {r["arm"]: r for r in rows_of(read("prices-stsb"))}
     assert all(abs(of_task["hedgehog-keep10"][of] - 1) < 0.005 for of in ("held_out", "test"))
     assert of_task["t2r"]["test"] == min(r["test"] for arm, r in of_task.items() if arm != "zero")
+    mrpc = {r["arm"]: r for r in rows_of(read("prices-mrpc"))}
+    assert abs(mrpc["hedgehog-keep10"]["test"] - 1) < 0.005
+    assert mrpc["t2r"]["test"] == min(mrpc[arm]["test"] for arm in ("t2r", "hedgehog", "hedgehog-untied"))
+    runs = [r for of in ("stsb", "mrpc") for r in read(f"prices-{of}")["runs"]]
+    assert all(sum(r["arm"] == arm for r in runs) == 6 for arm in ("teacher_finetuned", "hedgehog-keep10"))
     return [
+        f"without any attention {mrpc['zero']['test']:.1%} of it are left",
+        f"There two maps have {mrpc['hedgehog-untied']['test']:.1%}, and one has {mrpc['hedgehog']['test']:.1%}",
+        "One seed and 408 test examples have a standard error of 1.2 points",  # of the paired difference
         f"after a prompt of {most:,} tokens",
         "Softmax over the last 64 tokens",
         "W of 4 D columns",
