@@ -309,3 +309,9 @@ def test_every_other_command_of_the_guide_is_understood(monkeypatch):
     for line in commands_in(CONTRIBUTING):
         if "square" not in line and "-m venv" not in line:
             check_command(line, monkeypatch)
+
+
+def test_every_figure_is_shown_on_a_page():
+    pages = "".join(page.read_text() for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+    figures = {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
+    assert not figures - set(re.findall(r"!\[[^]]+\]\([\w./]*figures/([\w.-]+)\)", pages))
