@@ -210,7 +210,10 @@ def converting() -> list[str]:
     lora, lora100 = ladder("convert-smollm2-lora"), "convert-smollm2-lora-100"
     from400 = ladder("convert-smollm2-lora-400")["hedgehog"] / ladder(lora100)["teacher_finetuned"]
     kl400 = next(r["kl"] for r in read("convert-smollm2-400")["runs"] if r["arm"] == "hedgehog")
-    rouge, before = (ladder(f"convert-smollm2-dialogue{n}", "rouge1") for n in ("", "-150"))
+    rouge, before, window = (
+        ladder(f"convert-smollm2-dialogue{n}", "rouge1") for n in ("", "-150", "-window")
+    )
+    w = config("convert-smollm2-dialogue-window")
     c, d, e = (
         config("convert-smollm2"),
         config("convert-smollm2-dialogue"),
@@ -299,6 +302,11 @@ def converting() -> list[str]:
         "the distance is 3.7 points (second-hand)",  # 51.1 - 47.4
         f"have seen {d['max_steps'] * d['batch_size']} dialogues",
         f"With {config('convert-smollm2-dialogue-150')['max_steps']} steps a stage",
+        f"brings the distance to {window['teacher_finetuned'] - window['hedgehog-w64']:.1f} points",
+        f"after {w['distil_steps']} steps of distillation and {w['max_steps']} of LoRA Hedgehog has "
+        f"{window['hedgehog-w64']:.1f}, softmax {window['teacher_finetuned']:.1f}",
+        "Softmax over the last 64 tokens, and the map before them",
+        "The aim was 4",
         f"the distance was {before['teacher_finetuned'] - before['hedgehog']:.1f} points: Hedgehog "
         f"{before['hedgehog']:.1f}, softmax {before['teacher_finetuned']:.1f}, T2R "
         f"{before['t2r']:.1f}, the model "
