@@ -55,7 +55,7 @@ def fit(
 
     Stops at max_steps, at a validation loss of stop_loss, or after `patience` validations without a better one.
     Writes last.safetensors, best.safetensors (without frozen parameters) and log.jsonl into out_dir. Raises
-    RunError when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
+    NotFinite when the loss is not finite, and KeyboardInterrupt, after saving, on Ctrl-C.
     """
     out, device = Path(config.out_dir), world.device
     n_pieces = pieces_of_a_batch(config.batch_size, config.grad_accum, world.size)

@@ -260,7 +260,7 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
             for worker in multiprocessing.active_children():
                 worker.terminate()  # SIGTERM: fit saves, then the worker ends
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(e, KeyboardInterrupt):
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):  # SystemExit: of a worker outside of fit
                 raise KeyboardInterrupt("stopped: the same command goes on from where it was") from e
             raise
     return [results[c.out_dir] for c in configs]

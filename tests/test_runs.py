@@ -36,7 +36,10 @@ class Config:
 
 
 def work(config: Config) -> dict:
-    """The loss that chooses is least at lr 2, the reported loss at lr 3; lr 9 diverges, at lr 8 the disk is full."""
+    """The loss that chooses is least at lr 2, the reported loss at lr 3; lr 9 diverges, at lr 8 the disk is full, and
+    at lr 7 SIGTERM comes between two stages, where fit does not listen."""
+    if config.lr == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
     if config.lr == 9:
         raise NotFinite("step 3: loss nan")
     if config.lr == 8 and not (Path(config.out_dir).parent / "space").exists():
@@ -74,13 +77,19 @@ def test_the_sweep_chooses_by_its_own_loss_and_every_run_is_made_once(tmp_path, 
     assert len(list(tmp_path.glob("*/count"))) == 4  # seed 1 at lr 2 is the sweep's own run
 
 
-def test_a_full_disk_ends_the_command_and_is_no_result(tmp_path):
+def test_a_full_disk_ends_the_command_and_is_no_result(tmp_path, workers_here):
     with pytest.raises(RunError, match="No space left"):
         sweep(tmp_path, lrs=(8.0, 2.0), seeds=1)
     assert not list(tmp_path.glob("a-lr8*/result.json"))
     (tmp_path / "space").touch()  # somebody made room: the same command makes the run
     assert [r["config"]["lr"] for r in sweep(tmp_path, lrs=(8.0, 3.0), seeds=1)["runs"]] == [3]
     assert list(tmp_path.glob("a-lr8*/result.json"))
+
+
+def test_a_worker_that_sigterm_ends_outside_of_fit_ends_the_command_with_its_line(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="^stopped: the same command goes on"):
+        runs.run_all(work, [Config(lr=7.0, out_dir=str(tmp_path))], 1, "{config}")
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_progress_is_of_the_run_that_goes_on_and_not_of_one_before(tmp_path):
