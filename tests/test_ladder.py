@@ -35,7 +35,7 @@ from experiments.vit import ViTConfig  # noqa: E402
 from hf import linearize, load_linearized  # noqa: E402
 from hf.models import LanguageModel  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
-from support.cli import parse, tagged  # noqa: E402
+from support.cli import NotFinite, RunError, parse, tagged  # noqa: E402
 from support.earlier import changes  # noqa: E402
 from swap import sockets  # noqa: E402
 
@@ -154,6 +154,21 @@ def test_a_conversion_stopped_in_the_middle_of_its_stages_ends_where_one_go_ends
     assert convert(*flags, "--out_dir", tmp_path / "once", "--distil_dir", tmp_path / "again")[0] == 0
     stopped, once = (runs_in(tmp_path / out)[0] for out in ("out", "once"))
     assert stopped["final"] == once["final"] and stopped["kl"] == once["kl"]
+
+
+@pytest.mark.parametrize("error, arms, code", [(NotFinite, 2, 0), (RunError, 1, 1)])
+def test_the_other_arms_go_on_after_a_loss_that_is_not_finite_and_not_on_a_full_disk(
+    convert, monkeypatch, error, arms, code
+):
+    tried = []
+
+    def broken(config, subject):
+        tried.append(config.arm.label)
+        raise error("what happened")
+
+    monkeypatch.setattr("experiments.ladder.run_arm", broken)
+    found, stdout, stderr = convert("--arms", "teacher", "swap")
+    assert (len(tried), found) == (arms, code) and "what happened" in stdout + stderr
 
 
 def test_the_ladder_keeps_what_was_finished_before(convert, tmp_path):
