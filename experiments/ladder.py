@@ -51,7 +51,7 @@ from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import NotFinite, UserError, as_user_error, setting, tagged
 from support.devices import World, pick_device, pick_dtype
 from support.provenance import provenance
-from swap import set_mode
+from swap import set_mode, sockets
 from train import fit
 
 # ---------------------------------------------------------------- arms
@@ -287,6 +287,13 @@ def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
     if (arm.kept or arm.kept_percent) and "distil" in stages:
         kept = worst_heads(kl, arm.kept or round(arm.kept_percent / 100 * kl.numel()))
         keep_softmax(model, kept)
+    if kl is not None and hasattr(model, "hf"):
+        from hf.card import remember_kl
+
+        left = kl.clone()  # in the heads that do not keep softmax
+        for i, heads in kept.items():
+            left[i, heads] = 0.0
+        remember_kl(model.hf, left)
     if arm.finetuned and "finetune" in stages:
         dev_loss, minutes["finetune"] = finetune(model, config, subject)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -377,11 +384,13 @@ def worst_heads(kl: Tensor, n: int) -> dict[int, list[int]]:
 
 
 def keep_softmax(model: nn.Module, kept: dict[int, list[int]]) -> None:
-    """Let heads, {layer: heads}, of a linearized model keep softmax: hf/hybrid.py."""
+    """Let heads, {layer: heads}, of a linearized model keep softmax: hf/hybrid.py. Layers are counted in the
+    converted ones."""
     from experiments import pretrained
 
     if hasattr(model, "hf"):
-        return pretrained.keep_softmax(model.hf, kept)
+        numbers = model.hf.config.hedgehog["layers"] or range(len(sockets(model)))
+        return pretrained.keep_softmax(model.hf, {numbers[i]: heads for i, heads in kept.items()})
     pretrained.keep_heads(model, kept)
 
 

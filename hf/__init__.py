@@ -23,7 +23,7 @@ from swap import set_mode  # noqa: F401  a part of this package's interface
 
 HOME = dict.fromkeys(("from_pretrained", "save_linearized", "load_linearized"), "hf.saving")
 HOME |= {"linearize": "hf.convert", "keep_softmax": "hf.convert", "lora_config": "hf.lora"}
-HOME |= {"kl_of_heads": "hf.hybrid", "remember_kl": "hf.card"}
+HOME |= {"kl_of_heads": "hf.hybrid", "remember_kl": "hf.card", "attention_projections": "hf.lora"}
 with contextlib.suppress(ImportError):  # hf/gpt2.py does not need transformers
     importlib.import_module("hf.convert")  # tells transformers of linear attention
 

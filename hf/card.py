@@ -28,11 +28,18 @@ def tied_by_default(feature_map: str) -> bool:
     return not is_learned(feature_map.removesuffix("_window"))
 
 
+def kept_layers(how: dict) -> dict[int, list[int]]:
+    """{layer: heads that keep softmax} with the model's numbers, as linearize takes them. A config counts in
+    the layers that were converted."""
+    number = dict(enumerate(how["layers"] or []))
+    return {number.get(int(i), int(i)): heads for i, heads in (how.get("keep") or {}).items()}
+
+
 def the_call(how: dict) -> str:
     """The call of linearize that a config remembers."""
     options = {name: value for name, value in how.items() if name in ("layers", "keep") and value is not None}
     if "keep" in options:
-        options["keep"] = {int(layer): heads for layer, heads in options["keep"].items()}
+        options["keep"] = kept_layers(how)
     if how["tie"] != tied_by_default(how["feature_map"]):
         options["tie"] = how["tie"]
     given = "".join(f", {name}={value!r}" for name, value in {**options, **how["options"]}.items())

@@ -18,7 +18,9 @@ its maps at once (`post_init`), so transformers saves and loads them as it does 
 
 import contextlib
 import copy
+import inspect
 import json
+import operator
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial, wraps
@@ -35,9 +37,9 @@ import distill  # adds mode "mimic" to those of set_mode
 from attention import LinearAttention, visible
 from attention import attend as plain_form
 from hf.cache import NAME, StateLayer, prepare_cache
-from hf.card import tied_by_default, write_card
+from hf.card import remember_kl, tied_by_default, write_card
 from hf.hybrid import keep_heads, make_attend, named
-from hf.kinds import convertible, heads_of, is_causal, remarks
+from hf.kinds import convertible, heads_of, is_causal, remarks, whole_numbers
 from hf.proof import prove, what_it_computes
 from support.checkpoints import unwrapped
 from support.threads import PerThread
@@ -87,7 +89,8 @@ def linearize(
     layers: the layers to convert, from 0; None converts all that can be. The other layers keep softmax.
     tie: queries and keys have one map, as in Sec. 3 of the paper; false: one each; None: one each if it is
     learned, which costs no state and loses less (results/prices.md).
-    keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (keep_softmax).
+    keep: layers or heads that keep softmax, or "worst 10%" of all heads on `batches` (keep_softmax). Layers
+    have the model's numbers here, too.
     Of a model for images and text, the language part is converted. One line on stderr says what keeps
     softmax.
     Raises ValueError for a model that has been linearized before, for attention that is more than
@@ -102,11 +105,13 @@ def linearize(
         )
     inner = unwrapped(model)
     part, modules, softmax = convertible(inner, layers)
-    wanted = [i for i in range(len(modules)) if i not in softmax] if softmax and layers is None else layers
-    wanted = wanted if wanted is None else [int(i) for i in wanted]
+    if layers is not None:
+        wanted = sorted(set(whole_numbers(layers, "layers")))
+    else:
+        wanted = [i for i in range(len(modules)) if i not in softmax] if softmax else None
     tie = tied_by_default(feature_map) if tie is None else tie
     how = {"feature_map": feature_map, "layers": wanted, "tie": tie, "options": options}
-    json.dumps(how)  # it will be in config.json
+    how = json.loads(json.dumps(how, default=operator.index))  # as in config.json, NumPy's numbers too
     own = what_it_computes(part, modules)
     handles = plug(inner, **how)
     copies: dict = {}
@@ -139,11 +144,15 @@ def keep_softmax(model: nn.Module, keep: str | dict | list, batches: Iterable | 
     maps.
 
     keep: {layer: heads}; a list of layers or of pairs (layer, head); or "worst 10%": the heads with the
-    largest KL(softmax || linear) on batches, each a dict of the model's inputs. Layers are counted among
-    those that were converted. Raises ValueError for heads that do not exist, and for "worst" without batches.
+    largest KL(softmax || linear) on batches, each a dict of the model's inputs; the card then has their KL.
+    Layers have the model's numbers. Raises ValueError for heads that do not exist, for layers that were not
+    converted, and for "worst" without batches.
     """
-    found = keep_heads(model, keep, batches)
-    unwrapped(model).config.hedgehog["keep"] = {str(layer): heads for layer, heads in found.items() if heads}
+    how = unwrapped(model).config.hedgehog
+    found, kl = keep_heads(model, keep, how["layers"], batches)
+    how["keep"] = {str(i): heads for i, heads in found.items() if heads}  # counted in the converted layers
+    if kl is not None:
+        remember_kl(model, kl)
 
 
 def plug(
@@ -153,7 +162,7 @@ def plug(
     """Add a map to each attention module, once all maps are made: [(module, handle of its hook)]."""
     part, modules, _ = convertible(model, layers)
     made, chosen = {}, modules if layers is None else [modules[i] for i in layers]
-    kept = named(keep or {}, [heads_of(module)[0] for module in chosen])
+    kept = named(keep or {}, {i: heads_of(module)[0] for i, module in enumerate(chosen)})
     for i, module in enumerate(chosen):
         shape = (*heads_of(module), is_causal(module), kept.get(i, []))
         attend = make_attend(feature_map, *shape, {"tie": tie, **options})
@@ -161,11 +170,34 @@ def plug(
     handles = []
     if shared := hasattr(part.config, "num_hidden_groups"):  # ALBERT
         handles.append((part, part.base_model.register_forward_pre_hook(begin_pass)))
+    if has_rope(part):
+        hook = part.base_model.register_forward_pre_hook(count_real_tokens, with_kwargs=True)
+        handles.append((part, hook))
     for module, attend in made.items():
         module.add_module(NAME, Socket(attend, shared))
         handles.append((module, module.register_forward_pre_hook(prepare_cache, with_kwargs=True)))
     model._keep_in_fp32_modules_strict.add(NAME)  # maps stay float32 in models of any dtype
     return handles
+
+
+def has_rope(model: nn.Module) -> bool:
+    """Whether positions only turn queries and keys: then softmax does not see a shift of all positions."""
+    takes = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return takes and any("rotary" in type(m).__name__.lower() for m in model.modules())
+
+
+def count_real_tokens(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of a model with RoPE: positions are counted from the first real token of a row, as in
+    `generate`, where the caller gives a padding mask (B, T) and no positions. Softmax depends on the distance
+    of two tokens alone; a map of the turned q and of the turned k also sees where they are."""
+    mask, tokens = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    plain = isinstance(mask, Tensor) and mask.dim() == 2 and kwargs.get("position_ids") is None
+    if plain and tokens is not None:
+        first = mask.bool().long().argmax(1, keepdim=True)  # (B, 1)
+        positions = (torch.arange(mask.size(1), device=mask.device) - first).clamp(min=0)
+        kwargs = {**kwargs, "position_ids": positions[:, -tokens.size(1) :]}
+    return args, kwargs
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -227,7 +259,12 @@ def post_init(model: PreTrainedModel) -> None:
 
 @wraps(their_save)
 def save_pretrained(model: PreTrainedModel, save_directory, *args, **kwargs):
-    """As transformers does it; a linearized model gets its card, too."""
+    """As transformers does it; a linearized model gets its card, too. Raises ValueError for a part of one."""
+    if not hasattr(model.config, NAME) and sockets(model):
+        raise ValueError(
+            f"{type(model).__name__} is a part of a linearized model, whose config says how to load it: save the "
+            "whole model, or linearize the part by itself"
+        )
     found = their_save(model, save_directory, *args, **kwargs)
     writes = args[0] if args else kwargs.get("is_main_process", True)
     if hasattr(model.config, NAME) and writes and Path(save_directory).is_dir():
@@ -381,7 +418,8 @@ def masks(
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, device=device)
     if mask_function not in (causal_mask_function, bidirectional_mask_function, None):
         kwargs |= dict(mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap)
-        whole = partial(sdpa_mask, **sizes, **{**kwargs, "allow_is_causal_skip": False})
+        kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)  # not None for "all"
+        whole = partial(sdpa_mask, **sizes, **kwargs)
         if use_vmap or local_size is not None:
             return whole()
         if is_tracing(attention_mask):

@@ -30,6 +30,7 @@ from attention import (
 )
 from distill import TINY, MimicAttention
 from feature_maps import at_least_float32, make_feature_map, without_autocast
+from hf.kinds import whole_numbers
 from swap import set_mode, sockets
 from zoo.window import window_attention
 
@@ -52,7 +53,14 @@ class Hybrid(feature_maps.FeatureMap):
         if window:
             start = torch.full((self.n_head,), math.log(2 / self.head_dim))
             self.log_gain = nn.Parameter(start.to(next(phi.parameters(), start).device))
-        self.kept = sorted(kept or [])
+        self.keep(kept or [])
+
+    def keep(self, heads: Iterable[int]) -> None:
+        """Let heads have softmax. A map that no head needs is not trained: DDP waits for all gradients."""
+        self.kept = sorted(heads)
+        self.idle = len(self.kept) == self.n_head
+        if self.idle:
+            self.requires_grad_(False)
 
     def features(self, x: Tensor, offset: int) -> Tensor:
         return self.inner(x, offset)
@@ -178,7 +186,7 @@ def make_attend(
     base, windowed = feature_map.removesuffix("_window"), feature_map.endswith("_window")
     options = dict(options)
     window = options.pop("window", WINDOW) if windowed else 0
-    if windowed and (not isinstance(window, int) or window < 1):
+    if windowed and (not hasattr(window, "__index__") or window < 1):
         raise ValueError(f"window must be at least 1 token, not {window}")
     phi = make_feature_map(
         "hedgehog" if base == "softmax" and windowed else base, n_head, head_dim, **options
@@ -192,49 +200,65 @@ def make_attend(
 
 
 def keep_heads(
-    model: nn.Module, keep: str | dict[int, list[int]] | list, batches: Iterable | None = None
-) -> dict[int, list[int]]:
-    """What convert.keep_softmax does, without the config: {layer: heads that keep softmax}."""
+    model: nn.Module,
+    keep: str | dict[int, list[int]] | list,
+    layers: list[int] | None = None,
+    batches: Iterable | None = None,
+) -> tuple[dict[int, list[int]], list[list[float]] | None]:
+    """What convert.keep_softmax does, without the config: ({i: heads that keep softmax}, for "worst" the KL
+    of each head). layers: the model's numbers of the converted layers, None for all; i counts in them."""
     found = sockets(model)
+    layers = list(layers or range(len(found)))
     maps = [socket.attend.phi for socket in found]
+    if any(isinstance(getattr(phi, "original_module", None), Hybrid) for phi in maps):
+        raise ValueError("keep_softmax after get_peft_model: call it before peft wraps the maps")
     n_heads = [phi.n_head if isinstance(phi, Hybrid) else phi.query.n_head for phi in maps]
+    kl = None
     if isinstance(keep, str):
-        chosen = worst(model, keep, n_heads, batches)
+        chosen, kl = worst(model, keep, n_heads, batches)
     else:
-        chosen = named(keep, n_heads)
-    for layer, heads in chosen.items():
-        attend = found[layer].attend
+        chosen = named(keep, dict(zip(layers, n_heads)))
+        chosen = {layers.index(layer): heads for layer, heads in chosen.items()}
+    for i, heads in chosen.items():
+        attend = found[i].attend
         phi = attend.phi
         if isinstance(phi, Hybrid):
-            phi.kept = sorted({*phi.kept, *heads})
+            phi.keep({*phi.kept, *heads})
         else:
             phi = Hybrid(phi, kept=heads)
-        found[layer].attend = HybridAttention(phi, attend.causal, attend.chunk_size)
+        found[i].attend = HybridAttention(phi, attend.causal, attend.chunk_size)
     set_mode(model, "linear")
-    return {layer: phi.kept for layer, s in enumerate(found) if isinstance(phi := s.attend.phi, Hybrid)}
+    kept = {i: phi.kept for i, s in enumerate(found) if isinstance(phi := s.attend.phi, Hybrid)}
+    if kl is not None:
+        kl = [[0.0 if h in kept.get(i, []) else x for h, x in enumerate(row)] for i, row in enumerate(kl)]
+    return kept, kl
 
 
-def named(keep, n_heads: list[int]) -> dict[int, list[int]]:
-    """{layer: heads} of what a user wrote."""
+def named(keep, n_heads: dict[int, int]) -> dict[int, list[int]]:
+    """{layer: heads} of what a user wrote; n_heads: {layer: its number of heads}."""
     if not isinstance(keep, (dict, list, tuple)):
         raise ValueError(f"keep names layers or heads, such as [0, 5] or {{3: [0, 2]}}, not {keep!r}")
     chosen: dict[int, set[int]] = {}
     pairs = keep.items() if isinstance(keep, dict) else keep
     for item in pairs:
         layer, heads = item if isinstance(item, (tuple, list)) else (item, None)
-        layer = int(layer)
-        if layer not in range(len(n_heads)):
-            raise ValueError(f"keep names layer {layer}, and the layers are 0 .. {len(n_heads) - 1}")
+        (layer,) = whole_numbers([int(layer) if isinstance(layer, str) else layer], "keep's layers")
+        if layer not in n_heads:
+            layers = ", ".join(map(str, n_heads))
+            raise ValueError(f"keep names layer {layer}, and the layers that are converted are {layers}")
         every = range(n_heads[layer])
-        heads = every if heads is None else [heads] if isinstance(heads, int) else heads
+        one = hasattr(heads, "__index__") and not hasattr(heads, "__len__")
+        heads = every if heads is None else whole_numbers([heads] if one else heads, "keep's heads")
         if wrong := [h for h in heads if h not in every]:
             raise ValueError(f"keep names heads {wrong} of layer {layer}, and they are 0 .. {len(every) - 1}")
         chosen.setdefault(layer, set()).update(heads)
     return {layer: sorted(heads) for layer, heads in chosen.items() if heads}
 
 
-def worst(model: nn.Module, keep: str, n_heads: list[int], batches: Iterable | None) -> dict[int, list[int]]:
-    """{layer: heads} of the share of all heads whose KL is largest."""
+def worst(
+    model: nn.Module, keep: str, n_heads: list[int], batches: Iterable | None
+) -> tuple[dict[int, list[int]], list[list[float]]]:
+    """({i: heads} of the share of all heads whose KL is largest, the KL of each head)."""
     match = re.fullmatch(r"worst (\d+(?:\.\d+)?) ?%", keep.strip())
     if not match or not 0 <= float(match[1]) <= 100:
         raise ValueError(f'keep must be like "worst 10%", or name layers or heads, not {keep!r}')
@@ -245,7 +269,7 @@ def worst(model: nn.Module, keep: str, n_heads: list[int], batches: Iterable | N
     kl = kl_of_heads(model, batches)
     order = sorted(((x, layer, h) for layer, row in enumerate(kl) for h, x in enumerate(row)), reverse=True)
     n = round(float(match[1]) / 100 * sum(n_heads))
-    return named([(layer, h) for _, layer, h in order[:n]], n_heads)
+    return named([(i, h) for _, i, h in order[:n]], dict(enumerate(n_heads))), kl
 
 
 @torch.no_grad()

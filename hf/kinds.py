@@ -7,6 +7,7 @@ REFUSED says for others what a feature map would ignore.
 """
 
 import inspect
+import operator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +26,11 @@ PROVEN = {  # architecture: its attention module
     "RoBERTa": "RobertaSelfAttention", "SmolLM3": "SmolLM3Attention", "StableLM": "StableLmAttention",
     "Starcoder2": "Starcoder2Attention", "ViT": "ViTAttention", "XLM-RoBERTa": "XLMRobertaSelfAttention",
 }  # fmt: skip
+
+ENCODERS = [  # architectures above that are proven without a causal mask; all others are decoders
+    "ALBERT", "BEiT", "BERT", "CLIP, the vision tower", "DeiT", "DINOv2", "DistilBERT", "ELECTRA", "ModernBERT",
+    "RoBERTa", "ViT", "XLM-RoBERTa",
+]  # fmt: skip
 
 MORE = {  # fields of a module, or of its config, that say it is more than softmax(scale q.k) v: what they are
     "attn_logit_softcapping": "a soft cap of the scores",
@@ -50,11 +56,28 @@ REFUSED = {  # how the class names of a family begin: what stands against it
 }
 
 
+def is_proven(module: nn.Module) -> bool:
+    """Whether a module is of a class in PROVEN, in the use that is proven: PaliGemma's text is a Gemma that is
+    not causal, and CLIP's text tower has the class of the vision tower, and a causal mask beside it."""
+    name = type(module).__name__
+    if name == PROVEN["CLIP, the vision tower"]:
+        return module.config.model_type == "clip_vision_model"
+    return name in PROVEN.values() and (is_causal(module) or name in {PROVEN[kind] for kind in ENCODERS})
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Whether a module computes attention by calling transformers' attention interface."""
     forwards = (kind.__dict__.get("forward") for kind in type(module).__mro__)
     codes = (getattr(inspect.unwrap(f), "__code__", None) for f in forwards if f is not None)
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes if code)
+
+
+def whole_numbers(values, what: str) -> list[int]:
+    """A list of whole numbers, also NumPy's. Raises ValueError for anything else."""
+    try:
+        return [operator.index(x) for x in values]
+    except TypeError:
+        raise ValueError(f"{what} must be a list of whole numbers, not {values!r}") from None
 
 
 def language_part(model: nn.Module) -> nn.Module:
@@ -77,7 +100,9 @@ def convertible(
     """
     part = language_part(model)
     modules = attention_modules(part)
-    wanted = range(len(modules)) if layers is None else [int(i) for i in layers]
+    wanted = range(len(modules)) if layers is None else whole_numbers(layers, "layers")
+    if not wanted:
+        raise ValueError("layers names no layer: at least one must be converted")
     if wrong := [i for i in wanted if i not in range(len(modules))]:
         raise ValueError(f"layers must be in 0 .. {len(modules) - 1}, not {wrong}")
     windows = {i: window for i, module in enumerate(modules) if (window := window_of(module)) is not None}

@@ -5,7 +5,7 @@
     causal     in mode "linear" a later token that is changed changes nothing before it
     cached     in mode "linear" a text in two parts, with a cache, gives what the whole text gives
 The passes see 2 x 9 tokens, or 2 random images. Models without numbers at hand (on meta, offloaded) or
-with more than LARGE parameters are taken by name: their attention must be in kinds.PROVEN.
+with more than LARGE parameters are taken by name: kinds.is_proven.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hf.kinds import PROVEN, is_causal
+from hf.kinds import is_causal, is_proven
 from swap import set_mode
 
 LARGE = 2_000_000_000  # parameters; a pass over a larger model may take minutes
@@ -39,11 +39,11 @@ def what_it_computes(model: nn.Module, modules: list[nn.Module]) -> list[tuple[s
                 return outputs(model.base_model, modules, example(model, modules))
         except Exception as e:
             why = f"a pass over random inputs fails ({' '.join(str(e).split())})"
-    unknown = {type(m).__name__ for m in modules} - set(PROVEN.values())
+    unknown = {type(m).__name__ for m in modules if not is_proven(m)}
     if unknown:
         raise ValueError(
-            f"{', '.join(sorted(unknown))} is not in the list of proven kinds (hf/README.md), and the model "
-            f"cannot be tried: {why}"
+            f"{', '.join(sorted(unknown))} is not proven in this use (hf/README.md), and the model cannot be "
+            f"tried: {why}"
         )
     return None
 

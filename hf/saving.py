@@ -10,6 +10,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
+from hf.card import kept_layers
 from hf.convert import NAME, linearize, name_after
 from hf.models import load, load_with_report, read_config
 from support.checkpoints import (
@@ -133,7 +134,7 @@ def load_linearized(path: str | Path, model: nn.Module | str | Path | None = Non
     like = skeleton(about, path)
     check_fit(tensors, like, path)
     if given:
-        how = dict(like.config.hedgehog)
+        how = {**like.config.hedgehog, "keep": kept_layers(like.config.hedgehog) or None}
         options, kl, _ = how.pop("options"), how.pop("kl", None), how.pop("source", None)
         model = linearize(unwrapped(model), **how, **options)
         if kl is not None:

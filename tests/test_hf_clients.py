@@ -48,7 +48,8 @@ CLIENTS = {  # client: (the test here, what the table says)
         "continuous", "refused by transformers: \"Implementation hedgehog is not supported for continuous batching\""),
     "torch.export": ("export", "works, with and without a mask; without a cache"),
     "ONNX (`torch.onnx.export(..., dynamo=True)`)": ("onnx", "works, without a cache"),
-    "torch.func: grad, vmap, jvp": ("func", "works, in the plain forms of attention.py"),
+    "torch.func: grad, vmap, jvp": (
+        "func", "works, in the plain forms of attention.py; no jvp with kept heads, nor of softmax in PyTorch"),
     "torch.save of a whole model": ("pickle", "works"),
     "float16, bfloat16": ("halves", "works; maps and states are float32"),
     "dynamic int8 (torch.ao)": ("dynamic", "works"),

@@ -5,6 +5,7 @@ Both are held against plain loops in float64; caches, padding, saving and distil
 
 import math
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from test_hf import DECODERS, SMALL, build, close, encoder, padded_batch  # noqa: E402
 
+import hf  # noqa: E402
 from attention import LinearAttention  # noqa: E402
 from hf import keep_softmax, linearize, load_linearized, save_linearized  # noqa: E402
 from hf.hybrid import cross_entropy, kl_of_heads, make_attend  # noqa: E402
@@ -237,6 +239,8 @@ def test_the_worst_heads_are_those_with_the_largest_kl_on_the_text(decoder):
     want = {(i, h) for _, i, h in flat[:2]}
     kept = decoder.config.hedgehog["keep"]
     assert {(int(i), h) for i, heads in kept.items() for h in heads} == want
+    left = [sum(0 if (i, h) in want else x for h, x in enumerate(row)) / len(row) for i, row in enumerate(kl)]
+    assert decoder.config.hedgehog["kl"] == pytest.approx(left, abs=1e-4)  # for the card
     other = linearize(type(decoder)(decoder.config.__class__.from_dict(softmax_config(decoder))), keep="worst 0%",
                       batches=batches)  # fmt: skip
     assert not other.config.hedgehog["keep"]
@@ -245,6 +249,47 @@ def test_the_worst_heads_are_those_with_the_largest_kl_on_the_text(decoder):
 def test_a_layer_of_which_no_head_is_kept_is_like_the_others(decoder):
     model = linearize(decoder, keep={0: [], 1: [0]})
     assert type(sockets(model)[0].attend) is LinearAttention and model.config.hedgehog["keep"] == {"1": [0]}
+
+
+def test_layers_in_any_order_and_kept_heads_have_the_models_numbers(tmp_path):
+    model = build("Llama", "ForCausalLM", dict(num_key_value_heads=2, **{**SMALL, "num_hidden_layers": 4}))
+    linearize(
+        model,
+        "hedgehog_window",
+        layers=np.array([3, 1]),
+        keep=[(np.int64(3), np.int64(2))],
+        window=np.int64(3),
+    )
+    with pytest.raises(ValueError, match="layer 2, and the layers that are converted are 1, 3"):
+        keep_softmax(model, [2])
+    attends = [layer.self_attn.hedgehog.attend for layer in model.model.layers[1::2]]
+    assert attends[0].phi.kept == [] and attends[1].phi.kept == [2]
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(50, (2, 9))
+    close(again(ids).logits, model(ids).logits, 1e-6)
+    assert "keep={3: [2]}" in (tmp_path / "README.md").read_text()
+    save_linearized(model, tmp_path / "one.safetensors")
+    base = build("Llama", "ForCausalLM", dict(num_key_value_heads=2, **{**SMALL, "num_hidden_layers": 4}))
+    again = load_linearized(tmp_path / "one.safetensors", base)
+    close(again(ids).logits, model(ids).logits, 1e-6)
+    linearize(build("Llama", "ForCausalLM", SMALL), keep={np.int64(0): np.array([1, 3])})
+
+
+def test_a_map_that_no_head_needs_is_not_trained(decoder):
+    linearize(decoder, "hedgehog_window", keep=[1, (0, 0)])
+    first, second = (list(s.attend.phi.parameters()) for s in sockets(decoder))
+    assert all(p.requires_grad for p in first) and not any(p.requires_grad for p in second)
+    decoder(torch.randint(50, (2, 40)), use_cache=False).logits.sum().backward()
+    assert all(p.grad is not None for p in first)
+
+
+def test_keeping_heads_behind_an_adapter_is_one_line(decoder):
+    peft = pytest.importorskip("peft")
+    linearize(decoder, "hedgehog_window")
+    options = dict(target_modules=hf.attention_projections(decoder), modules_to_save=["phi"])
+    with pytest.raises(ValueError, match="call it before peft wraps the maps"):
+        keep_softmax(peft.get_peft_model(decoder, peft.LoraConfig(**options)), {0: [1]})
 
 
 def softmax_config(model):
@@ -259,7 +304,11 @@ def softmax_config(model):
         (dict(keep="worst 10%"), "give batches="),
         (dict(keep="best 10%", batches=[]), 'must be like "worst 10%"'),
         (dict(keep="worst 10%", batches=[]), "no batch"),
-        (dict(keep=[2]), "layers are 0 .. 1"),
+        (dict(keep=[2]), "converted are 0, 1$"),
+        (dict(keep=[0], layers=[1]), "converted are 1$"),
+        (dict(keep={0: 1.5}), "whole numbers"),
+        (dict(layers=1), "layers must be a list of whole numbers"),
+        (dict(layers=[]), "layers names no layer"),
         (dict(keep=5), "keep names layers or heads"),
         (dict(keep={0: [4]}), "they are 0 .. 3"),
         (dict(feature_map="hedgehog_window", window=0), "at least 1 token"),

@@ -208,11 +208,47 @@ def test_models_of_every_precision_are_proven(dtype):
     assert len(sockets(linearize(llama().to(dtype)))) == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in DECODERS if n not in ("GPT-2", "OPT")])
+def test_a_row_that_is_padded_on_the_left_is_the_row_by_itself_without_position_ids(name):
+    """As a trainer scores a batch of prompts: the map of a token turned by RoPE also sees where it is."""
+    model = make(name)
+    ids, mask, _ = padded_batch(left=True)
+    mask[1, 4:6] = 0  # a hole keeps its distance
+    wanted = model(ids, attention_mask=mask).logits[mask.bool()]
+    set_mode(linearize(model, init="random"), "softmax")
+    close(model(ids, attention_mask=mask).logits[mask.bool()], wanted, 1e-4)
+    set_mode(model, "linear")
+    alone = model(ids[:1, 5:]).logits
+    close(model(ids, attention_mask=mask).logits[:1, 5:], alone, 1e-4)
+    cache = transformers.DynamicCache(config=model.config)
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in ((0, 8), (8, 14))
+    ]
+    close(torch.cat(parts, 1)[:1, 5:], alone, 1e-4)
+
+
+def test_only_the_use_that_is_proven_is_taken_by_name():
+    """CLIP's text tower has the vision tower's class, and the text of PaliGemma is a Gemma that is not causal."""
+    gemma = dict(head_dim=8, **GQA)
+    with torch.device("meta"):
+        assert len(sockets(linearize(build("CLIPVision", "Model", IMAGE)))) == 2
+        assert len(sockets(linearize(build("Gemma", LM, gemma)))) == 2
+        others = [
+            build("CLIPText", "Model", SMALL),
+            build("Gemma", LM, {**gemma, "use_bidirectional_attention": True}),
+        ]
+    for model in others:
+        with pytest.raises(ValueError, match="is not proven in this use"):
+            linearize(model)
+
+
 def test_what_cannot_be_tried_is_taken_by_name():
     with torch.device("meta"):
         known, unknown = llama(), build("Olmo", LM, GQA)
     assert len(sockets(linearize(known))) == 2
-    with pytest.raises(ValueError, match="OlmoAttention is not in the list of proven kinds.*meta") as e:
+    with pytest.raises(ValueError, match="OlmoAttention is not proven in this use.*meta") as e:
         linearize(unknown)
     assert "\n" not in str(e.value)
     assert len(sockets(linearize(build("Olmo", LM, GQA)))) == 2  # with weights it is proven
@@ -310,7 +346,8 @@ def test_of_a_model_that_alternates_the_layers_without_a_window_are_converted(na
     """The others keep softmax and their window, with padding and with a cache; layers= checks its own."""
     model = ALTERNATE[name]()
     inputs, real = inputs_of(model, left=name != "ModernBERT")
-    wanted = model(**inputs)[0]
+    wanted, ids = model(**inputs)[0], torch.randint(3, 50, (2, 30))
+    unpadded = [model(ids)[0], model(ids, attention_mask=torch.ones_like(ids))[0]]
     windows = [getattr(m, "sliding_window", None) for m in attention_modules(model)]
     linearize(model)
     line = capsys.readouterr().err
@@ -322,6 +359,10 @@ def test_of_a_model_that_alternates_the_layers_without_a_window_are_converted(na
     assert [hasattr(m, "hedgehog") for m in modules] == [window is None for window in windows]
     set_mode(model, "softmax")
     close(model(**inputs)[0][real], wanted[real], 1e-4)
+    for bare, own in zip(
+        (dict(input_ids=ids), dict(input_ids=ids, attention_mask=torch.ones_like(ids))), unpadded
+    ):
+        close(model(**bare)[0], own, 1e-4)
     set_mode(model, "linear")
     whole = model(**inputs)[0]
     assert (whole - wanted)[real].abs().max() > 1e-3
@@ -379,6 +420,8 @@ def test_of_a_model_for_images_and_text_the_language_part_is_converted_and_named
     model.save_pretrained(tmp_path)
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(again(**inputs).logits, found)
+    with pytest.raises(ValueError, match="is a part of a linearized model.*save the whole model"):
+        model.model.language_model.save_pretrained(tmp_path / "part")
 
 
 def test_albert_has_one_map_for_all_its_layers_and_mimics_the_mean_of_them():

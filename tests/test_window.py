@@ -76,6 +76,20 @@ def test_a_window_as_long_as_the_text_is_softmax_whatever_the_gain():
     torch.testing.assert_close(attn(q, k, v), softmax_attention(q, k, v))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_whose_scores_are_all_far_below_zero_are_softmax_too(causal):
+    """In float32, whose exponential is 0 from -104 on."""
+    attn, (q, k, v) = example(9, window=9)
+    attn.causal = causal
+    q, k = 1 + q.abs(), -100 - 40 * k.abs() / k.abs().max()  # scores of -200 and less
+    for x in (q, k):
+        x.detach_().requires_grad_()
+    y, wanted = (f(q, k, v, **o) for f, o in ((attn, {}), (softmax_attention, {"causal": causal})))
+    torch.testing.assert_close(y, wanted)
+    for found, want in zip(*(torch.autograd.grad(x.square().sum(), (q, k)) for x in (y, wanted))):
+        torch.testing.assert_close(found, want)
+
+
 def test_a_flat_start_weighs_all_tokens_equally():
     attn = make_attention("hedgehog_window", 2, 8, window=3).double()
     A = attn.weights(*torch.zeros(2, 1, 2, 9, 8, dtype=torch.float64))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from feature_maps import as_bool, at_least_float32, make_feature_map, without_autocast
 from fused.chunked import CHUNK, normalise
 
-LEAST = -60.0  # smaller scores count as this: a row's denominator is at least exp(LEAST), and never 0
+LEAST = -60.0  # a row whose largest score is less is lifted to it: its denominator is never 0
 
 
 class WindowState(NamedTuple):
@@ -64,8 +64,10 @@ def window_attention(
             near = (behind >= 0) & (behind < window) if causal else behind.abs() < window
             far = behind >= window if causal else ~near
             scores = q[:, :, own] @ k[:, :, keys].mT / math.sqrt(q.size(-1)) + log_gain[:, None, None]
-            scores = scores.clamp(min=LEAST).masked_fill(~(near & real[..., keys]), -math.inf)
-            m = scores.detach().amax(-1, keepdim=True).clamp(min=0.0)
+            scores = scores.masked_fill(~(near & real[..., keys]), -math.inf)
+            top = scores.detach().amax(-1, keepdim=True)  # -inf in a row that sees no key
+            scores = scores + (LEAST - top).clamp(min=0.0).masked_fill(top == -math.inf, 0.0)
+            m = top.clamp(min=0.0)
             Q = phi_q[:, :, own] * (-m).exp()
             M = (scores - m).exp() + (Q @ phi_k[:, :, keys].mT).masked_fill(~far, 0.0)
             N = Q @ (R + later) + M @ U[:, :, keys]
