@@ -138,6 +138,8 @@ def load_task(
     form = TASKS[name]
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a folder")
+    if data_dir and (Path(data_dir) / "lra_release").is_dir():  # as the archive unpacks
+        data_dir = str(Path(data_dir) / "lra_release")
     if sizes is not None and (len(sizes) != 3 or min(sizes) < 1):
         raise UserError(f"sizes are three numbers of examples (train, dev, test) of at least 1, not {sizes}")
     sizes = None if sizes is None else tuple(sizes)
@@ -259,6 +261,8 @@ def official_drawings(data_dir: str) -> dict[str, Split]:
     """The archive has no splits. As in the benchmark, 80% are for training and 10% each for dev and test."""
     files = lra_files.drawing_files(data_dir)
     facts = tuple((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    drawings = [p.stat().st_mtime_ns for p in (Path(data_dir) / "pathfinder32").glob("*/imgs/*/*")]
+    facts += ((len(drawings), max(drawings, default=0)),)
     parts, source = ("pixels", "labels"), lra_files.__file__
     pixels, labels = prepared("pathfinder32", source, facts, parts, lambda: lra_files.read_drawings(data_dir))
     n = len(labels)

@@ -165,12 +165,14 @@ def read_drawings(data_dir: str) -> tuple[np.ndarray, np.ndarray]:
 
 def grey(source, where: str) -> np.ndarray:
     """The 1,024 grey pixels of a coded picture: 0.299 red + 0.587 green + 0.114 blue."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("pictures are read by Pillow, which is not here: pip install pillow") from None
     try:
         with Image.open(source) as picture:
             pixels = np.asarray(picture.convert("L"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
         raise UserError(f"cannot read the picture {where} ({e})") from e
     if pixels.shape != (32, 32):
         raise UserError(f"{where} has {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import data
-from attention import learns_map
+from attention import attentions, learns_map
 from config import TrainConfig
 from experiments import figures
 from experiments.runs import check_attentions, check_machine, conclude, sweep_and_seeds, train_one
@@ -89,7 +89,7 @@ class CompareConfig(ScratchConfig):
 def configured(default: ScratchConfig, description: str) -> ScratchConfig:
     """The configuration on the command line; --setting counts where no flag is given."""
     with as_user_error():
-        config, given = parse(default, sys.argv[1:], description)
+        config, given = parse(default, sys.argv[1:], f"{description}\nAttentions: {', '.join(attentions())}.")
         config.check()
     check_machine(config)
     for name, value in SETTINGS[config.setting].items():

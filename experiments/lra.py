@@ -12,7 +12,7 @@ encoder of 2 layers with 2 heads of 32, learned positions, the mean over all rea
 on it. Most rows of Table 6 are from the official benchmark, whose models are others (results/lra.md):
 compare systems within our numbers. In retrieval two texts pass the same encoder. Every attention tries each
 of --lrs with the first seed, the learning rate with the best dev accuracy is trained with every seed, and
-the checkpoint with the best dev accuracy is measured once on every test example.
+the checkpoint with the best dev accuracy is measured on every test example, at the end of each run.
 
 The default is for 2 cores: shorter sequences and fewer steps. The same command goes on where it was
 interrupted. The table has all finished runs in --out_dir that have the same settings, so attentions and seeds
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import attentions
 from config import FitConfig
 from data.lra import TASKS, Split, Task, batch, load_task
 from experiments import figures
@@ -363,7 +364,8 @@ def draw(path: Path, facts: dict) -> str:
 def configured() -> tuple[LRAConfig, Task]:
     """The configuration, and its task; --setting and --task count where no flag is given."""
     with as_user_error():
-        config, given = parse(LRAConfig(), sys.argv[1:], __doc__)
+        names = f"Attentions: {', '.join(attentions())}."
+        config, given = parse(LRAConfig(), sys.argv[1:], f"{__doc__}\n{names}")
         changes = SETTINGS[config.setting][config.task] | (AS_PUBLISHED if config.setting == "paper" else {})
         config = replace(config, **{name: value for name, value in changes.items() if name not in given})
         config.check()

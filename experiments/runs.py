@@ -5,6 +5,7 @@ own, and its output is in output.txt there. A finished run is not repeated and a
 """
 
 import contextlib
+import difflib
 import hashlib
 import inspect
 import json
@@ -159,8 +160,11 @@ def progress(config) -> tuple[int, str]:
 
 
 def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
-    if unknown := set(given) - set(known):
-        raise UserError(f"--{flag} takes {', '.join(known)}, not {', '.join(sorted(unknown))}")
+    known = list(known)
+    if unknown := sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"--{flag} takes {', '.join(known)}, not {', '.join(unknown)}{hint}")
 
 
 def check_attentions(config, causal: bool = True) -> None:
@@ -176,8 +180,14 @@ def check_attentions(config, causal: bool = True) -> None:
             raise UserError(f"options {config.options} do not fit {name}: {e}") from e
 
 
+STOPPED = []  # in a worker: what stopped it
+
+
 def one(work: Callable, config, threads: int) -> dict:
-    """work(config), with its output in a file. A loss that is not finite is a result, too."""
+    """work(config), with its output in a file. A loss that is not finite is a result, too. A worker that was
+    stopped begins nothing more, though the pool hands it the next run."""
+    if STOPPED:
+        raise KeyboardInterrupt
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
@@ -188,6 +198,9 @@ def one(work: Callable, config, threads: int) -> dict:
             result = {**identity(config), **provenance(), "failed": str(e)}
             write_json(out / "result.json", result)
             return result
+        except (KeyboardInterrupt, SystemExit) as e:
+            STOPPED.append(e)
+            raise
 
 
 def check_machine(config) -> None:
@@ -257,6 +270,8 @@ def run_all(work: Callable, configs: list, jobs: int, said: str | Callable) -> l
                 if stop.asked:
                     raise KeyboardInterrupt
         except BaseException as e:
+            for future in futures:
+                future.cancel()
             for worker in multiprocessing.active_children():
                 worker.terminate()  # SIGTERM: fit saves, then the worker ends
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,7 @@
 """Long Range Arena: the model is that of the PyTorch implementation, and the command compares every system alike."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from attention import attentions
 from data.lra import Split, load_task
 from experiments import lra, zoo_speed
 from experiments.lra import PAPER, Classifier, LRAConfig, RunConfig, accuracy, training
@@ -261,8 +263,10 @@ def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
         ("--attentions softmax h3", "h3 is causal only"),
         ("--attentions hyena", "hyena is causal only"),
         ("--attentions hedgehog_window", "a window by name is causal"),
-        ("--attentions local --options window=x", "do not fit local"),
+        ("--attentions local --options window=x", "local: window must be a whole number"),
         ("--attentions linforme", "--attentions takes softmax, elu"),
+        ("--attentions softmax linforme", "not linforme (did you mean linformer?)"),
+        ("--attentions local --options window=5.5", "local: window must be a whole number"),
         ("--task lostops", "--task takes listops or text"),
         ("--setting papr", "--setting takes ours or paper"),
         ("--sizes 3 4", "sizes are three numbers"),
@@ -275,6 +279,12 @@ def test_the_overview_has_every_system_of_table_6_and_says_what_was_not_run():
 def test_bad_flags_are_one_line_and_exit_code_2(command, flags, line):
     code, _, stderr = command("experiments.lra", *flags.split())
     assert (code, stderr.count("\n")) == (2, 1) and line in stderr, stderr
+
+
+@pytest.mark.parametrize("name", ["experiments.lra", "experiments.from_scratch", "train"])
+def test_help_lists_every_attention(command, name):
+    code, said, _ = command(name, "--help")
+    assert code == 0 and set(attentions()) <= set(re.split(r"[\s,.]+", said.split("Attentions:")[1]))
 
 
 def test_a_system_that_fails_at_one_length_keeps_its_other_cells():

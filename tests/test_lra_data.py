@@ -5,6 +5,7 @@ import io
 import math
 import re
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -376,6 +377,31 @@ def test_all_five_tasks_are_read_from_one_folder(archive, capsys):
             assert label == i % 2
         grey = (0.299 * 10 * pictures.labels + 0.587 * 50 + 0.114 * 100)[:, None]
         assert (pictures.tokens - grey).abs().max() <= 0.51
+
+
+def test_the_folder_around_the_archive_is_the_archive_too(archive):
+    """It unpacks to lra_release/lra_release."""
+    for name in TASKS:
+        inside, around = (load_task(name, data_dir=str(folder)) for folder in (archive, archive.parent))
+        assert not around.stand_in and rows(around.test) == rows(inside.test)
+
+
+def test_drawings_that_are_replaced_are_read_again(archive):
+    before = load_task("pathfinder", data_dir=str(archive))
+    for path in archive.glob("pathfinder32/*/imgs/*/*.png"):
+        path.write_bytes(png(np.full((32, 32), 200, np.uint8)))
+    after = load_task("pathfinder", data_dir=str(archive))
+    assert rows(before.dev) != rows(after.dev) == [b"\xc8" * 1024] * 2
+
+
+def test_a_broken_picture_and_a_missing_pillow_are_one_line(archive, monkeypatch):
+    path = next(archive.glob("pathfinder32/*/imgs/0/*.png"))
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"\0DAT"))
+    with pytest.raises(UserError, match=f"cannot read the picture .*{path.name}"):
+        load_task("pathfinder", data_dir=str(archive))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="pip install pillow"):
+        load_task("pathfinder", data_dir=str(archive))
 
 
 def test_dev_is_a_part_of_the_training_set_and_the_seed_decides_which(archive):

@@ -227,13 +227,19 @@ def ended(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how):
-    """Ctrl-C saves first (a terminal sends it to all processes), SIGTERM too; kill -9 leaves no worker."""
+    """Ctrl-C saves first (a terminal sends it to all processes), SIGTERM too; kill -9 leaves no worker. No worker
+    begins one of the runs that wait."""
     argv = [
         "-m",
         "experiments.recall",
         *RECALL,
         "--attentions",
         "softmax",
+        "elu",
+        "relu",
+        "performer",
+        "--jobs",
+        1,
         "--max_steps",
         100000,
         "--out_dir",
@@ -254,6 +260,7 @@ def test_workers_end_with_the_command_and_the_same_command_goes_on(tmp_path, how
     while not all(ended(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert [path.parent for path in tmp_path.glob("*/log.jsonl")] == [log.parent]
     step = load_checkpoint(log.parent / "last.safetensors")[1]["step"]
     assert step >= 2
     if how != signal.SIGKILL:

@@ -279,9 +279,13 @@ def test_options_are_checked(name):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("local", {"window": 0}, "local: window must be at least 1, not 0"),
-    ("sparse", {"stride": 0}, "sparse: stride must be at least 1, not 0"),
-    ("bigbird", {"n_random": -1}, "bigbird: n_random must be at least 0, not -1"),
+    ("local", {"window": 0}, "local: window must be a whole number of at least 1, not 0"),
+    ("sparse", {"stride": 0}, "sparse: stride must be a whole number of at least 1, not 0"),
+    ("local", {"window": True}, "local: window must be a whole number of at least 1, not True"),
+    ("longformer", {"n_global": 1.5}, "longformer: n_global must be a whole number of at least 1, not 1.5"),
+    ("skyformer", {"n_landmarks": 4.5}, "skyformer: n_landmarks must be a whole number of at least 1, not 4.5"),
+    ("skyformer", {"gamma": -1}, "skyformer: gamma must be at least 0, not -1"),
+    ("bigbird", {"n_random": -1}, "bigbird: n_random must be a whole number of at least 0, not -1"),
     ("sinkhorn", {"temperature": 0}, "sinkhorn: temperature must be positive, not 0"),
     ("reformer", {"n_buckets": 3}, "reformer: n_buckets must be even and at least 2, not 3"),
     ("linformer", {"share": "some"}, "unknown share 'some' of linformer"),

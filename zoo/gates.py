@@ -151,7 +151,8 @@ class AFT(System):
         return side_by_side(parts, 2)
 
     def product(self, w: Tensor, k: Tensor, v: Tensor) -> Part:
-        """exp(w) (exp(k) v): w (t, j), k and v (B, H, j, D)."""
+        """exp(w) (exp(k) v): w (t, j), k and v (B, H, j, D). The largest w and k are taken out by themselves, so
+        a row is lost in float32 if its w + k are all about 90 below their sum."""
         of_w, of_k = largest(w), largest(k, -2)
         W, e = (w - of_w).exp(), (k - of_k).exp()
         return Part(W @ (e * v), W @ e, of_w + of_k)
@@ -182,8 +183,8 @@ class H3(System):
         self, n_head: int, head_dim: int, causal: bool = True, max_len: int | None = None,
         n_shift: int = 4, n_state: int = 64,
     ):  # fmt: skip
-        super().__init__(n_head, head_dim, causal, max_len, n_shift=n_shift)
-        if n_state < 2 or n_state % 2:
+        super().__init__(n_head, head_dim, causal, max_len, n_shift=n_shift, n_state=n_state)
+        if n_state % 2:
             raise ValueError(f"h3: n_state must be even and at least 2, not {n_state}")
         n = n_state // 2  # the other half are the conjugates
         self.taps = uniform(n_head, n_shift, head_dim, fan_in=n_shift)  # a

@@ -135,9 +135,11 @@ class Skyformer(System):
         self, n_head: int, head_dim: int, causal: bool = False, max_len: int | None = None,
         n_landmarks: int = 64, n_iter: int = 6, gamma: float = 1e-3,
     ):  # fmt: skip
-        super().__init__(n_head, head_dim, causal, max_len, n_iter=n_iter)
-        if n_landmarks < 2 or n_landmarks % 2:
+        super().__init__(n_head, head_dim, causal, max_len, n_landmarks=n_landmarks, n_iter=n_iter)
+        if n_landmarks % 2:
             raise ValueError(f"skyformer: n_landmarks must be even and at least 2, not {n_landmarks}")
+        if not gamma >= 0:
+            raise ValueError(f"skyformer: gamma must be at least 0, not {gamma}")
         self.n_landmarks, self.n_iter, self.gamma = n_landmarks // 2, n_iter, gamma
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:

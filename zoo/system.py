@@ -31,8 +31,8 @@ class System(nn.Module):
             only = "bidirectional" if causal else "causal"
             raise ValueError(f"{self.name} is {only} only: {self.refused[causal]}")
         for what, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{self.name}: {what} must be at least 1, not {size}")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{self.name}: {what} must be a whole number of at least 1, not {size}")
         self.n_head, self.head_dim, self.causal, self.max_len = n_head, head_dim, causal, max_len
 
     @property
