@@ -244,8 +244,8 @@ class Sinkhorn(System):
         R    = exp(P), whose rows and columns are divided by their sums, in turn, n_iter times
         y_i  = softmax attention to the own block, with the sorted one: sum_j R_ij K_j and sum_j R_ij V_j
 
-    With enough iterations R is doubly stochastic, and a permutation of the blocks as the temperature goes to 0.
-    The lower it is, the more of them that takes: 0.75 needs 5, and 0.001 thousands.
+    With enough iterations R is doubly stochastic, and a permutation of the blocks as the temperature
+    goes to 0. The lower it is, the more iterations that takes: 0.75 needs 5, and 0.001 thousands.
     Complexity: O(T block + T^2 / block) time, because R weighs every block for every block; R has
     (T / block)^2 numbers. max_len is a limit: W has a column for each of its blocks.
     Causal: x_i is the mean of all keys before block i; row i weighs earlier blocks only; a column's sum
