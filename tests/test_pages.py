@@ -627,7 +627,12 @@ def long_range_arena() -> list[str]:
         return 100 * (p * (1 - p) / examples) ** 0.5
 
     text, listops = read("lra-text")["runs"][0]["final"], read("lra-listops")
-    of_text = deviation(text["accuracy"], text["examples"])
+    of_text = 2**0.5 * deviation(text["accuracy"], text["examples"])  # of a difference
+    texts = {r["config"]["attention"]: r["final"]["accuracy"] for r in read("lra-text")["runs"]}
+    behind = texts["softmax"] - texts["hedgehog"]
+    clear = {name for name, found in texts.items() if texts["softmax"] - found > 2 * of_text}
+    assert clear == {"linformer", "nystromformer", "skyformer"}
+    assert abs(texts["linformer"] - text["chance"]) < 1
     first = listops["first_token"]  # the accuracy of an answer that reads nothing but the first operator
     of_first = deviation(first, listops["runs"][0]["final"]["examples"])
     reached = {r["config"]["attention"]: r["final"]["accuracy"] for r in listops["runs"]}
@@ -643,7 +648,8 @@ def long_range_arena() -> list[str]:
         f"1+ELU and Performer have {lra.PAPER['elu'][0]:.0f} and {lra.PAPER['performer'][0]:.0f}%",
         "6 layers of width 512, a learning rate of 0.05",  # of the official base_listops_config.py
         f"Performer has 2 features there, and {features} here",  # and performer_base.py
-        f"With {text['examples']:,} test examples the standard error is {of_text:.1f} points",
+        f"With {text['examples']:,} test examples the standard error of a difference is {of_text:.1f} points",
+        f"Hedgehog is {behind:.1f} points behind softmax, {behind / of_text:.1f} standard errors",
         f"The standard error is {of_first:.1f} points, and all systems but two are within two of them",
         "a window of 32 tokens (Local)",
         "is 1.10 (root mean square) where the tokens are 0.71 and softmax's output is 0.035",  # the lab log
