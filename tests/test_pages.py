@@ -607,7 +607,7 @@ def prices() -> list[str]:
         f"to {held['hedgehog-w64']:.2f} times that of SmolLM2 ({tested:.2f} on the test text)",
         f"the window alone has {held['softmax-w64']:.2f} times",
         f"SmolLM2 has {held['hedgehog-x1-untied-w64']:.3f} with both and {held['hedgehog-w64']:.3f} with neither",
-        "with 300 and 400 to 700 steps of two sequences in place of 100 and 100 of one, reach 1.49 to 1.58",  # the lab log
+        "with 300 and 400 to 700 steps of two sequences in place of 100 and 100 of one, reach 1.49 to 1.58",
         "200 examples choose the checkpoint, and the test set has 1,500 others",
         "the window of 16 alone, T2R, and the window of 64 with kept heads",
     ]
