@@ -16,6 +16,7 @@ from test_hf import SMALL, WIDTHS, build, close, padded_batch  # noqa: E402
 from hf import linearize  # noqa: E402
 from hf.cache import StateLayer  # noqa: E402
 from hf.kinds import PROVEN, REFUSED, attention_modules, language_part  # noqa: E402
+from hf.lora import add_lora, attention_projections  # noqa: E402
 from model import map_parameters  # noqa: E402
 from swap import set_mode, sockets  # noqa: E402
 
@@ -227,6 +228,21 @@ def test_a_row_that_is_padded_on_the_left_is_the_row_by_itself_without_position_
         for a, b in ((0, 8), (8, 14))
     ]
     close(torch.cat(parts, 1)[:1, 5:], alone, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, inside",
+    [
+        ("Phi3", "self_attn.qkv_proj self_attn.o_proj"), ("OPT", "k_proj v_proj q_proj out_proj"),
+        ("GPT-2", "attn.c_attn attn.c_proj"), ("BERT", "self.query self.key self.value"),
+    ],
+)  # fmt: skip
+def test_lora_adapts_all_projections_of_attention_whatever_their_names(name, inside):
+    model = make(name)
+    names = attention_projections(model)
+    assert {".".join(n.split(".")[-inside.split()[0].count(".") - 1 :]) for n in names} == set(inside.split())
+    assert len(names) == 2 * len(inside.split()) and attention_projections(linearize(model)) == names
+    assert len(add_lora(model, r=2, alpha=4)) == 2 * len(names)
 
 
 def test_only_the_use_that_is_proven_is_taken_by_name():

@@ -40,6 +40,8 @@ def test_a_finished_model_is_saved_with_lora_merged(convert, llama, tmp_path):
     trained = [n for n in stage if n.startswith("model.")]  # not the frozen base
     assert all("lora_" in n or ".phi." in n for n in trained)
     model = load_linearized(tmp_path / "out" / "hedgehog" / "linear.safetensors", load(str(llama)))
+    kl = json.loads((tmp_path / "out" / "hedgehog" / "result.json").read_text())["kl"]
+    assert sum(model.config.hedgehog["kl"]) / 2 == pytest.approx(kl, abs=1e-4)  # for the card, by layer
     ids = torch.randint(256, (1, 12))
     again = linearize(load(str(llama)))
     add_lora(again, r=8, alpha=16)
