@@ -109,7 +109,7 @@ def source(facts: dict) -> str:
         command = re.sub(r" --arms( \w[\w.-]*)+", "", command) + f" --arms {arms}"
     elif "recover" not in facts:  # in conversions several rows share a stage
         minutes = sum(r["minutes"] for r in runs)
-    said = [f"`{command}`"]
+    said = [f"`{command}`".replace(" and python", "` and `python")]  # of several commands
     if runs:
         said.append(f"{len(runs)} runs, {minutes:.0f} minutes in all")
     if facts.get("sweep"):  # the best trial of an attention is also its run with the first seed

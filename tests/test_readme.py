@@ -106,7 +106,8 @@ def test_a_command_on_the_pages_has_the_settings_that_ran(render, monkeypatch, p
     if path.stem == "prices-stdlib":  # its teacher is not here, so the command cannot see what it is
         module = importlib.import_module("experiments.prices")
         monkeypatch.setattr(module, "kind_of", lambda argv: module.OfGPT)
-    config = understood(facts["command"], monkeypatch)[1]
+    commands = facts["command"].replace(" and python", "\npython").splitlines()
+    config = [understood(command, monkeypatch)[1] for command in commands][0]
     settled = set(OF_A_RUN) | set(SETTINGS[facts["setting"]] if "compare" in facts else ())
     if "lra" in facts:
         settled |= {"n_classes", "pair", *lra.SETTINGS[facts["setting"]][facts["task"]], *lra.AS_PUBLISHED}
