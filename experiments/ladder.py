@@ -51,7 +51,7 @@ from support.checkpoints import checksum, load_checkpoint, restore, write_json
 from support.cli import NotFinite, UserError, as_user_error, setting, tagged
 from support.devices import World, pick_device, pick_dtype
 from support.provenance import provenance
-from swap import set_mode, sockets
+from swap import set_mode
 from train import fit
 
 # ---------------------------------------------------------------- arms
@@ -290,10 +290,7 @@ def run_arm(config: ConvertConfig, subject: Subject) -> dict | None:
     if kl is not None and hasattr(model, "hf"):
         from hf.card import remember_kl
 
-        left = kl.clone()  # in the heads that do not keep softmax
-        for i, heads in kept.items():
-            left[i, heads] = 0.0
-        remember_kl(model.hf, left)
+        remember_kl(model.hf, kl)
     if arm.finetuned and "finetune" in stages:
         dev_loss, minutes["finetune"] = finetune(model, config, subject)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -389,8 +386,8 @@ def keep_softmax(model: nn.Module, kept: dict[int, list[int]]) -> None:
     from experiments import pretrained
 
     if hasattr(model, "hf"):
-        numbers = model.hf.config.hedgehog["layers"] or range(len(sockets(model)))
-        return pretrained.keep_softmax(model.hf, {numbers[i]: heads for i, heads in kept.items()})
+        how = {**model.hf.config.hedgehog, "keep": kept}
+        return pretrained.keep_softmax(model.hf, pretrained.kept_layers(how))
     pretrained.keep_heads(model, kept)
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from hf import keep_softmax, linearize, save_linearized  # noqa: F401  ladder.py takes two of these from here
+from hf.card import kept_layers  # noqa: F401
 from hf.hybrid import keep_heads, make_attend  # noqa: F401
 from hf.kinds import convertible, heads_of
 from hf.lora import merge_lora

@@ -18,9 +18,12 @@ GENERATED = "This model card has been automatically generated"  # what transform
 
 def remember_kl(model: nn.Module, kl: Tensor | list[list[float]]) -> None:
     """Keep the KL (layers, heads) in nats, as distill.distill and kl_of_heads return it, for the card: its
-    mean in each layer that was converted."""
-    means = [round(float(sum(row) / len(row)), 4) for row in (kl.tolist() if isinstance(kl, Tensor) else kl)]
-    unwrapped(model).config.hedgehog["kl"] = means
+    mean in each layer that was converted. Heads that keep softmax have 0."""
+    how, means = unwrapped(model).config.hedgehog, []
+    for i, row in enumerate(kl.tolist() if isinstance(kl, Tensor) else kl):
+        kept = (how.get("keep") or {}).get(str(i), [])
+        means.append(round(sum(x for h, x in enumerate(row) if h not in kept) / len(row), 4))
+    how["kl"] = means
 
 
 def tied_by_default(feature_map: str) -> bool:

@@ -228,10 +228,7 @@ def keep_heads(
             phi = Hybrid(phi, kept=heads)
         found[i].attend = HybridAttention(phi, attend.causal, attend.chunk_size)
     set_mode(model, "linear")
-    kept = {i: phi.kept for i, s in enumerate(found) if isinstance(phi := s.attend.phi, Hybrid)}
-    if kl is not None:
-        kl = [[0.0 if h in kept.get(i, []) else x for h, x in enumerate(row)] for i, row in enumerate(kl)]
-    return kept, kl
+    return {i: phi.kept for i, s in enumerate(found) if isinstance(phi := s.attend.phi, Hybrid)}, kl
 
 
 def named(keep, n_heads: dict[int, int]) -> dict[int, list[int]]:
