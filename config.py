@@ -31,6 +31,7 @@ class FitConfig:
     weight_decay: float = setting(0.1, least=0)  # AdamW's weight decay, on matrices and embeddings
     beta1: float = setting(0.9, least=0, below=1)  # how long AdamW remembers the gradient
     beta2: float = setting(0.95, least=0, below=1)  # how long AdamW remembers the square of the gradient
+    muon: bool = False  # orthogonal steps for the W of feature maps (Muon), in place of AdamW's
     grad_clip: float = setting(1.0, least=0)  # the largest norm of the gradient; 0: no limit
     grad_accum: int = may_change(1)  # pieces of the batch: less memory, the same result
     stop_loss: float = may_change(0.0)  # stop at a validation loss of at most this; 0: never

@@ -31,6 +31,7 @@ from support.checkpoints import load_checkpoint, restore
 from support.cli import UserError, as_user_error, run
 from support.devices import World, join_world, pick_dtype, pieces_of_a_batch, step_seed
 from support.log import Watch, report
+from support.muon import Muon
 from support.resuming import StopSignal, begin, make_writable, require_finite
 
 
@@ -61,7 +62,8 @@ def fit(
     n_pieces = pieces_of_a_batch(config.batch_size, config.grad_accum, world.size)
     bfloat16 = pick_dtype(config.dtype, device) == torch.bfloat16
     model.to(device).train()
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    kind = Muon if config.muon else torch.optim.AdamW
+    optimizer = kind(groups, betas=(config.beta1, config.beta2), fused=device.type != "mps")
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     progress, log = begin(out, model, optimizer, config, world, meta)
@@ -186,9 +188,7 @@ def main() -> None:
 
     if config.eval_only:
         result = evaluate(model.to(world.device).eval())
-        by_word = (
-            f"word perplexity {result['word_perplexity']:.8g}, " if tokens.tokenizer.name != "bytes" else ""
-        )
+        by_word = f"word perplexity {result['word_perplexity']:.8g}, " * (tokens.tokenizer.name != "bytes")
         say(
             f"{config.init_from} on {config.dataset} {config.eval_split}: token perplexity {result['perplexity']:.4f}, "
             f"{by_word}bits per byte {result['bits_per_byte']:.4f}, loss {result['loss']:.4f} nats "

@@ -28,5 +28,5 @@ def renewed(values: dict) -> dict:
 
 def changes(old: dict, new: dict) -> dict[str, tuple]:
     """Which settings of a run, perhaps of an earlier version, are others today: {name: (old, new)}."""
-    old = {"options": {}} | renewed(old)  # distill.py had none at first
+    old = {"options": {}, "muon": False} | renewed(old)  # not there at first
     return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}

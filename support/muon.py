@@ -1,0 +1,42 @@
+"""Muon for feature maps: steps that turn all directions of W equally far."""
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the W (H, D, d') of learned feature maps take orthogonalised steps (Jordan et al., 2024):
+
+        M <- beta1 M + (1 - beta1) G,   W <- W - 0.2 sqrt(max(D, d')) lr O(beta1 M + (1 - beta1) G)
+
+    G is the gradient, O(.) is orthogonalised() of each head, and the factor gives such a step the size of one of
+    AdamW (Liu et al., 2025), so that both have one lr. These W are in the group named "feature maps". The state is
+    AdamW's, so that a checkpoint of one is one of the other.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        groups = [group for group in self.param_groups if group["name"] == "feature maps"]
+        matrices = [
+            (g, p, p.clone()) for g in groups for p in g["params"] if p.grad is not None and p.size(-2) > 1
+        ]
+        super().step()
+        for group, W, old in matrices:
+            momentum = self.state[W]["exp_avg"]
+            O = orthogonalised(W.grad.lerp(momentum, group["betas"][0]))
+            lr, size = group["lr"], 0.2 * max(W.shape[-2:]) ** 0.5
+            W.copy_(old * (1 - lr * group["weight_decay"]) - lr * size * O)
+        return loss
+
+
+def orthogonalised(G: Tensor) -> Tensor:
+    """U V^T, nearly, of each G = U S V^T (..., D, d'): five Newton-Schulz steps bring its singular values near 1
+    (0.7 to 1.2; the least ones stay smaller)."""
+    X = G / G.flatten(-2).norm(dim=-1).clamp(min=1e-30)[..., None, None]
+    X = X.mT if G.size(-2) > G.size(-1) else X  # the smaller of X X^T and X^T X
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.mT if G.size(-2) > G.size(-1) else X
