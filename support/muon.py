@@ -18,12 +18,11 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         with torch.enable_grad():
             loss = closure() if closure else None
-        groups = [group for group in self.param_groups if group["name"] == "feature maps"]
-        matrices = [
-            (g, p, p.clone()) for g in groups for p in g["params"] if p.grad is not None and p.size(-2) > 1
-        ]
+        maps = [(g, p) for g in self.param_groups if g["name"] == "feature maps" for p in g["params"]]
+        matrices = [(g, p) for g, p in maps if p.grad is not None and p.dim() > 1 and p.size(-2) > 1]
+        before = [W.clone() for _, W in matrices]
         super().step()
-        for group, W, old in matrices:
+        for (group, W), old in zip(matrices, before):
             momentum = self.state[W]["exp_avg"]
             O = orthogonalised(W.grad.lerp(momentum, group["betas"][0]))
             lr, size = group["lr"], 0.2 * max(W.shape[-2:]) ** 0.5

@@ -197,7 +197,7 @@ def test_training_stops_at_the_first_validation_loss_that_is_low_enough_in_all_p
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("attention", ["hedgehog", "softmax", "performer"])
+@pytest.mark.parametrize("attention", ["hedgehog", "hedgehog --muon", "softmax", "performer"])
 def test_40_steps_equal_17_steps_kill_and_resume_bitwise(train, tmp_path, monkeypatch, attention):
     """Weights, optimiser, dropout and the sequence of batches, also when training stops between two
     intervals: here by SIGTERM, which saves."""
@@ -211,7 +211,7 @@ def test_40_steps_equal_17_steps_kill_and_resume_bitwise(train, tmp_path, monkey
         "--dropout",
         0.2,
         "--attention",
-        attention,
+        *attention.split(),
     ]
     assert train("--out_dir", tmp_path / "straight", *flags)[0] == 0
 
