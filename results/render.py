@@ -134,22 +134,13 @@ MUON = ("convert-smollm2-muon", "hedgehog-x1-untied", "convert-smollm2-700")
 
 
 def with_teacher_of(name: str, other: str) -> str:
-    """A conversion whose equally finetuned teacher is that of another one, with the same text, steps and rate."""
+    """A conversion whose teacher is that of another one, finetuned on the same text in as many steps."""
     facts = read(name)
     teacher = next(run for run in read(other)["runs"] if run["arm"] == "teacher_finetuned")
-    same = (
-        "max_steps",
-        "batch_size",
-        "lr",
-        "weight_decay",
-        "seed",
-        "dtype",
-        "block_size",
-        "eval_tokens",
-        "finetune",
-    )
+    same = "max_steps batch_size lr weight_decay seed dtype block_size eval_tokens finetune".split()
     for run in facts["runs"]:
-        assert run["data"] == teacher["data"] and all(run["config"][x] == teacher["config"][x] for x in same)
+        assert run["data"] == teacher["data"]
+        assert all(run["config"][name] == teacher["config"][name] for name in same)
     table = ladder.table_perplexity([teacher, *facts["runs"]])
     return f"{table}\n\n{source(facts)} The teacher is that of the table above."
 

@@ -10,15 +10,17 @@ class Muon(torch.optim.AdamW):
         M <- beta1 M + (1 - beta1) G,   W <- W - 0.2 sqrt(max(D, d')) lr O(beta1 M + (1 - beta1) G)
 
     G is the gradient, O(.) is orthogonalised() of each head, and the factor gives such a step the size of one of
-    AdamW (Liu et al., 2025), so that both have one lr. These W are in the group named "feature maps". The state is
-    AdamW's, so that a checkpoint of one is one of the other.
+    AdamW (Liu et al., 2025), so that both have one lr. These W are in the group named "feature maps", or in one
+    without a name. The state is AdamW's, so that a checkpoint of one is one of the other.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
             loss = closure() if closure else None
-        maps = [(g, p) for g in self.param_groups if g["name"] == "feature maps" for p in g["params"]]
+        maps = [
+            (g, p) for g in self.param_groups if g.get("name") in (None, "feature maps") for p in g["params"]
+        ]
         matrices = [(g, p) for g, p in maps if p.grad is not None and p.dim() > 1 and p.size(-2) > 1]
         before = [W.clone() for _, W in matrices]
         super().step()

@@ -99,7 +99,7 @@ def test_a_step_has_the_size_of_one_of_adamw(shape):
 
 def test_a_parameter_without_a_gradient_stays_and_a_closure_is_called():
     W = [nn.Parameter(torch.eye(3)[None]) for _ in range(2)]
-    muon = Muon([dict(name="feature maps", params=W, lr=LR, weight_decay=DECAY)], betas=BETAS)
+    muon = Muon(W, lr=LR, weight_decay=DECAY, betas=BETAS)  # a group without a name
 
     def closure():
         loss = W[0].square().sum()
@@ -107,7 +107,9 @@ def test_a_parameter_without_a_gradient_stays_and_a_closure_is_called():
         return loss
 
     assert muon.step(closure) == 3.0
-    assert torch.equal(W[1], torch.eye(3)[None]) and not torch.equal(W[0], W[1])
+    turned = 0.2 * 3**0.5 * LR * orthogonalised(torch.eye(3)[None])
+    torch.testing.assert_close(W[0].detach(), (1 - LR * DECAY) * torch.eye(3)[None] - turned)
+    assert torch.equal(W[1], torch.eye(3)[None])
 
 
 def test_training_with_muon_takes_its_steps_and_is_another_run_than_adamws(train, tmp_path):
