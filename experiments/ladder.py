@@ -246,7 +246,7 @@ class Subject(NamedTuple):
 
 def made_before(config: ConvertConfig, subject: Subject) -> dict | None:
     """The result of an arm that was finished with the same settings and data."""
-    of_maps = [name for name in vars(config) if name.startswith(("distil_", "map_"))]
+    of_maps = [name for name in vars(config) if name.startswith(("distil_", "map_", "muon"))]
     result = finished(config, [] if config.arm.feature_map else of_maps)  # softmax does not depend on these
     return result if result and result.get("data") == subject.data else None
 

@@ -113,6 +113,12 @@ def test_other_text_or_fewer_steps_are_another_run(convert, text, tmp_path):
     (after,) = runs_in(tmp_path / "out")
     assert after["final"] == before[1]["final"]
     assert after["minutes"]["distil"] == before[1]["minutes"]["distil"]
+    of_maps = ["--muon", "--map_lr_scale", 3, "--distil_steps", 2]  # a teacher has no maps
+    made = (tmp_path / "out" / "teacher_finetuned" / "result.json").stat().st_mtime_ns
+    assert convert("--arms", "teacher_finetuned", *of_maps)[0] == 0
+    assert (tmp_path / "out" / "teacher_finetuned" / "result.json").stat().st_mtime_ns == made
+    code, _, stderr = convert("--arms", "distilled", "--muon")
+    assert code == 2 and "muon False -> True" in stderr
 
 
 def test_every_arm_goes_on_after_a_stage_and_ends_where_one_go_ends(convert, tmp_path):
