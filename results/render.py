@@ -129,22 +129,6 @@ def experiment(name: str, table: Callable, command: str = "") -> str:
     return f"{table(facts if needs_all else facts['runs'])}\n\n{source(facts)}"
 
 
-# The best conversion of SmolLM2: the result, the arm, and the result that has its teacher
-MUON = ("convert-smollm2-muon", "hedgehog-x1-untied", "convert-smollm2-700")
-
-
-def with_teacher_of(name: str, other: str) -> str:
-    """A conversion whose teacher is that of another one, finetuned on the same text in as many steps."""
-    facts = read(name)
-    teacher = next(run for run in read(other)["runs"] if run["arm"] == "teacher_finetuned")
-    same = "max_steps batch_size lr weight_decay seed dtype block_size eval_tokens finetune".split()
-    for run in facts["runs"]:
-        assert run["data"] == teacher["data"]
-        assert all(run["config"][name] == teacher["config"][name] for name in same)
-    table = ladder.table_perplexity([teacher, *facts["runs"]])
-    return f"{table}\n\n{source(facts)} The teacher is that of the table above."
-
-
 def percent(values: list[float], form: str = ".0f") -> str:
     """ "77 ± 3%"."""
     return f"{mean_sd(values, form)}%"
@@ -157,10 +141,9 @@ def glance() -> list[str | tuple[str, str]]:
     earlier = [mean(recalled[name]) for name in ("elu", "relu", "performer", "cosformer")]
     rouge = by_arm("convert-smollm2-dialogue", "rouge1")
 
-    def ratio(name: str, arm: str = "hedgehog", teacher: str = "") -> str:
-        """teacher: the result that has the equally finetuned teacher, if it is another."""
-        fair = by_arm(teacher or name, "perplexity")["teacher_finetuned"]
-        return f"{by_arm(name, 'perplexity')[arm] / fair:.2f}"
+    def ratio(name: str, arm: str = "hedgehog") -> str:
+        of = by_arm(name, "perplexity")
+        return f"{of[arm] / of['teacher_finetuned']:.2f}"
 
     digits = {
         arm: percent(finetuned.recovered(read("vit-digits"), arm), ".1f") for arm in ("hedgehog", "elu")
@@ -194,7 +177,7 @@ def glance() -> list[str | tuple[str, str]]:
         f"of the equally finetuned teacher: {share_of_means('glue')} with 64 features a head; "
         f"{share_of_means('wide')} "
         f"with 256, untied maps, distillation at {wide['distil_lr']:g} and subsets of the data (MiniLM, 4 tasks)",
-        f"{ratio('convert-stdlib')} (small GPT), {ratio(*MUON)} to "
+        f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-muon', 'hedgehog-x1-untied')} to "
         f"{ratio('convert-smollm2')} (SmolLM2-135M-Instruct; {priced['hedgehog-w64']['test']:.2f} "
         f"with softmax over the last 64 tokens, which alone have {priced['softmax-w64']['test']:.2f})",
         f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
@@ -531,7 +514,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "smollm2-long": lambda: experiment("convert-smollm2-long", ladder.table_perplexity),
     "smollm2-random": lambda: experiment("convert-smollm2-random", ladder.table_perplexity),
     "smollm2-700": lambda: experiment("convert-smollm2-700", ladder.table_perplexity),
-    "smollm2-muon": lambda: with_teacher_of(MUON[0], MUON[2]),
+    "smollm2-muon": lambda: experiment("convert-smollm2-muon", ladder.table_perplexity),
     "smollm2-lora": lambda: experiment("convert-smollm2-lora", ladder.table_perplexity),
     "smollm2-lora-window": lambda: experiment("convert-smollm2-lora-window", ladder.table_perplexity),
     "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),

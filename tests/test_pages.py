@@ -243,9 +243,9 @@ def converting() -> list[str]:
     steps = settings["max_steps"]
     assert (steps, fair["config"]["max_steps"]) == (700, 700) and of_last > 60
     assert fair["final"]["perplexity"] < ladder("convert-smollm2-random")["teacher_finetuned"]
-    muon, columns = (
-        next(r for r in read(name)["runs"]) for name in ("convert-smollm2-muon", "convert-smollm2-columns")
-    )
+    muon = {r["arm"]: r for r in read("convert-smollm2-muon")["runs"]}
+    assert muon["teacher_finetuned"]["final"] == fair["final"]  # the same run
+    muon, (columns,) = muon["hedgehog-x1-untied"], read("convert-smollm2-columns")["runs"]
     assert muon["config"]["muon"] and muon["config"]["max_steps"] == steps and "x1" in muon["arm"]
     assert abs(muon["kl"] - last["kl"]) < 2e-3 and last["kl"] == pytest.approx(columns["kl"], abs=1e-3)
     of_muon = sum(muon["minutes"].values())
