@@ -660,6 +660,9 @@ def long_range_arena() -> list[str]:
         "a window of 32 tokens (Local)",
         "is 1.10 (root mean square) where the tokens are 0.71 and softmax's output is 0.035",  # the lab log
         "it learns like the others: 33.3%",
+        "its output is twice as large as softmax's",  # the lab log
+        "which before training 14% of the tokens do with the first one",
+        "up to the last of the 800 steps",
         "with a standard deviation of 0.02",  # the lab log
         "for at least 400 steps",
         f"Here it is {lra.EMBD_STD}",
