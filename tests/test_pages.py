@@ -650,6 +650,10 @@ def long_range_arena() -> list[str]:
     tokens = paper["max_steps"] * paper["batch_size"] * paper["block_size"]
     assert 190 < tokens / paper["block_size"] / 45000 < 210  # epochs
     hours = round(tokens / 45000 / 3600, -1)  # at some 45,000 tokens a second
+    far, near = (lra.SETTINGS[setting]["pathfinder"] for setting in ("paper", "ours"))
+    assert round(far["max_steps"] * far["batch_size"] / 160000) == 100  # epochs of 160,000 drawings
+    of_pathfinder = round(far["max_steps"] * far["batch_size"] * far["block_size"] / 45000 / 3600, -1)
+    assert 0.5 < near["max_steps"] * near["batch_size"] / near["sizes"][0] < 1
     return [
         f"1+ELU and Performer have {lra.PAPER['elu'][0]:.0f} and {lra.PAPER['performer'][0]:.0f}%",
         "6 layers of width 512, a learning rate of 0.05",  # of the official base_listops_config.py
@@ -672,6 +676,8 @@ def long_range_arena() -> list[str]:
         "takes all 50,000",
         "(14 at 4,000 bytes)",
         f"200 epochs, which here would be some {hours:.0f} hours",
+        f"{near['max_steps']:,} steps of {near['batch_size']} drawings, most of one epoch of {near['sizes'][0]:,}",
+        f"100 epochs of 160,000 drawings, which here would be some {of_pathfinder:.0f} hours",
         "every (T / 50)-th token",  # block_size of local.py
         "in February 2021",  # issue 20 of the official benchmark
         f"the averages are {average('hedgehog'):.1f} for Hedgehog and {average('softmax'):.1f} for softmax",
