@@ -508,6 +508,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "first": first,
     "wikitext2": lambda: experiment("compare-wikitext2", from_scratch.table),
     "recall": lambda: experiment("recall", recall.table),
+    "recall-zoo": lambda: experiment("recall-zoo", recall.table),
     "maps": lambda: experiment("analysis", attention_maps.table),
     "convert": lambda: experiment("convert-stdlib", ladder.table_perplexity),
     "smollm2": lambda: experiment("convert-smollm2", ladder.table_perplexity),
