@@ -503,6 +503,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "glance": glance,
     "gaps": gaps,
     "paper": lambda: experiment("compare-stdlib-paper", from_scratch.table),
+    "paper-zoo": lambda: experiment("compare-stdlib-zoo", from_scratch.table),
     "compare": lambda: experiment("compare-stdlib", from_scratch.table),
     "ablations": lambda: experiment("ablations", ablated),
     "first": first,
