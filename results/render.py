@@ -519,6 +519,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "smollm2-muon": lambda: experiment("convert-smollm2-muon", ladder.table_perplexity),
     "smollm2-lora": lambda: experiment("convert-smollm2-lora", ladder.table_perplexity),
     "smollm2-lora-window": lambda: experiment("convert-smollm2-lora-window", ladder.table_perplexity),
+    "smollm2-lora-muon": lambda: experiment("convert-smollm2-lora-muon", ladder.table_perplexity),
     "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),
     "glue": lambda: tasks("glue"),
     "wide": lambda: tasks("wide"),
