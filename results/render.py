@@ -139,7 +139,7 @@ def glance() -> list[str | tuple[str, str]]:
     groups = recall.by_attention(read("recall")["runs"])
     recalled = {name: [100 * x for x in finals(runs, "accuracy")] for name, runs in groups.items()}
     earlier = [mean(recalled[name]) for name in ("elu", "relu", "performer", "cosformer")]
-    rouge = by_arm("convert-smollm2-dialogue", "rouge1")
+    rouge, near = (by_arm(f"convert-smollm2-dialogue{which}", "rouge1") for which in ("", "-muon"))
 
     def ratio(name: str, arm: str = "hedgehog") -> str:
         of = by_arm(name, "perplexity")
@@ -180,7 +180,9 @@ def glance() -> list[str | tuple[str, str]]:
         f"{ratio('convert-stdlib')} (small GPT), {ratio('convert-smollm2-muon', 'hedgehog-x1-untied')} to "
         f"{ratio('convert-smollm2')} (SmolLM2-135M-Instruct; {priced['hedgehog-w64']['test']:.2f} "
         f"with softmax over the last 64 tokens, which alone have {priced['softmax-w64']['test']:.2f})",
-        f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum)",
+        f"{rouge['hedgehog']:.1f} and {rouge['teacher_finetuned']:.1f} (SmolLM2-135M-Instruct, DialogSum); "
+        f"with softmax over the last 64 tokens {near['hedgehog-x1-untied-w64']:.1f} "
+        f"and {near['teacher_finetuned']:.1f}",
         f"{digits['hedgehog']} on digits (3 seeds), but 1+ELU has {digits['elu']}: digits cannot rank the maps",
         arena_in_short(),
         f"{at_32k('bfloat16')}; {at_32k('float32')} (one CPU thread, {heads} heads)",
@@ -521,6 +523,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "smollm2-lora-window": lambda: experiment("convert-smollm2-lora-window", ladder.table_perplexity),
     "smollm2-lora-muon": lambda: experiment("convert-smollm2-lora-muon", ladder.table_perplexity),
     "dialogue": lambda: experiment("convert-smollm2-dialogue", ladder.table_rouge),
+    "dialogue-muon": lambda: experiment("convert-smollm2-dialogue-muon", ladder.table_rouge),
     "glue": lambda: tasks("glue"),
     "wide": lambda: tasks("wide"),
     "cola": lambda: experiment("cola-controls", finetuned.table),
