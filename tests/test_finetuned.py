@@ -34,6 +34,7 @@ from hf.models import Classifier, load  # noqa: E402
 from results.render import read  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import UserError, parse  # noqa: E402
+from support.earlier import changes  # noqa: E402
 from swap import sockets  # noqa: E402
 
 QUICK = """--teacher_epochs 2 --distil_epochs 2 --epochs 1 --lrs 2e-3 --teacher_lr 2e-3
@@ -565,9 +566,11 @@ def test_a_teacher_and_maps_have_exactly_the_settings_that_earlier_versions_wrot
     rows = dict(train_rows=0, dev_share=0.1, dev_rows=2000, block_size=64, truncate=False)
     task = dict(task="cola", dataset="glue", model="bert", pooling="model")
     stage = replace(config, out_dir="teach", max_steps=26, lr=config.teacher_lr, resume=False)
-    assert ladder.settings_of(stage, "teacher") == {**fit, **rows, **task, "teacher_epochs": 2.0}
+    before, now = {**fit, **rows, **task, "teacher_epochs": 2.0}, ladder.settings_of(stage, "teacher")
+    assert now == {**before, "muon": False} and not changes(before, now)
     of_maps = dict(tie=False, map_features=0, held_out=2, dev_tokens=1)
-    assert ladder.settings_of(stage, "maps") == {**fit, **rows, **task, **of_maps}
+    before, now = {**fit, **rows, **task, **of_maps}, ladder.settings_of(stage, "maps")
+    assert now == {**before, "muon": False} and not changes(before, now)
 
 
 def test_results_with_earlier_names_of_arms_are_rendered():
