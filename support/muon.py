@@ -33,8 +33,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalised(G: Tensor) -> Tensor:
-    """U V^T, nearly, of each G = U S V^T (..., D, d'): five Newton-Schulz steps bring its singular values near 1
-    (0.7 to 1.2; the least ones stay smaller)."""
+    """U V^T, nearly, of each G = U S V^T (..., D, d'): five Newton-Schulz steps bring its singular values to 0.65 to
+    1.25, if they are at least a fifth of the largest; smaller ones may stay smaller."""
     X = G / G.flatten(-2).norm(dim=-1).clamp(min=1e-30)[..., None, None]
     X = X.mT if G.size(-2) > G.size(-1) else X  # the smaller of X X^T and X^T X
     for _ in range(5):
